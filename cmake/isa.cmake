@@ -1,0 +1,23 @@
+# acf_isa_sources(<family>) adds csrc/<family>/kernels_<isa>.cpp for every ISA of the target architecture to acf_kernels.
+# These are the only files compiled with instructions beyond the baseline; they are never link-time optimised, so that
+# nothing of them leaks into code that runs on every machine.
+include(CheckCXXSourceCompiles)
+check_cxx_source_compiles("#if !defined(__x86_64__)\n#error\n#endif\nint main() {}" ACF_TARGET_X86)
+check_cxx_source_compiles("#if !defined(__aarch64__)\n#error\n#endif\nint main() {}" ACF_TARGET_AARCH64)
+
+set(ACF_ISAS generic)
+if(ACF_TARGET_X86)
+  list(APPEND ACF_ISAS avx2 avx512)
+elseif(ACF_TARGET_AARCH64)
+  list(APPEND ACF_ISAS neon)
+endif()
+set(ACF_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(ACF_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c)
+
+function(acf_isa_sources family)
+  foreach(isa IN LISTS ACF_ISAS)
+    set(source csrc/${family}/kernels_${isa}.cpp)
+    target_sources(acf_kernels PRIVATE ${source})
+    set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${ACF_FLAGS_${isa}};-fno-lto")
+  endforeach()
+endfunction()

@@ -1,0 +1,39 @@
+// One way to use several threads, for all kernels. No OpenMP: torch brings its own runtime, and two in one process
+// fight.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace acf {
+
+// A callable void(std::int64_t) that is referred to, not owned: it must outlive the call it is passed to.
+class TaskRef {
+ public:
+  template <class Body, class = std::enable_if_t<!std::is_same_v<std::decay_t<Body>, TaskRef>>>
+  TaskRef(const Body& body)  // NOLINT(google-explicit-constructor): lambdas are passed in place
+      : body_(std::addressof(body)),
+        call_([](const void* object, std::int64_t task) { (*static_cast<const Body*>(object))(task); }) {}
+
+  void operator()(std::int64_t task) const { call_(body_, task); }
+
+ private:
+  const void* body_;
+  void (*call_)(const void*, std::int64_t);
+};
+
+// Calls body(task) once for each task in [0, tasks) on at most `threads` threads, of which the caller is one, and
+// returns when all are done. Threads take the next task when they have finished one, so which thread runs a task, and
+// in what order, is open: a body writes only what belongs to its task, and then results do not depend on the number of
+// threads.
+//
+// The first exception of a body is rethrown to the caller, and tasks not yet begun are skipped. A call from inside a
+// body, or while another caller has the threads, runs its tasks one after the other. Throws std::invalid_argument for
+// threads < 1 or tasks < 0. The other threads stay for the next call; after a fork the child starts its own.
+void parallel_for(std::int64_t tasks, int threads, TaskRef body);
+
+// The processors this process may run on, at least 1.
+int hardware_threads();
+
+}  // namespace acf
