@@ -1,0 +1,278 @@
+"""ADMM training towards a structured constraint (arXiv 1903.09769, section III; scaled dual form).
+
+    minimise f(W)  subject to  W_l in S_l      S_l: at most so many filters, columns, channels or weights are non-zero
+
+is split into W, trained by any optimizer, and Z in S, with the scaled dual U:
+
+    W <- argmin f(W) + sum_l rho/2 * ||W_l - Z_l + U_l||_F^2       some epochs of training: `ADMM.penalty`
+    Z <- P_S(W + U),   U <- U + W - Z                              `ADMM.update`
+    W <- P_S(W)                                                    at the end: `ADMM.finish`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from autocompress_fast import ops
+from autocompress_fast.plan import LayerPlan, Plan, apply_masks
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ADMM", "Constraint", "Residuals", "RhoSchedule"]
+
+_STRUCTURES = ("filter", "channel", "column", "element", "filter+column")
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What may be non-zero in one layer's weight.
+
+    Args:
+        structure: "filter", "channel", "column", "element", or "filter+column" for both at once.
+        keep: number of groups that may stay; for "filter+column" the pair (filters, columns).
+        groups: of a grouped convolution.
+
+    Raises:
+        ValueError: an unknown structure or a count below 1.
+        TypeError: counts that are no ints, or no pair for "filter+column".
+    """
+
+    structure: str
+    keep: int | tuple[int, int]
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.structure not in _STRUCTURES:
+            raise ValueError(f"structure must be one of {', '.join(_STRUCTURES)}, got {self.structure!r}")
+        counts = self.keep if isinstance(self.keep, (tuple, list)) else (self.keep,)
+        if len(counts) != (2 if self.structure == "filter+column" else 1):
+            raise TypeError(f"keep of {self.structure!r} must be {_keep_form(self.structure)}, got {self.keep!r}")
+        for count in counts:
+            if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+                raise TypeError(f"keep of {self.structure!r} must be {_keep_form(self.structure)}, got {self.keep!r}")
+            if count < 1:
+                raise ValueError(f"keep must be at least 1, got {self.keep!r}")
+
+    def project(self, weight: Any) -> Any:
+        """The nearest point to `weight` (numpy or torch) that meets the constraint."""
+        if isinstance(self.keep, int):
+            return ops.project(weight, self.structure, keep=self.keep, groups=self.groups)
+        filters, columns = self.keep
+        return ops.project_filters_and_columns(weight, filters=filters, columns=columns, groups=self.groups)
+
+
+@dataclass(frozen=True)
+class RhoSchedule:
+    """Penalty strength over the updates: multiplied by `factor` after every `every` updates, up to `maximum`.
+
+    factor=1.3 per update is the papers' released "multi-rho"; factor=10, every=k gives their stages 1e-4 ... 1e-1.
+
+    Raises:
+        ValueError: rho not positive, factor below 1 (rho must not fall), every below 1, maximum below initial.
+    """
+
+    initial: float = 1e-3
+    factor: float = 1.3
+    every: int = 1
+    maximum: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.initial < math.inf and 1 <= self.factor < math.inf and self.every >= 1):
+            raise ValueError(f"rho needs initial > 0, factor >= 1 and every >= 1, got {self}")
+        if not self.maximum >= self.initial:
+            raise ValueError(f"maximum of rho must be at least the initial {self.initial}, got {self.maximum}")
+
+    def at(self, updates: int) -> float:
+        """Rho after that many updates."""
+        exponent = updates // self.every
+        if self.factor > 1 and exponent * math.log(self.factor) >= math.log(self.maximum / self.initial):
+            return self.maximum
+        return self.initial * self.factor**exponent
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Convergence of one layer after an update: both go to zero (equations of the papers' stopping rule).
+
+    primal: ||W - Z||_F / ||W||_F; dual: ||Z - Z_before||_F / ||W||_F.
+    """
+
+    primal: float
+    dual: float
+
+
+class ADMM:
+    """Pulls the weights of some layers towards a structure, in the user's own training loop.
+
+    Args:
+        model: trained in place by the caller; only `finish` changes it.
+        constraints: per layer (module path) what may stay non-zero.
+        rho: strength of the penalty over the updates; a number for a constant one.
+
+    Raises:
+        ValueError: no constraint, an unknown layer, counts that do not fit its weight, NaN or infinity in a weight.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 2))
+        >>> admm = ADMM(model, {"0": Constraint("filter", keep=4)}, rho=0.1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        >>> for epoch in range(3):
+        ...     for _ in range(5):  # batches
+        ...         x, y = torch.randn(16, 1, 8, 8), torch.randint(2, (16,))
+        ...         loss = torch.nn.functional.cross_entropy(model(x), y) + admm.penalty()
+        ...         optimizer.zero_grad()
+        ...         loss.backward()
+        ...         _ = optimizer.step()
+        ...     residuals = admm.update()
+        >>> plan = admm.finish()
+        >>> int(plan["0"].filters.sum()), int((model[0].weight.abs().sum((1, 2, 3)) > 0).sum())
+        (4, 4)
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        constraints: Mapping[str, Constraint],
+        *,
+        rho: RhoSchedule | float | None = None,
+    ) -> None:
+        import torch
+
+        if not constraints:
+            raise ValueError("constraints must name at least one layer, got none")
+        if rho is None:
+            rho = RhoSchedule()
+        self.rho_schedule = rho if isinstance(rho, RhoSchedule) else RhoSchedule(rho, factor=1.0, maximum=rho)
+        self.constraints = dict(constraints)
+        self.model = model
+        self.updates = 0
+        self._weights: dict[str, torch.nn.Parameter] = {}
+        modules = dict(model.named_modules())
+        for name in self.constraints:
+            weight = getattr(modules.get(name), "weight", None)
+            if not isinstance(weight, torch.nn.Parameter) or weight.ndim < 2:
+                raise ValueError(f"constraints names {name!r}, which is no layer of the model with a weight matrix")
+            self._weights[name] = weight
+        self.z: dict[str, torch.Tensor] = {}
+        for name, constraint in self.constraints.items():
+            try:
+                self.z[name] = constraint.project(_plain(self._weights[name]))
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from error
+        self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
+        self._set_targets()
+
+    @property
+    def rho(self) -> float:
+        """The present strength of the penalty."""
+        return self.rho_schedule.at(self.updates)
+
+    def penalty(self) -> torch.Tensor:
+        """sum_l rho/2 * ||W_l - Z_l + U_l||_F^2, to be added to the loss; a scalar.
+
+        Z and U are constants here: the gradient is rho * (W - Z + U).
+        """
+        import torch
+
+        terms = [(weight - self._targets[name]).square().sum() for name, weight in self._weights.items()]
+        return torch.stack(terms).sum() * (0.5 * self.rho)
+
+    def update(self) -> dict[str, Residuals]:
+        """Z <- P(W + U), U <- U + W - Z, then the next rho, with U scaled by rho_old / rho_new.
+
+        Returns:
+            the residuals per layer.
+
+        Raises:
+            ValueError: NaN or infinity in a weight; nothing is changed then.
+        """
+        names = list(self._weights)
+        results = ops.admm_update_all(
+            [
+                (_plain(self._weights[name]), self.z[name], self.u[name], c.structure, c.keep, c.groups)
+                for name, c in self.constraints.items()
+            ],
+            names=names,
+        )
+        before = self.rho
+        self.updates += 1
+        if self.rho != before:
+            for u in self.u.values():
+                u.mul_(before / self.rho)
+        self._set_targets()
+        norms = {name: float(self._weights[name].detach().norm()) or 1.0 for name in names}
+        return {
+            name: Residuals(result.primal / norms[name], result.dual / norms[name])
+            for name, result in zip(names, results, strict=True)
+        }
+
+    def finish(self) -> Plan:
+        """Project the weights themselves, W <- P(W), and return what is kept.
+
+        A dropped filter loses its bias, too. Continue with masked retraining (`MaskedParameters`).
+        """
+        plans = {}
+        for name, constraint in self.constraints.items():
+            kept = constraint.project(_plain(self._weights[name])) != 0
+            plans[name] = LayerPlan.from_mask(kept.cpu().numpy(), constraint.groups)
+        plan = Plan({name: _without_elements(layer, self.constraints[name]) for name, layer in plans.items()})
+        apply_masks(self.model, plan)
+        return plan
+
+    def state_dict(self) -> dict[str, Any]:
+        """Z, U and the number of updates; tensors and ints only."""
+        return {
+            "updates": self.updates,
+            "z": {name: z.clone() for name, z in self.z.items()},
+            "u": {name: u.clone() for name, u in self.u.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            ValueError: another set of layers or other shapes; nothing is changed then.
+        """
+        for part in ("z", "u"):
+            shapes = {name: tuple(value.shape) for name, value in state[part].items()}
+            expected = {name: tuple(value.shape) for name, value in self.z.items()}
+            if shapes != expected:
+                raise ValueError(f"the state's {part} has layers {shapes}, expected {expected}")
+        self.updates = int(state["updates"])
+        for name in self.z:
+            self.z[name].copy_(state["z"][name])
+            self.u[name].copy_(state["u"][name])
+        self._set_targets()
+
+    def _set_targets(self) -> None:
+        """Z - U in the memory format of the weight, so that a training step does one subtraction per layer."""
+        import torch
+
+        self._targets = {
+            name: torch.empty_like(weight).copy_(self.z[name] - self.u[name]).detach()
+            for name, weight in self._weights.items()
+        }
+
+
+def _plain(weight: torch.Tensor) -> torch.Tensor:
+    """The weight without its graph, contiguous (a channels_last weight is copied)."""
+    return weight.detach().contiguous()
+
+
+def _without_elements(layer: LayerPlan, constraint: Constraint) -> LayerPlan:
+    """Single zeros inside kept filters and columns (exact zeros happen) are no constraint of a structured plan."""
+    if constraint.structure == "element" or layer.elements is None:
+        return layer
+    return LayerPlan(layer.shape, layer.filters, layer.columns, None, layer.groups)
+
+
+def _keep_form(structure: str) -> str:
+    return "a pair of ints (filters, columns)" if structure == "filter+column" else "an int"

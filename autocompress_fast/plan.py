@@ -1,0 +1,385 @@
+"""Plans: what is kept of every layer, as kept filters, columns and single weights, and as 0/1 masks on a model."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autocompress_fast._files import write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+    from autocompress_fast.graph import Report
+
+__all__ = ["LayerPlan", "Plan", "mask"]
+
+BoolArray = npt.NDArray[np.bool_]
+
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """What is kept of one layer's weight, seen as the GEMM matrix P x K (K = C/groups * KH * KW).
+
+    A weight is kept where its filter, its column and its element are.
+
+    Args:
+        shape: of the weight: (P, C/groups, ...).
+        filters: (P,) bool.
+        columns: (groups * K,) bool; the i-th block of K belongs to the i-th block of P / groups filters.
+        elements: bool of `shape` for irregular pruning, None when every weight of kept filters and columns is kept.
+        groups: of a grouped convolution.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+
+    shape: tuple[int, ...]
+    filters: BoolArray
+    columns: BoolArray
+    elements: BoolArray | None = None
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        shape = tuple(int(n) for n in self.shape)
+        if len(shape) < 2 or min(shape) < 1:
+            raise ValueError(f"a weight has at least 2 dimensions of size 1 or more, got shape {shape}")
+        if self.groups < 1 or shape[0] % self.groups:
+            raise ValueError(f"groups must divide the {shape[0]} filters, got {self.groups}")
+        width = int(np.prod(shape[1:]))
+        expected = {"filters": (shape[0],), "columns": (self.groups * width,), "elements": shape}
+        object.__setattr__(self, "shape", shape)
+        for field, size in expected.items():
+            value = getattr(self, field)
+            if value is None and field == "elements":
+                continue
+            array = np.array(value, dtype=bool)  # a copy: plans do not change under their owner's hands
+            if array.shape != size:
+                raise ValueError(f"{field} of a weight {shape} must have shape {size}, got {array.shape}")
+            array.setflags(write=False)
+            object.__setattr__(self, field, array)
+
+    @classmethod
+    def dense(cls, shape: tuple[int, ...], groups: int = 1) -> LayerPlan:
+        """The plan that keeps everything."""
+        width = int(np.prod(shape[1:]))
+        return cls(shape, np.ones(shape[0], bool), np.ones(groups * width, bool), None, groups)
+
+    @classmethod
+    def from_mask(cls, mask: npt.ArrayLike, groups: int = 1) -> LayerPlan:
+        """The plan of a 0/1 mask of the weight's shape: filters and columns without any kept weight are dropped."""
+        kept = np.asarray(mask) != 0
+        if kept.ndim < 2 or kept.size == 0 or groups < 1 or kept.shape[0] % groups:
+            raise ValueError(f"a mask must have at least 2 dimensions and {groups} groups, got shape {kept.shape}")
+        blocks = kept.reshape(groups, kept.shape[0] // groups, -1)
+        plan = cls(kept.shape, blocks.any(axis=2).ravel(), blocks.any(axis=1).ravel(), None, groups)
+        return plan if np.array_equal(plan.mask(), kept) else replace(plan, elements=kept)
+
+    def mask(self) -> BoolArray:
+        """True where a weight is kept, in the weight's shape."""
+        rows = self.filters.reshape(self.groups, -1, 1)
+        columns = self.columns.reshape(self.groups, 1, -1)
+        kept = (rows & columns).reshape(self.shape)
+        return kept if self.elements is None else kept & self.elements
+
+    @property
+    def weights(self) -> int:
+        """Number of weights kept."""
+        if self.elements is not None:
+            return int(self.mask().sum())
+        rows = self.filters.reshape(self.groups, -1).sum(axis=1)
+        return int((rows * self.columns.reshape(self.groups, -1).sum(axis=1)).sum())
+
+    @property
+    def dense_weights(self) -> int:
+        """Number of weights there were."""
+        return int(np.prod(self.shape))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LayerPlan):
+            return NotImplemented
+        return self.shape == other.shape and self.groups == other.groups and np.array_equal(self.mask(), other.mask())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        kind = "" if self.elements is None else ", irregular"
+        return (
+            f"LayerPlan({self.shape}: {int(self.filters.sum())} filters, {int(self.columns.sum())} columns{kind}, "
+            f"{self.weights} of {self.dense_weights} weights)"
+        )
+
+
+class Plan(Mapping[str, LayerPlan]):
+    """What is kept, per layer; a read-only mapping from the layer's module path to its `LayerPlan`.
+
+    Layers that the plan does not name are kept whole. A dropped filter takes its bias and the affine parameters of the
+    batch normalisation behind it along: it puts out nothing.
+
+    Example:
+        >>> import numpy as np
+        >>> plan = Plan.from_masks({"conv1": np.array([[1, 0, 1], [0, 0, 0]])})
+        >>> plan["conv1"].filters.tolist(), plan["conv1"].columns.tolist(), plan.weights
+        ([True, False], [True, False, True], 2)
+    """
+
+    def __init__(self, layers: Mapping[str, LayerPlan]) -> None:
+        for name, layer in layers.items():
+            if not isinstance(name, str) or not isinstance(layer, LayerPlan):
+                raise TypeError(f"a plan maps layer names to LayerPlan, got {name!r}: {type(layer).__name__}")
+        self._layers = dict(layers)
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __eq__(self, other: object) -> bool:
+        return self._layers == other._layers if isinstance(other, Plan) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return "Plan(\n" + "".join(f"  {name}: {layer!r}\n" for name, layer in self.items()) + ")"
+
+    @property
+    def weights(self) -> int:
+        """Number of weights kept in the layers that the plan names."""
+        return sum(layer.weights for layer in self.values())
+
+    @property
+    def dense_weights(self) -> int:
+        """Number of weights there were in the layers that the plan names."""
+        return sum(layer.dense_weights for layer in self.values())
+
+    @classmethod
+    def dense(cls, report: Report) -> Plan:
+        """The plan that keeps everything of the layers of `report`."""
+        return cls({layer.name: LayerPlan.dense(layer.shape, layer.groups) for layer in report.layers})
+
+    @classmethod
+    def uniform(cls, report: Report, *, filters: float = 0.0, columns: float = 0.0) -> Plan:
+        """The same share of filters and columns removed from every layer that allows it, the smallest norms first.
+
+        Args:
+            report: of `acf.inspect`.
+            filters, columns: shares removed, 0 <= share < 1; at least one filter and one column stay.
+
+        Raises:
+            ValueError: a share outside of the range.
+        """
+        from autocompress_fast import ops
+
+        for name, share in (("filters", filters), ("columns", columns)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} is the share removed, 0 <= share < 1, got {share}")
+        layers: dict[str, LayerPlan] = {}
+        for layer in report.layers:
+            weight = report.weight(layer.name)
+            rows, width = layer.shape[0], layer.groups * int(np.prod(layer.shape[1:]))
+            kept_rows = max(1, round(rows * (1 - filters))) if layer.filters_prunable else rows
+            kept_columns = max(1, round(width * (1 - columns))) if layer.columns_prunable else width
+            if layer.groups == 1:
+                kept = ops.project_filters_and_columns(weight, filters=kept_rows, columns=kept_columns)
+            else:
+                kept = ops.project(weight, "column", keep=kept_columns, groups=layer.groups)
+            plan = LayerPlan.from_mask(kept != 0, layer.groups)
+            layers[layer.name] = replace(plan, elements=None)
+        return cls(layers)
+
+    @classmethod
+    def from_masks(cls, masks: Mapping[str, Any], *, groups: Mapping[str, int] | None = None) -> Plan:
+        """The plan of 0/1 masks (numpy or torch) in the shapes of the layers' weights; `groups` of grouped layers."""
+        arrays = {name: np.asarray(m.detach().cpu() if hasattr(m, "detach") else m) for name, m in masks.items()}
+        return cls({name: LayerPlan.from_mask(m, (groups or {}).get(name, 1)) for name, m in arrays.items()})
+
+    def masks(self) -> dict[str, BoolArray]:
+        """True where a weight is kept, per layer, in the weights' shapes."""
+        return {name: layer.mask() for name, layer in self.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON: kept filters and columns as indices, elements as packed bits in base64."""
+        layers = {name: _to_json(layer) for name, layer in self.items()}
+        text = json.dumps({"autocompress_fast.plan": _FORMAT_VERSION, "layers": layers}, indent=1)
+        write_atomically(path, text.encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ValueError: the file is no plan; the message names the file and the fault.
+        """
+        try:
+            content = json.loads(Path(path).read_bytes())
+            if not isinstance(content, dict) or content.get("autocompress_fast.plan") != _FORMAT_VERSION:
+                raise ValueError(f'expected "autocompress_fast.plan": {_FORMAT_VERSION} at the top level')
+            return cls({name: _from_json(name, layer) for name, layer in content["layers"].items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a plan: {error}") from error
+
+
+def mask(model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
+    """A copy of `model`, same shapes, with zeros where `plan` keeps nothing.
+
+    A dropped filter also loses its bias. The parameters of batch normalisations stay: `compact` accounts for them.
+
+    Raises:
+        ValueError: the plan names a layer that the model does not have, or has in another shape.
+    """
+    import copy
+
+    check_fits(model, plan)
+    masked = copy.deepcopy(model)
+    apply_masks(masked, plan)
+    return masked
+
+
+def check_fits(model: torch.nn.Module, plan: Plan) -> None:
+    """Raise ValueError unless every layer of `plan` is a layer of `model` with a weight of that shape."""
+    modules = dict(model.named_modules())
+    for name, layer in plan.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None:
+            raise ValueError(f"the plan names {name!r}, which is no layer with a weight; layers: {_weighted(modules)}")
+        if tuple(weight.shape) != layer.shape:
+            raise ValueError(f"the plan of {name!r} is for a weight {layer.shape}, the model's has {tuple(weight.shape)}")
+
+
+def apply_masks(model: torch.nn.Module, plan: Plan) -> None:
+    """Zero, in place, the weights that `plan` drops and the biases of dropped filters."""
+    import torch
+
+    with torch.no_grad():
+        for name, layer in plan.items():
+            module = model.get_submodule(name)
+            for parameter, kept in _parameter_masks(module, layer):
+                parameter.masked_fill_(~kept, 0)
+
+
+class MaskedParameters:
+    """Keeps the dropped weights of a model at zero while any optimizer trains it.
+
+    The dropped weights get no gradient, and after every step they are set to zero again, whatever weight decay or
+    momentum from before did to them. Use as a context, or call `remove` when done.
+
+    Args:
+        model: trained in place by the caller's loop.
+        plan: what is kept.
+        optimizer: the optimizer that trains the model.
+    """
+
+    def __init__(self, model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
+        import torch
+
+        check_fits(model, plan)
+        apply_masks(model, plan)
+        pairs = [
+            (parameter, kept)
+            for name, layer in plan.items()
+            for parameter, kept in _parameter_masks(model.get_submodule(name), layer)
+            if not bool(kept.all())
+        ]
+        self._parameters = [parameter for parameter, _ in pairs]
+        self._factors = [kept.to(parameter.dtype) for parameter, kept in pairs]
+        gradient = [
+            parameter.register_post_accumulate_grad_hook(_Multiply(factor))
+            for parameter, factor in zip(self._parameters, self._factors, strict=True)
+        ]
+
+        def zero_again(*_: object) -> None:
+            if self._parameters:
+                with torch.no_grad():
+                    torch._foreach_mul_(self._parameters, self._factors)
+
+        self._handles = [*gradient, optimizer.register_step_post_hook(zero_again)]
+
+    def remove(self) -> None:
+        """Detach from model and optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> MaskedParameters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class _Multiply:
+    """Gradient hook: gradient times mask."""
+
+    def __init__(self, factor: torch.Tensor) -> None:
+        self.factor = factor
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            parameter.grad.mul_(self.factor)
+
+
+def _parameter_masks(module: torch.nn.Module, layer: LayerPlan) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """(parameter, bool mask) for the weight and the bias of a layer."""
+    import torch
+
+    weight = module.weight
+    assert isinstance(weight, torch.nn.Parameter)
+    yield weight, torch.from_numpy(layer.mask()).to(weight.device)
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, torch.nn.Parameter):
+        yield bias, torch.from_numpy(layer.filters.copy()).to(bias.device)
+
+
+def _weighted(modules: Mapping[str, torch.nn.Module]) -> str:
+    names = [name for name, module in modules.items() if getattr(module, "weight", None) is not None]
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+
+
+def _to_json(layer: LayerPlan) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "shape": list(layer.shape),
+        "groups": layer.groups,
+        "filters": np.flatnonzero(layer.filters).tolist(),
+        "columns": np.flatnonzero(layer.columns).tolist(),
+    }
+    if layer.elements is not None:
+        content["elements"] = base64.b64encode(np.packbits(layer.elements).tobytes()).decode()
+    return content
+
+
+def _from_json(name: str, content: Mapping[str, Any]) -> LayerPlan:
+    shape = tuple(content["shape"])
+    if not shape or not all(isinstance(n, int) and 0 < n < 2**24 for n in shape):
+        raise ValueError(f"layer {name!r} has shape {shape}")
+    groups = content["groups"]
+    size = int(np.prod(shape, dtype=object))
+    if size > 2**34 or not isinstance(groups, int) or not 1 <= groups <= shape[0]:
+        raise ValueError(f"layer {name!r} has shape {shape} and groups {groups!r}")
+    sizes = {"filters": shape[0], "columns": groups * size // shape[0]}
+    kept = {}
+    for field, length in sizes.items():
+        index = content[field]
+        if not all(isinstance(i, int) and 0 <= i < length for i in index):
+            raise ValueError(f"{field} of layer {name!r} must be indices from 0 to {length - 1}")
+        kept[field] = np.zeros(length, bool)
+        kept[field][index] = True
+    elements = None
+    if "elements" in content:
+        bits = np.frombuffer(base64.b64decode(content["elements"], validate=True), np.uint8)
+        if len(bits) != (size + 7) // 8:
+            raise ValueError(f"elements of layer {name!r} must be {size} bits, got {len(bits)} bytes")
+        elements = np.unpackbits(bits, count=size).astype(bool).reshape(shape)
+    return LayerPlan(shape, kept["filters"], kept["columns"], elements, groups)
