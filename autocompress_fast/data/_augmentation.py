@@ -1,0 +1,93 @@
+"""Random changes of the training images, drawn and applied for a whole batch at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is varied in the training images; every image of a batch gets its own draw.
+
+    Args:
+        shift: largest shift in pixels, both ways, the border filled with zeros ("random crop with padding"): 4 is
+            usual for CIFAR.
+        flip: mirror left and right, half of the images.
+        rotation: largest angle, degrees.
+        scale: largest relative change of size; 0.1 draws factors from 0.9 to 1.1.
+
+    Raises:
+        ValueError, TypeError: a negative or non-numeric value, or scale >= 1.
+
+    Example:
+        >>> Augmentation(shift=4, flip=True)
+        Augmentation(shift=4, flip=True, rotation=0.0, scale=0.0)
+        >>> Augmentation(shift=-1)
+        Traceback (most recent call last):
+            ...
+        ValueError: shift must be 0 or more, got -1
+    """
+
+    shift: int = 0
+    flip: bool = False
+    rotation: float = 0.0
+    scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value: Any = getattr(self, field.name)
+            expected = field.type  # a string, since annotations are not evaluated here
+            fits = type(value) is int or (expected == "float" and type(value) is float)
+            if type(value) is not bool if expected == "bool" else not fits:
+                raise TypeError(f"{field.name} must be {expected}, got {value!r}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{field.name} must be 0 or more, got {value!r}")
+        if self.scale >= 1:
+            raise ValueError(f"scale must be less than 1, got {self.scale!r}")
+
+    def shift_and_flip(self, images: npt.NDArray[Any], rng: np.random.Generator) -> npt.NDArray[Any]:
+        """The part of the augmentation that moves whole pixels, on raw images (B, C, H, W) of any type."""
+        count, channels, height, width = images.shape
+        if self.shift:
+            margin = self.shift
+            padded = np.zeros((count, channels, height + 2 * margin, width + 2 * margin), images.dtype)
+            padded[:, :, margin : margin + height, margin : margin + width] = images
+            # A view of every window of every image; indexing it copies one window each, whole rows at a time, which is
+            # faster than gathering pixels one by one with torch.
+            windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+            top, left = rng.integers(0, 2 * margin + 1, (2, count))
+            images = windows.transpose(0, 2, 3, 1, 4, 5)[np.arange(count), top, left]
+        if self.flip:
+            mirrored = rng.random(count) < 0.5
+            images = images if self.shift else images.copy()
+            images[mirrored] = images[mirrored, :, :, ::-1]
+        return images
+
+    @property
+    def resamples(self) -> bool:
+        """Whether pixels are interpolated (rotation or scale)."""
+        return self.rotation > 0 or self.scale > 0
+
+    def rotate_and_scale(self, images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """The part of the augmentation that interpolates (bilinear, zeros outside), on float images (B, C, H, W)."""
+        import torch
+        import torch.nn.functional as F
+
+        count, _, height, width = images.shape
+        angle = np.deg2rad(rng.uniform(-self.rotation, self.rotation, count))
+        factor = rng.uniform(1 - self.scale, 1 + self.scale, count)
+        # affine_grid maps an output position to the input position it is read from, both in units of half the image:
+        # the inverse of "rotate by angle, enlarge by factor", with the ratio of the sides put back in.
+        cos, sin, ratio = np.cos(angle) / factor, np.sin(angle) / factor, height / width
+        zero = np.zeros(count)
+        theta = np.stack([cos, sin * ratio, zero, -sin / ratio, cos, zero], axis=1).reshape(count, 2, 3)
+        grid = F.affine_grid(torch.from_numpy(theta).to(images), list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
