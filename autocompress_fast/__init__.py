@@ -19,6 +19,8 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from autocompress_fast import data as data
+    from autocompress_fast import models as models
     from autocompress_fast.config import show_config as show_config
 
 __version__ = _core.__version__
@@ -27,10 +29,12 @@ __version__ = _core.__version__
 _LAZY = {
     "show_config": "config",
 }
-_SUBMODULES: tuple[str, ...] = ()
+_SUBMODULES: tuple[str, ...] = ("data", "models")
 
 __all__ = [
     "__version__",
+    "data",
+    "models",
     "show_config",
 ]
 
