@@ -38,6 +38,7 @@ class LayerPlan:
         columns: (groups * K,) bool; the i-th block of K belongs to the i-th block of P / groups filters.
         elements: bool of `shape` for irregular pruning, None when every weight of kept filters and columns is kept.
         groups: of a grouped convolution.
+        norms: module paths of the batch normalisations whose channels live and die with the filters.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -48,6 +49,7 @@ class LayerPlan:
     columns: BoolArray
     elements: BoolArray | None = None
     groups: int = 1
+    norms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(int(n) for n in self.shape)
@@ -58,6 +60,7 @@ class LayerPlan:
         width = int(np.prod(shape[1:]))
         expected = {"filters": (shape[0],), "columns": (self.groups * width,), "elements": shape}
         object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "norms", tuple(self.norms))
         for field, size in expected.items():
             value = getattr(self, field)
             if value is None and field == "elements":
@@ -168,7 +171,7 @@ class Plan(Mapping[str, LayerPlan]):
     @classmethod
     def dense(cls, report: Report) -> Plan:
         """The plan that keeps everything of the layers of `report`."""
-        return cls({layer.name: LayerPlan.dense(layer.shape, layer.groups) for layer in report.layers})
+        return cls({layer.name: LayerPlan.dense(layer.shape, layer.groups) for layer in report.layers}).tied(report)
 
     @classmethod
     def uniform(cls, report: Report, *, filters: float = 0.0, columns: float = 0.0) -> Plan:
@@ -198,7 +201,17 @@ class Plan(Mapping[str, LayerPlan]):
                 kept = ops.project(weight, "column", keep=kept_columns, groups=layer.groups)
             plan = LayerPlan.from_mask(kept != 0, layer.groups)
             layers[layer.name] = replace(plan, elements=None)
-        return cls(layers)
+        return cls(layers).tied(report)
+
+    def tied(self, report: Report) -> Plan:
+        """The same plan with the normalisations that `report` finds behind each layer tied to its filters."""
+        links = {layer.name: layer.link for layer in report.layers}
+        return Plan(
+            {
+                name: replace(layer, norms=link.norms) if (link := links.get(name)) is not None else layer
+                for name, layer in self.items()
+            }
+        )
 
     @classmethod
     def from_masks(cls, masks: Mapping[str, Any], *, groups: Mapping[str, int] | None = None) -> Plan:
@@ -235,7 +248,7 @@ class Plan(Mapping[str, LayerPlan]):
 def mask(model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
     """A copy of `model`, same shapes, with zeros where `plan` keeps nothing.
 
-    A dropped filter also loses its bias. The parameters of batch normalisations stay: `compact` accounts for them.
+    A dropped filter also loses its bias and its scale and shift in the normalisations that the plan ties to it.
 
     Raises:
         ValueError: the plan names a layer that the model does not have, or has in another shape.
@@ -257,6 +270,10 @@ def check_fits(model: torch.nn.Module, plan: Plan) -> None:
             raise ValueError(f"the plan names {name!r}, which is no layer with a weight; layers: {_weighted(modules)}")
         if tuple(weight.shape) != layer.shape:
             raise ValueError(f"the plan of {name!r} is for a weight {layer.shape}, the model's has {tuple(weight.shape)}")
+        for norm in layer.norms:
+            size = getattr(getattr(modules.get(norm), "running_mean", None), "shape", None)
+            if size != (layer.shape[0],):
+                raise ValueError(f"the plan ties {name!r} to {norm!r}, no normalisation of {layer.shape[0]} channels")
 
 
 def apply_masks(model: torch.nn.Module, plan: Plan) -> None:
@@ -265,8 +282,7 @@ def apply_masks(model: torch.nn.Module, plan: Plan) -> None:
 
     with torch.no_grad():
         for name, layer in plan.items():
-            module = model.get_submodule(name)
-            for parameter, kept in _parameter_masks(module, layer):
+            for parameter, kept in _parameter_masks(model, name, layer):
                 parameter.masked_fill_(~kept, 0)
 
 
@@ -290,7 +306,7 @@ class MaskedParameters:
         pairs = [
             (parameter, kept)
             for name, layer in plan.items()
-            for parameter, kept in _parameter_masks(model.get_submodule(name), layer)
+            for parameter, kept in _parameter_masks(model, name, layer)
             if not bool(kept.all())
         ]
         self._parameters = [parameter for parameter, _ in pairs]
@@ -331,16 +347,20 @@ class _Multiply:
             parameter.grad.mul_(self.factor)
 
 
-def _parameter_masks(module: torch.nn.Module, layer: LayerPlan) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """(parameter, bool mask) for the weight and the bias of a layer."""
+def _parameter_masks(
+    model: torch.nn.Module, name: str, layer: LayerPlan
+) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """(parameter, bool mask) for a layer's weight, and for everything that lives and dies with its filters."""
     import torch
 
+    module = model.get_submodule(name)
     weight = module.weight
     assert isinstance(weight, torch.nn.Parameter)
     yield weight, torch.from_numpy(layer.mask()).to(weight.device)
-    bias = getattr(module, "bias", None)
-    if isinstance(bias, torch.nn.Parameter):
-        yield bias, torch.from_numpy(layer.filters.copy()).to(bias.device)
+    norms = [model.get_submodule(norm) for norm in layer.norms]
+    for tied in (getattr(module, "bias", None), *(getattr(n, part) for n in norms for part in ("weight", "bias"))):
+        if isinstance(tied, torch.nn.Parameter):
+            yield tied, torch.from_numpy(layer.filters.copy()).to(tied.device)
 
 
 def _weighted(modules: Mapping[str, torch.nn.Module]) -> str:
@@ -354,6 +374,7 @@ def _to_json(layer: LayerPlan) -> dict[str, Any]:
         "groups": layer.groups,
         "filters": np.flatnonzero(layer.filters).tolist(),
         "columns": np.flatnonzero(layer.columns).tolist(),
+        "norms": list(layer.norms),
     }
     if layer.elements is not None:
         content["elements"] = base64.b64encode(np.packbits(layer.elements).tobytes()).decode()
@@ -382,4 +403,4 @@ def _from_json(name: str, content: Mapping[str, Any]) -> LayerPlan:
         if len(bits) != (size + 7) // 8:
             raise ValueError(f"elements of layer {name!r} must be {size} bits, got {len(bits)} bytes")
         elements = np.unpackbits(bits, count=size).astype(bool).reshape(shape)
-    return LayerPlan(shape, kept["filters"], kept["columns"], elements, groups)
+    return LayerPlan(shape, kept["filters"], kept["columns"], elements, groups, tuple(map(str, content["norms"])))

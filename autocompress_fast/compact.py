@@ -1,0 +1,366 @@
+"""Compaction: the masked network made physically small, computing the same.
+
+Dropped filters are cut out of their layer, of the normalisation behind it and of the layer that reads them. A layer that
+keeps only some of its columns becomes a `ColumnConv2d` or `ColumnLinear`: the weights that are left and their index.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autocompress_fast.graph import Layer, Report, inspect
+from autocompress_fast.plan import LayerPlan, Plan, mask
+from autocompress_fast.purify import unused_paths
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    IntArray = npt.NDArray[np.intp]
+
+__all__ = ["ColumnConv2d", "ColumnLinear", "Compacted", "Kept", "compact"]
+
+_FLOAT32_TOLERANCE, _FLOAT64_TOLERANCE = 1e-4, 1e-10  # relative to the largest output
+
+
+class ColumnConv2d(nn.Module):
+    """A convolution of which only some columns (c, kh, kw) are left; trainable, plain torch.
+
+    Args:
+        weight: (P, columns left), the compact weight.
+        index: (columns left,), where they lie in C * KH * KW.
+        bias: (P,) or None.
+        channels, kernel_size, stride, padding, dilation: of the convolution it stands for.
+    """
+
+    index: torch.Tensor
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        index: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        channels: int,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] | str = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+    ) -> None:
+        super().__init__()
+        width = channels * kernel_size[0] * kernel_size[1]
+        _check_columns(weight, index, bias, width)
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_buffer("index", index)
+        self.channels, self.kernel_size = channels, kernel_size
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+
+    def dense_weight(self) -> torch.Tensor:
+        """The weight with zeros in the dropped columns, (P, C, KH, KW)."""
+        filters = self.weight.shape[0]
+        width = self.channels * self.kernel_size[0] * self.kernel_size[1]
+        dense = self.weight.new_zeros(filters, width).index_copy(1, self.index, self.weight)
+        return dense.reshape(filters, self.channels, *self.kernel_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        width = self.channels * self.kernel_size[0] * self.kernel_size[1]
+        return f"{self.channels} -> {self.weight.shape[0]}, {self.kernel_size}, {len(self.index)} of {width} columns"
+
+
+class ColumnLinear(nn.Module):
+    """A linear layer that reads only some of its inputs; trainable, plain torch.
+
+    Args:
+        weight: (P, inputs left); index: (inputs left,), which; bias: (P,) or None; features: number of all inputs.
+    """
+
+    index: torch.Tensor
+
+    def __init__(
+        self, weight: torch.Tensor, index: torch.Tensor, bias: torch.Tensor | None, *, features: int
+    ) -> None:
+        super().__init__()
+        _check_columns(weight, index, bias, features)
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_buffer("index", index)
+        self.features = features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.index_select(-1, self.index), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return f"{self.features} -> {self.weight.shape[0]}, {len(self.index)} inputs read"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which filters and columns of a layer's weight before compaction its weight after it holds, in order."""
+
+    filters: IntArray
+    columns: IntArray
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """A physically smaller network.
+
+    Attributes:
+        model: a smaller copy; the user's class with smaller layers in it.
+        plan: what is kept of the smaller layers (columns or single weights that are masked in them, if any).
+        kept: per layer, where the weights of the smaller model were.
+        max_difference: largest difference of any output to the masked model's, relative to the largest output.
+    """
+
+    model: nn.Module
+    plan: Plan
+    kept: dict[str, Kept]
+    max_difference: float
+
+    def original(self, plan: Plan, shapes: dict[str, LayerPlan]) -> Plan:
+        """A plan for the smaller model as one for the model before; `shapes` gives the layers of that one."""
+        layers = {}
+        for name, layer in plan.items():
+            whole, kept = shapes[name], self.kept[name]
+            mask_before = np.zeros((whole.shape[0], int(np.prod(whole.shape[1:]))), bool)
+            mask_before[np.ix_(kept.filters, kept.columns)] = layer.mask().reshape(layer.shape[0], -1)
+            layers[name] = LayerPlan.from_mask(mask_before.reshape(whole.shape), whole.groups)
+        return Plan({name: replace(layer, norms=shapes[name].norms) for name, layer in layers.items()})
+
+
+def compact(
+    model: nn.Module,
+    plan: Plan,
+    example_input: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    columns: bool = True,
+) -> Compacted:
+    """Cut out of a copy of `model` what `plan` drops, and everything that is dead then; check that it computes the same.
+
+    A dropped filter that puts out a constant (through a shift or an activation) has it folded into the bias of the
+    layer that reads it; where zero padding makes that inexact, the filter stays.
+
+    Args:
+        model: any model; it is not changed.
+        plan: what is kept, in the shapes of `model`.
+        example_input: a tensor, or a tuple of tensors, that the model takes.
+        columns: also cut out dropped columns (`ColumnConv2d`, `ColumnLinear`); if not, they stay as zeros and as masks
+            in the returned plan, which suits further training.
+
+    Raises:
+        ValueError: the plan does not fit the model, or leaves nothing of a layer.
+        AssertionError: masked and compacted network differ; nothing is returned.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> x = torch.randn(2, 1, 8, 8)
+        >>> small = compact(model, Plan.uniform(inspect(model, x), filters=0.75), x)
+        >>> small.model[0].weight.shape, small.model[3].weight.shape, small.max_difference < 1e-5
+        (torch.Size([2, 1, 3, 3]), torch.Size([2, 72]), True)
+    """
+    inputs = (example_input,) if isinstance(example_input, torch.Tensor) else tuple(example_input)
+    masked = mask(model, plan).eval()
+    report = inspect(masked, inputs)
+    # In float64 first: there the two must agree to rounding, whatever constants were folded into float32 biases.
+    _cut(copy.deepcopy(masked).double(), plan, report, _cast(inputs, torch.float64), columns, _FLOAT64_TOLERANCE)
+    small, alive, kept, difference = _cut(masked, plan, report, inputs, columns, _FLOAT32_TOLERANCE)
+    for name, module in small.named_modules():
+        module.training = model.get_submodule(name).training
+    return Compacted(small, _remaining(alive, kept, report), kept, difference)
+
+
+def _cut(
+    masked: nn.Module, plan: Plan, report: Report, inputs: tuple[torch.Tensor, ...], columns: bool, tolerance: float
+) -> tuple[nn.Module, Plan, dict[str, Kept], float]:
+    """The smaller network, the plan that was cut, where its weights were, and its largest relative difference."""
+    small = copy.deepcopy(masked)
+    alive = unused_paths(_fold_constants(small, plan.tied(report), report, inputs), report)
+    kept = {}
+    for layer in report.layers:
+        rows = np.flatnonzero(alive[layer.name].filters) if layer.link is not None else np.arange(layer.shape[0])
+        read = _read_columns(layer, alive, report)
+        cut = columns and layer.columns_prunable and _cuts_columns(small.get_submodule(layer.name))
+        kept[layer.name] = Kept(rows, np.flatnonzero(alive[layer.name].columns) if cut else read)
+        _shrink(small, layer, kept[layer.name], read)
+    return small, alive, kept, _check_same(masked, small, inputs, tolerance)
+
+
+def _fold_constants(model: nn.Module, plan: Plan, report: Report, inputs: tuple[torch.Tensor, ...]) -> Plan:
+    """Fold what dropped filters put out into the bias of the layer that reads it, in place; return the plan to cut.
+
+    What arrives at the reader is measured: an empty filter puts out the same number everywhere, for every input. Where
+    it does not (an average pooling that counts its padding) or where the reader pads with zeros, the filter is kept.
+    """
+    layers = dict(plan)
+    for producer in report.layers:
+        if producer.link is None or producer.name not in layers or layers[producer.name].filters.all():
+            continue
+        reader, consumer = model.get_submodule(producer.link.consumer), report[producer.link.consumer]
+        arriving = _input_of(model, reader, inputs)
+        values = arriving.reshape(len(arriving), producer.shape[0], -1)
+        low, high = values.amin(dim=(0, 2)), values.amax(dim=(0, 2))
+        dropped = torch.from_numpy(~layers[producer.name].filters)
+        exact = (low == high) & ((low == 0) | torch.tensor(not _pads(reader)))
+        if bool((dropped & ~exact).any()):
+            stays = layers[producer.name].filters | (dropped & ~exact).numpy()
+            layers[producer.name] = replace(layers[producer.name], filters=stays)
+        constant = torch.where(dropped & exact, low, 0.0)
+        if bool((constant != 0).any()):
+            weight = _tensor(reader, "weight")
+            columns = weight.detach().double().reshape(consumer.shape[0], producer.shape[0], -1).sum(dim=2)
+            _add_to_bias(reader, columns @ constant.double())
+    return Plan(layers)
+
+
+def _input_of(model: nn.Module, reader: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """What `reader` gets when the model runs on `inputs`."""
+    seen: list[torch.Tensor] = []
+    handle = reader.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _pads(module: nn.Module) -> bool:
+    padding = getattr(module, "padding", 0)
+    return padding not in (0, "valid") and any(p != 0 for p in (padding if isinstance(padding, tuple) else (1,)))
+
+
+def _add_to_bias(module: nn.Module, shift: torch.Tensor) -> None:
+    weight, bias = _tensor(module, "weight"), getattr(module, "bias", None)
+    old = 0.0 if bias is None else bias.detach().double()
+    module.bias = nn.Parameter((old + shift).to(weight.dtype))
+
+
+def _read_columns(layer: Layer, alive: Plan, report: Report) -> IntArray:
+    """The columns of the layer's weight whose input still exists: those of the producer's filters that are left."""
+    producer = report.producer(layer.name)
+    channels = np.ones(1, bool) if producer is None else alive[producer.name].filters
+    return np.flatnonzero(np.repeat(channels, layer.columns // channels.size))
+
+
+def _shrink(model: nn.Module, layer: Layer, kept: Kept, read: IntArray) -> None:
+    """Make the layer, and the normalisations behind it, smaller in place; `read` are the columns that still get input."""
+    module = model.get_submodule(layer.name)
+    if len(kept.filters) == layer.shape[0] and len(kept.columns) == layer.columns:
+        return
+    filters, columns = torch.from_numpy(kept.filters), torch.from_numpy(kept.columns)
+    weight, bias = _tensor(module, "weight"), getattr(module, "bias", None)
+    small = weight.reshape(layer.shape[0], -1)[filters][:, columns].clone()
+    small_bias = None if bias is None else bias.detach()[filters].clone()
+    index = torch.from_numpy(np.searchsorted(read, kept.columns))
+    if len(kept.columns) == len(read):
+        kernel = layer.shape[2:]
+        module.weight = nn.Parameter(small.reshape(len(filters), -1, *kernel) if kernel else small)
+        module.bias = None if small_bias is None else nn.Parameter(small_bias)
+        inputs, outputs = ("in_features", "out_features") if layer.kind == "linear" else ("in_channels", "out_channels")
+        setattr(module, inputs, module.weight.shape[1])
+        setattr(module, outputs, len(filters))
+    elif isinstance(module, nn.Conv2d):
+        replacement = ColumnConv2d(
+            small,
+            index,
+            small_bias,
+            channels=len(read) // int(np.prod(layer.shape[2:])),
+            kernel_size=_pair(module.kernel_size),
+            stride=_pair(module.stride),
+            padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
+            dilation=_pair(module.dilation),
+        )
+        model.set_submodule(layer.name, replacement)
+    else:
+        model.set_submodule(layer.name, ColumnLinear(small, index, small_bias, features=len(read)))
+    for norm in layer.link.norms if layer.link is not None else ():
+        _shrink_norm(model.get_submodule(norm), filters)
+
+
+def _shrink_norm(norm: nn.Module, filters: torch.Tensor) -> None:
+    for name, parameter in list(norm.named_parameters(recurse=False)):
+        setattr(norm, name, nn.Parameter(parameter.detach()[filters].clone()))
+    for name in ("running_mean", "running_var"):
+        setattr(norm, name, _tensor(norm, name)[filters].clone())
+    norm.num_features = len(filters)
+
+
+def _cuts_columns(module: nn.Module) -> bool:
+    """Whether a layer of this kind can lose single columns: exactly the classes that the column modules stand for."""
+    return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.padding_mode == "zeros")
+
+
+def _remaining(alive: Plan, kept: dict[str, Kept], report: Report) -> Plan:
+    """What is kept of the smaller layers: the masks that could not be cut out physically."""
+    layers = {}
+    for layer in report.layers:
+        rows, columns = kept[layer.name].filters, kept[layer.name].columns
+        inside = alive[layer.name].mask().reshape(layer.shape[0], -1)[np.ix_(rows, columns)]
+        if layer.groups > 1 or len(columns) % int(np.prod(layer.shape[2:])) == 0:
+            inside = inside.reshape(len(rows), -1, *layer.shape[2:])
+        layers[layer.name] = replace(LayerPlan.from_mask(inside, layer.groups), norms=alive[layer.name].norms)
+    return Plan(layers)
+
+
+def _check_same(masked: nn.Module, small: nn.Module, inputs: tuple[torch.Tensor, ...], tolerance: float) -> float:
+    """Compare the outputs, in eval mode, on the example and on random inputs."""
+    generator = torch.Generator().manual_seed(0)
+    random = tuple(torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in inputs)
+    worst = 0.0
+    for arguments in (inputs, random):
+        with torch.no_grad():
+            expected, got = _flat(masked(*arguments)), _flat(small(*arguments))
+        scale = float(expected.abs().max()) or 1.0
+        difference = float((expected - got).abs().max()) / scale
+        if not difference <= tolerance:
+            raise AssertionError(
+                f"the compacted network differs from the masked one by {difference:.3g} of the largest output "
+                f"({str(expected.dtype).removeprefix('torch.')}, allowed {tolerance:g}); nothing is returned"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _cast(inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+
+
+def _flat(outputs: object) -> torch.Tensor:
+    if isinstance(outputs, torch.Tensor):
+        return outputs.flatten()
+    parts = outputs.values() if isinstance(outputs, dict) else outputs
+    assert isinstance(parts, Iterable)
+    return torch.cat([_flat(part) for part in parts])
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+    value = getattr(module, name)
+    assert isinstance(value, torch.Tensor)
+    return value.detach()
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _check_columns(weight: torch.Tensor, index: torch.Tensor, bias: torch.Tensor | None, width: int) -> None:
+    if weight.ndim != 2 or index.shape != (weight.shape[1],) or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = [None if x is None else tuple(x.shape) for x in (weight, index, bias)]
+        raise ValueError(f"weight must be (P, K), index (K,) and bias (P,), got {shapes}")
+    if index.dtype != torch.int64 or (index < 0).any() or (index >= width).any() or (index.diff() <= 0).any():
+        raise ValueError(f"index must be rising int64 from 0 to {width - 1}, got {index.tolist()[:8]} ...")
