@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["create", "input_shape", "names"]
+    from autocompress_fast.models.pretrained import Loaded, load_pretrained
+
+__all__ = ["Loaded", "create", "input_shape", "load_pretrained", "names"]
 
 
 @dataclass(frozen=True)
 class _Entry:
-    factory: str  # "module.function or class" below this package
+    factory: str  # "module.class" of this package
     input_shape: tuple[int, int, int]
     classes: int
-    fixed: tuple[tuple[str, Any], ...] = ()
-
-    def load(self) -> Callable[..., nn.Module]:
-        module, _, name = self.factory.partition(".")
-        factory = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-        return functools.partial(factory, **dict(self.fixed))
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # arguments that the name decides
 
 
+_CIFAR, _IMAGENET = (3, 32, 32), (3, 224, 224)
 _MODELS = {
     "lenet5": _Entry("lenet.LeNet5", (1, 28, 28), 10),
-    "lenet_digits": _Entry("lenet.DigitsNet", (1, 8, 8), 10),
     "lenet300": _Entry("lenet.LeNet300", (1, 28, 28), 10),
+    "lenet_digits": _Entry("lenet.DigitsNet", (1, 8, 8), 10),
+    "vgg16": _Entry("vgg.VGG16", _CIFAR, 10),
+    "resnet18": _Entry("resnet.ResNet", _CIFAR, 10, {"depth": 18, "stem": "cifar"}),
+    **{f"resnet{n}": _Entry("resnet.CifarResNet", _CIFAR, 10, {"depth": n}) for n in (20, 32, 44, 56, 110)},
+    "mobilenet_v2": _Entry("mobilenet.MobileNetV2", _CIFAR, 10, {"stem": "cifar"}),
+    "alexnet": _Entry("vgg.AlexNet", _IMAGENET, 1000),
+    "vgg16_imagenet": _Entry("vgg.VGG16ImageNet", _IMAGENET, 1000),
+    "resnet18_imagenet": _Entry("resnet.ResNet", _IMAGENET, 1000, {"depth": 18, "stem": "imagenet"}),
+    "resnet50": _Entry("resnet.ResNet", _IMAGENET, 1000, {"depth": 50, "stem": "imagenet"}),
+    "mobilenet_v2_imagenet": _Entry("mobilenet.MobileNetV2", _IMAGENET, 1000, {"stem": "imagenet"}),
 }
 
 
@@ -86,12 +92,25 @@ def create(name: str, *, classes: int | None = None, in_channels: int | None = N
             raise TypeError(f"{what} must be an int, got {value!r}")
         if value < 1:
             raise ValueError(f"{what} must be 1 or more, got {value}")
-    factory = entry.load()
-    known = [key for key in inspect.signature(factory).parameters if key not in (*sizes, *dict(entry.fixed))]
+    factory = _resolve(entry.factory)
+    known = [key for key in inspect.signature(factory).parameters if key not in {*sizes, *entry.fixed}]
     for option in options:
         if option not in known:
             raise TypeError(f"{name} has no option {option!r}; it has {', '.join(known) or 'none'}")
-    return factory(**sizes, **options)
+    model: nn.Module = factory(**sizes, **entry.fixed, **options)
+    return model
+
+
+def __getattr__(name: str) -> object:
+    if name not in ("Loaded", "load_pretrained"):
+        raise AttributeError(f"module 'autocompress_fast.models' has no attribute {name!r}")
+    return _resolve(f"pretrained.{name}")
+
+
+def _resolve(path: str) -> Any:
+    """Import "module.name" of this package, and torch with it."""
+    module, _, name = path.partition(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
 def _entry(name: str) -> _Entry:
