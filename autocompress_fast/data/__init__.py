@@ -5,8 +5,11 @@ Reading needs numpy alone (image folders Pillow, `digits` scikit-learn); only ba
 
 from autocompress_fast.data._augmentation import Augmentation
 from autocompress_fast.data._batches import Batches, BatchLoader, UserBatches, batches
+from autocompress_fast.data._cifar import load_cifar10, load_cifar100
 from autocompress_fast.data._dataset import DataError, Dataset, Splits, from_arrays, split
 from autocompress_fast.data._digits import digits
+from autocompress_fast.data._folder import load_folder
+from autocompress_fast.data._load import load
 from autocompress_fast.data._mnist import load_fashion_mnist, load_mnist
 
 __all__ = [
@@ -20,7 +23,11 @@ __all__ = [
     "batches",
     "digits",
     "from_arrays",
+    "load",
+    "load_cifar10",
+    "load_cifar100",
     "load_fashion_mnist",
+    "load_folder",
     "load_mnist",
     "split",
 ]
