@@ -114,6 +114,8 @@ class ADMM:
         model: trained in place by the caller; only `finish` changes it.
         constraints: per layer (module path) what may stay non-zero.
         rho: strength of the penalty over the updates; a number for a constant one.
+        links: layer -> the layer whose filters are its channels (`Report.links`). A dropped filter leaves a channel
+            that carries nothing; columns are then kept on living channels alone. Layers in execution order.
 
     Raises:
         ValueError: no constraint, an unknown layer, counts that do not fit its weight, NaN or infinity in a weight.
@@ -143,6 +145,7 @@ class ADMM:
         constraints: Mapping[str, Constraint],
         *,
         rho: RhoSchedule | float | None = None,
+        links: Mapping[str, str] | None = None,
     ) -> None:
         import torch
 
@@ -161,12 +164,9 @@ class ADMM:
             if not isinstance(weight, torch.nn.Parameter) or weight.ndim < 2:
                 raise ValueError(f"constraints names {name!r}, which is no layer of the model with a weight matrix")
             self._weights[name] = weight
+        self.links = {c: p for c, p in (links or {}).items() if c in self.constraints and p in self.constraints}
         self.z: dict[str, torch.Tensor] = {}
-        for name, constraint in self.constraints.items():
-            try:
-                self.z[name] = constraint.project(_plain(self._weights[name]))
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from error
+        self._project_weights(self.z)
         self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
         self._set_targets()
 
@@ -194,36 +194,37 @@ class ADMM:
         Raises:
             ValueError: NaN or infinity in a weight; nothing is changed then.
         """
-        names = list(self._weights)
-        results = ops.admm_update_all(
-            [
-                (_plain(self._weights[name]), self.z[name], self.u[name], c.structure, c.keep, c.groups)
-                for name, c in self.constraints.items()
-            ],
-            names=names,
-        )
+        self._check_finite()
+        residuals = {}
+        for name, constraint in self.constraints.items():
+            weight, z, u = _plain(self._weights[name]), self.z[name], self.u[name]
+            dead = self._dead_columns(name, self.z)
+            if dead is not None:
+                weight = weight.masked_fill(dead, 0)
+                u.masked_fill_(dead, 0)
+            result = ops.admm_update(weight, z, u, constraint.structure, keep=constraint.keep, groups=constraint.groups)
+            norm = float(weight.norm()) or 1.0
+            residuals[name] = Residuals(result.primal / norm, result.dual / norm)
         before = self.rho
         self.updates += 1
         if self.rho != before:
             for u in self.u.values():
                 u.mul_(before / self.rho)
         self._set_targets()
-        norms = {name: float(self._weights[name].detach().norm()) or 1.0 for name in names}
-        return {
-            name: Residuals(result.primal / norms[name], result.dual / norms[name])
-            for name, result in zip(names, results, strict=True)
-        }
+        return residuals
 
     def finish(self) -> Plan:
         """Project the weights themselves, W <- P(W), and return what is kept.
 
         A dropped filter loses its bias, too. Continue with masked retraining (`MaskedParameters`).
         """
+        projected: dict[str, torch.Tensor] = {}
+        self._project_weights(projected)
         plans = {}
         for name, constraint in self.constraints.items():
-            kept = constraint.project(_plain(self._weights[name])) != 0
-            plans[name] = LayerPlan.from_mask(kept.cpu().numpy(), constraint.groups)
-        plan = Plan({name: _without_elements(layer, self.constraints[name]) for name, layer in plans.items()})
+            kept = (projected[name] != 0).cpu().numpy()
+            plans[name] = _without_elements(LayerPlan.from_mask(kept, constraint.groups), constraint)
+        plan = Plan(plans)
         apply_masks(self.model, plan)
         return plan
 
@@ -251,6 +252,36 @@ class ADMM:
             self.z[name].copy_(state["z"][name])
             self.u[name].copy_(state["u"][name])
         self._set_targets()
+
+    def _check_finite(self) -> None:
+        for name, weight in self._weights.items():
+            if not bool(weight.detach().isfinite().all()):
+                wrong = int((~weight.detach().isfinite()).sum())
+                raise ValueError(
+                    f"the weight of {name!r} has {wrong} values that are NaN or infinite; training diverged"
+                )
+
+    def _project_weights(self, into: dict[str, torch.Tensor]) -> None:
+        """P(W) of every layer in turn, its columns on living channels alone."""
+        self._check_finite()
+        for name, constraint in self.constraints.items():
+            weight = _plain(self._weights[name])
+            dead = self._dead_columns(name, into)
+            try:
+                into[name] = constraint.project(weight if dead is None else weight.masked_fill(dead, 0))
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from error
+
+    def _dead_columns(self, name: str, projected: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Bool, broadcast to the layer's weight: the columns of channels whose filters are all zero in `projected`."""
+        producer = self.links.get(name)
+        if producer is None:
+            return None
+        dead = ~projected[producer].flatten(1).any(dim=1)
+        if not bool(dead.any()):
+            return None
+        shape = self._weights[name].shape
+        return dead.repeat_interleave(shape[1] // len(dead)).reshape(1, -1, *[1] * (len(shape) - 2))
 
     def _set_targets(self) -> None:
         """Z - U in the memory format of the weight, so that a training step does one subtraction per layer."""

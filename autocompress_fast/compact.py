@@ -7,7 +7,7 @@ keeps only some of its columns becomes a `ColumnConv2d` or `ColumnLinear`: the w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     IntArray = npt.NDArray[np.intp]
 
-__all__ = ["ColumnConv2d", "ColumnLinear", "Compacted", "Kept", "compact"]
+__all__ = ["ColumnConv2d", "ColumnLinear", "Compacted", "Kept", "compact", "restore"]
 
 _FLOAT32_TOLERANCE, _FLOAT64_TOLERANCE = 1e-4, 1e-10  # relative to the largest output
 
@@ -88,9 +88,7 @@ class ColumnLinear(nn.Module):
 
     index: torch.Tensor
 
-    def __init__(
-        self, weight: torch.Tensor, index: torch.Tensor, bias: torch.Tensor | None, *, features: int
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, index: torch.Tensor, bias: torch.Tensor | None, *, features: int) -> None:
         super().__init__()
         _check_columns(weight, index, bias, features)
         self.weight = nn.Parameter(weight)
@@ -113,6 +111,10 @@ class Kept:
     filters: IntArray
     columns: IntArray
 
+    def then(self, inner: Kept) -> Kept:
+        """What is left of the first weight after a second compaction that kept `inner`."""
+        return Kept(self.filters[inner.filters], self.columns[inner.columns])
+
 
 @dataclass(frozen=True)
 class Compacted:
@@ -130,15 +132,16 @@ class Compacted:
     kept: dict[str, Kept]
     max_difference: float
 
-    def original(self, plan: Plan, shapes: dict[str, LayerPlan]) -> Plan:
-        """A plan for the smaller model as one for the model before; `shapes` gives the layers of that one."""
-        layers = {}
-        for name, layer in plan.items():
-            whole, kept = shapes[name], self.kept[name]
-            mask_before = np.zeros((whole.shape[0], int(np.prod(whole.shape[1:]))), bool)
-            mask_before[np.ix_(kept.filters, kept.columns)] = layer.mask().reshape(layer.shape[0], -1)
-            layers[name] = LayerPlan.from_mask(mask_before.reshape(whole.shape), whole.groups)
-        return Plan({name: replace(layer, norms=shapes[name].norms) for name, layer in layers.items()})
+
+def restore(plan: Plan, kept: Mapping[str, Kept], report: Report) -> Plan:
+    """The plan of a compacted model as one for the model before, whose layers `report` has."""
+    layers = {}
+    for name, layer in plan.items():
+        before = report[name]
+        inside = np.zeros((before.shape[0], before.weights // before.shape[0]), bool)
+        inside[np.ix_(kept[name].filters, kept[name].columns)] = layer.mask().reshape(layer.shape[0], -1)
+        layers[name] = LayerPlan.from_mask(inside.reshape(before.shape), before.groups)
+    return Plan(layers).tied(report)
 
 
 def compact(

@@ -269,7 +269,9 @@ def check_fits(model: torch.nn.Module, plan: Plan) -> None:
         if weight is None:
             raise ValueError(f"the plan names {name!r}, which is no layer with a weight; layers: {_weighted(modules)}")
         if tuple(weight.shape) != layer.shape:
-            raise ValueError(f"the plan of {name!r} is for a weight {layer.shape}, the model's has {tuple(weight.shape)}")
+            raise ValueError(
+                f"the plan of {name!r} is for a weight {layer.shape}, the model's has {tuple(weight.shape)}"
+            )
         for norm in layer.norms:
             size = getattr(getattr(modules.get(norm), "running_mean", None), "shape", None)
             if size != (layer.shape[0],):

@@ -18,10 +18,40 @@ LAYERS = ("conv1d", "conv2d", "conv3d", "linear")
 
 # Applied to every value, or to every channel, by itself; a channel that is constant stays constant.
 _PER_CHANNEL = frozenset(
-    "relu relu6 hardtanh leaky_relu elu selu celu gelu silu hardswish hardsigmoid sigmoid tanh softplus mish "
-    "dropout feature_dropout alpha_dropout clone contiguous detach identity "
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d "
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d".split()
+    [
+        "relu",
+        "relu6",
+        "hardtanh",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "hardswish",
+        "hardsigmoid",
+        "sigmoid",
+        "tanh",
+        "softplus",
+        "mish",
+        "dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "clone",
+        "contiguous",
+        "detach",
+        "identity",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "adaptive_max_pool2d",
+    ]
 )
 _RESHAPES = frozenset(("flatten", "view", "reshape"))
 
@@ -65,12 +95,14 @@ def follow(trace: Trace, layer: Node, names: dict[str, str]) -> Link | Frozen:
         if user.op in LAYERS:
             return _reader(trace, user, names, positions, tuple(norms))
         if user.op == "batch_norm":
-            if not all(isinstance(a, Tensor) and len(trace.users(a.name)) == 1 for a in user.args[1:5] if a is not None):
+            if not all(
+                isinstance(a, Tensor) and len(trace.users(a.name)) == 1 for a in user.args[1:5] if a is not None
+            ):
                 return Frozen(f"{user.where} shares its parameters or has none of its own")
             norms.append(user.module)
         elif user.op in _RESHAPES:
             before, after = value.shape, user.shape
-            if len(after) != 2 or after[0] != before[0] or before[0] != BATCH and before[0] < 1:
+            if len(after) != 2 or after[0] != before[0] or (before[0] != BATCH and before[0] < 1):
                 return Frozen(f"{user.where} reshapes {before} to {after}")
             positions *= math.prod(before[2:])
         elif user.op not in _PER_CHANNEL:

@@ -142,6 +142,10 @@ class Report:
             macs += weights * layer.outputs
         return Counts(conv, params, macs)
 
+    def links(self) -> dict[str, str]:
+        """Layer -> the layer whose filters are its channels, where they can be cut out."""
+        return {consumer: layer.name for consumer, layer in self._producers.items()}
+
     def producer(self, consumer: str) -> Layer | None:
         """The layer whose filters are the channels of `consumer`, when they can be cut out."""
         return self._producers.get(consumer)

@@ -1,0 +1,486 @@
+"""The whole job: a trained network, data and a target in; a compacted network that meets the target out.
+
+    round r of R:   rates  ->  ADMM training  ->  hard projection  ->  unused paths, compaction  ->  masked retraining
+    at the end:     longer masked retraining with distillation  ->  columns cut out  ->  test set, read once
+
+Every stage is a training with its own checkpoint in the work directory. Whatever lies between two trainings is a
+function of its inputs, so a run that was killed is continued by calling the same thing again: finished stages load
+their last checkpoint, and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autocompress_fast._files import write_atomically
+from autocompress_fast.admm import ADMM, Constraint, RhoSchedule
+from autocompress_fast.compact import Kept, compact, restore
+from autocompress_fast.data import Augmentation, Batches, Dataset, Splits, UserBatches, batches
+from autocompress_fast.graph import Counts, Report, inspect
+from autocompress_fast.plan import Plan
+from autocompress_fast.progress import Progress, default_progress
+from autocompress_fast.rates import STRUCTURES, Target, allocate
+from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate
+
+if TYPE_CHECKING:
+    from autocompress_fast.report import Summary
+
+__all__ = ["DryRun", "Recipe", "Result", "compress", "train"]
+
+Example = torch.Tensor | Sequence[torch.Tensor]
+
+_EVALUATION_BATCH = 1000
+_TIMED_BATCHES = 8  # of a dry run
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how strongly to train in every stage.
+
+    Args:
+        structure: what is pruned: "filter+column", "filter", "column" or "element".
+        rounds: how many times to prune and compact; each takes an equal part of the rate. None: about 6x a round.
+        admm_epochs, retrain_epochs: in every round; final_epochs: instead of the latter in the last round.
+        admm_lr, retrain_lr, final_lr: peak learning rates.
+        rho: strength of the ADMM penalty over its updates, one after every epoch.
+        optimizer, weight_decay, momentum: of all stages.
+        distillation: share of the loss that compares with the dense network.
+        temperature: of the distributions compared.
+        batch_size: of training.
+        precision: "float32", "bfloat16", or "auto": bfloat16 where the CPU has instructions for it.
+        channels_last: memory layout of images while training.
+        seed: of everything random.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    structure: str = "filter+column"
+    rounds: int | None = None
+    admm_epochs: int = 6
+    retrain_epochs: int = 3
+    final_epochs: int = 20
+    admm_lr: float = 1e-3
+    retrain_lr: float = 2e-3
+    final_lr: float = 4e-3
+    rho: RhoSchedule = field(default_factory=lambda: RhoSchedule(1e-2, 2.0, maximum=1.0))
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    distillation: float = 0.5
+    temperature: float = 4.0
+    batch_size: int = 128
+    precision: str = "auto"
+    channels_last: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.structure not in STRUCTURES:
+            raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {self.structure!r}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
+        if self.rounds is not None and self.rounds < 1:
+            raise ValueError(f"rounds must be 1 or more, got {self.rounds}")
+        for name in ("admm_epochs", "final_epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for stage in ("admm", "retrain", "final"):
+            self.training(stage, 0)  # checks the rest
+
+    def training(self, kind: str, number: int) -> TrainingConfig:
+        """The configuration of stage "admm", "retrain" or "final" of round `number`."""
+        return TrainingConfig(
+            epochs=getattr(self, f"{kind}_epochs"),
+            optimizer=self.optimizer,
+            lr=getattr(self, f"{kind}_lr"),
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            schedule="constant" if kind == "admm" else "cosine",
+            warmup=0.0 if kind == "admm" else 0.1,
+            distillation=self.distillation,
+            temperature=self.temperature,
+            precision=best_precision() if self.precision == "auto" else self.precision,
+            channels_last=self.channels_last,
+            seed=self.seed + 1000 * number + ("admm", "retrain", "final").index(kind),
+        )
+
+    def rounds_for(self, target: Target) -> int:
+        """Number of rounds: as given, or so that each is about 6x."""
+        return self.rounds or max(1, round(math.log(max(target.rates().values())) / math.log(6)))
+
+
+@dataclass(frozen=True, eq=False)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        report: of the dense network.
+        rounds: the target of each round and the constraints it would set; those of later rounds are estimates, as
+            they are decided anew from the weights that the round before leaves.
+        epochs: of all trainings.
+        seconds: at most: at the speed of the dense network, measured on a few batches.
+    """
+
+    report: Report
+    rounds: tuple[tuple[Target, dict[str, Constraint]], ...]
+    epochs: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A finished run.
+
+    Attributes:
+        model: the compacted network; plain torch, trainable.
+        plan: what is kept, in the shapes of the network that was given.
+        dense, small: sizes before and after.
+        accuracy: "base" and "final" on the validation set, and on the test set as "base_test" and "final_test"
+            when there is one; percent.
+        history: a row of metrics for every epoch of every stage.
+        max_difference: between the masked and the compacted network, relative to the largest output.
+        target, recipe: what was asked for.
+        layers: the report on the dense network.
+        info: what `save` writes beside the network.
+    """
+
+    model: nn.Module
+    plan: Plan
+    dense: Counts
+    small: Counts
+    accuracy: dict[str, float]
+    history: list[dict[str, Any]]
+    max_difference: float
+    target: Target
+    recipe: Recipe
+    layers: Report
+    example_input: tuple[torch.Tensor, ...]
+    info: dict[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training, over all stages."""
+        return float(sum(row["seconds"] for row in self.history))
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Dense / remaining of CONV weights ("conv"), all weights ("params") and multiply-adds ("macs")."""
+        names = [name for name in ("conv", "params", "macs") if getattr(self.small, name)]
+        return {name: getattr(self.dense, name) / getattr(self.small, name) for name in names}
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures of the run as plain numbers and strings."""
+        return {
+            "target": str(self.target),
+            "rates": self.rates,
+            "accuracy": self.accuracy,
+            "dense": asdict(self.dense),
+            "small": asdict(self.small),
+            "max_difference": self.max_difference,
+            "seconds": round(self.seconds, 1),
+            "recipe": asdict(self.recipe),
+            "layers": {
+                name: {"filters": int(p.filters.sum()), "columns": int(p.columns.sum()), "weights": p.weights}
+                for name, p in self.plan.items()
+            },
+            "history": self.history,
+        }
+
+    def report(self) -> Summary:
+        """Tables of the run; print it, or use its `to_json()` and `save_plots(folder)`."""
+        from autocompress_fast.report import Summary
+
+        return Summary(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the network as one `.acf` file, which `acf.load` runs without torch."""
+        from autocompress_fast.engine import compile as compile_engine
+
+        engine = compile_engine(self.model, self.example_input, info=self.info)
+        engine.save(path)
+        return Path(path)
+
+
+def train(
+    model: nn.Module,
+    data: Splits,
+    config: TrainingConfig,
+    *,
+    batch_size: int = 128,
+    workdir: str | Path | None = None,
+    name: str = "base",
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Train a copy of `model` on `data.train` and return it; resumable with a work directory.
+
+    Args:
+        model: not changed.
+        data: with its own augmentation, if it has one.
+        config: how long and how.
+        batch_size: of training.
+        workdir: for the checkpoint and the log; the same call continues a run that was stopped.
+        name: of the stage.
+        progress: who is told.
+    """
+    trained = copy.deepcopy(model)
+    loader = _training_batches(data.train, batch_size, config.seed, data.augmentation)
+    folder = None if workdir is None else Path(workdir)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    Trainer(
+        trained,
+        loader,
+        config,
+        validation=batches(data.validation, _EVALUATION_BATCH),
+        checkpoint=None if folder is None else folder / f"{name}.ckpt",
+        log=None if folder is None else folder / "log.jsonl",
+        name=name,
+        progress=progress,
+    ).run()
+    return trained
+
+
+def compress(
+    model: nn.Module,
+    data: Splits | tuple[Any, Any] | tuple[Any, Any, Any],
+    *,
+    target: Target | str | float,
+    example_input: Example | None = None,
+    recipe: Recipe | None = None,
+    workdir: str | Path | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+) -> Result | DryRun:
+    """Compress a trained network until it meets the target.
+
+    Args:
+        model: trained; it is not changed.
+        data: `acf.data.Splits`, or (train, validation) or (train, validation, test) of data sets or re-iterable
+            batches (x, y). The validation part decides; the test part is read once, at the end.
+        target: "20x" (all weights), "conv=40", "macs=4", a number (all weights) or a `Target`.
+        example_input: what the model takes; the first validation images when not given.
+        recipe: how to train.
+        workdir: for checkpoints and the log; the same call continues a run that was stopped.
+        progress: who is told; bars on the terminal by default.
+        dry_run: say what would happen, and train nothing.
+
+    Returns:
+        the `Result`, or a `DryRun`.
+
+    Raises:
+        ValueError: a target that cannot be met, a model that cannot be read, a work directory of another run.
+    """
+    recipe = recipe or Recipe()
+    goal = target if isinstance(target, Target) else Target.parse(str(target))
+    train_part, validation_part, test_part = _three_parts(data)
+    loader = _training_batches(
+        train_part, recipe.batch_size, recipe.seed, augmentation=getattr(data, "augmentation", None)
+    )
+    validation = batches(validation_part, _EVALUATION_BATCH)
+    example = _example(example_input, validation)
+    report = inspect(model, example)
+    rounds = recipe.rounds_for(goal)
+    if dry_run:
+        return _dry_run(model, loader, report, goal, recipe, rounds)
+    allocate(report, goal, report.counts(), recipe.structure)  # says now what cannot be met
+    folder = None if workdir is None else _claimed(Path(workdir), model, goal, recipe)
+
+    told = progress or default_progress()
+    with told:
+        stages = _Stages(loader, validation, copy.deepcopy(model).eval(), folder, told)
+        base = evaluate(model, validation)
+        told.note(f"dense: {base.accuracy:.2f}% of {base.samples} validation samples, {report.params:,} weights")
+        small, masks, kept = _rounds(model, report, example, goal, recipe, rounds, stages)
+        final = compact(small, masks, example)
+        accuracy = {"base": base.accuracy, "final": evaluate(final.model, validation).accuracy}
+        if test_part is not None:
+            test = batches(test_part, _EVALUATION_BATCH)
+            accuracy |= {
+                "base_test": evaluate(model, test).accuracy,
+                "final_test": evaluate(final.model, test).accuracy,
+            }
+    plan = restore(masks, kept, report)
+    result = Result(
+        model=final.model.eval(),
+        plan=plan,
+        dense=report.counts(),
+        small=report.counts(plan),
+        accuracy=accuracy,
+        history=stages.history,
+        max_difference=final.max_difference,
+        target=goal,
+        recipe=recipe,
+        layers=report,
+        example_input=example,
+        info=_info(data, report, plan, accuracy, goal),
+    )
+    if folder is not None:
+        plan.save(folder / "plan.json")
+        write_atomically(folder / "result.json", json.dumps(result.to_json(), indent=1).encode())
+    return result
+
+
+def _rounds(
+    model: nn.Module,
+    report: Report,
+    example: tuple[torch.Tensor, ...],
+    goal: Target,
+    recipe: Recipe,
+    rounds: int,
+    stages: _Stages,
+) -> tuple[nn.Module, Plan, dict[str, Kept]]:
+    """Prune, compact and retrain round by round.
+
+    Returns the small network, whose dropped columns are still zeros in it, their masks, and where its weights were.
+    """
+    small, masks = copy.deepcopy(model), None
+    kept = {name: Kept(np.arange(p.shape[0]), np.arange(p.columns.size)) for name, p in Plan.dense(report).items()}
+    for number in range(1, rounds + 1):
+        part = goal.part(number / rounds)
+        now = report if number == 1 else inspect(small, example)
+        stages.progress.note(f"round {number} of {rounds}: to {part}")
+        constraints = allocate(now, part, report.counts(), recipe.structure)
+        admm = ADMM(small, constraints, rho=recipe.rho, links=now.links())
+        stages.run(small, f"round{number}.admm", recipe.training("admm", number), admm=admm, masks=masks)
+        pruned = admm.finish()
+        cut = compact(small, pruned.tied(now), example, columns=False)
+        small, masks = cut.model, cut.plan
+        kept = {name: kept[name].then(inner) for name, inner in cut.kept.items()}
+        kind = "final" if number == rounds else "retrain"
+        stages.run(small, f"round{number}.{kind}", recipe.training(kind, number), masks=masks)
+        counts = report.counts(restore(masks, kept, report))
+        stages.progress.note(f"round {number} of {rounds}: {_rates(report.counts(), counts)}")
+    assert masks is not None
+    return small, masks, kept
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """What all trainings of a run share, and the history that they write."""
+
+    loader: Batches
+    validation: Batches
+    teacher: nn.Module
+    folder: Path | None
+    progress: Progress
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(
+        self,
+        model: nn.Module,
+        name: str,
+        config: TrainingConfig,
+        *,
+        admm: ADMM | None = None,
+        masks: Plan | None = None,
+    ) -> None:
+        """One training, in place."""
+        self.history.extend(
+            Trainer(
+                model,
+                self.loader,
+                config,
+                validation=self.validation,
+                teacher=self.teacher,
+                admm=admm,
+                plan=masks,
+                checkpoint=None if self.folder is None else self.folder / f"{name}.ckpt",
+                log=None if self.folder is None else self.folder / "log.jsonl",
+                name=name,
+                progress=self.progress,
+            ).run()
+        )
+
+
+def _dry_run(model: nn.Module, loader: Batches, report: Report, goal: Target, recipe: Recipe, rounds: int) -> DryRun:
+    constraints = []
+    for number in range(1, rounds + 1):
+        part = goal.part(number / rounds)
+        chosen = allocate(report, part, report.counts(), recipe.structure)
+        constraints.append((part, chosen))
+    epochs = rounds * recipe.admm_epochs + (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
+    return DryRun(report, tuple(constraints), epochs, epochs * _epoch_seconds(model, loader, recipe))
+
+
+def _epoch_seconds(model: nn.Module, loader: Batches, recipe: Recipe) -> float:
+    """Time of an epoch of the dense network, from a few of its batches."""
+    first = list(itertools.islice(loader.epoch(0), _TIMED_BATCHES))
+    timed = UserBatches(first)
+    config = dataclasses.replace(recipe.training("retrain", 0), epochs=2)
+    history = Trainer(copy.deepcopy(model), timed, config, teacher=copy.deepcopy(model)).run()
+    return float(history[-1]["seconds"]) / len(first) * len(loader)
+
+
+def _three_parts(data: Any) -> tuple[Any, Any, Any]:
+    if isinstance(data, Splits):
+        return data.train, data.validation, data.test
+    if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
+        raise TypeError(
+            f"data must be Splits, (train, validation) or (train, validation, test), got {type(data).__name__}"
+            + (f" of {len(data)}" if isinstance(data, (tuple, list)) else "")
+        )
+    return (*data, None)[:3]
+
+
+def _training_batches(part: Any, batch_size: int, seed: int, augmentation: Augmentation | None) -> Batches:
+    size = min(batch_size, len(part)) if isinstance(part, Dataset) else batch_size
+    return batches(part, size, shuffle=True, seed=seed, augmentation=augmentation, drop_last=True)
+
+
+def _example(example_input: Example | None, validation: Batches) -> tuple[torch.Tensor, ...]:
+    if example_input is None:
+        return (next(iter(validation.epoch(0)))[0][:2].clone(),)
+    return (example_input,) if isinstance(example_input, torch.Tensor) else tuple(example_input)
+
+
+def _claimed(folder: Path, model: nn.Module, goal: Target, recipe: Recipe) -> Path:
+    """The work directory, made if need be, after checking that an earlier run in it was this one."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    settings = {"target": asdict(goal), "recipe": asdict(recipe), "weights": digest.hexdigest()}
+    settings = json.loads(json.dumps(settings))
+    path = folder / "run.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found != settings:
+            differing = ", ".join(key for key in settings if found.get(key) != settings[key])
+            raise ValueError(f"{folder} holds a run with another {differing}; choose another work directory")
+    else:
+        write_atomically(path, json.dumps(settings, indent=1).encode())
+    return folder
+
+
+def _info(data: Any, report: Report, plan: Plan, accuracy: dict[str, float], goal: Target) -> dict[str, Any]:
+    """What a reader of the saved file wants to know, and `predict` needs."""
+    info: dict[str, Any] = {
+        "accuracy": accuracy,
+        "target": str(goal),
+        "dense": asdict(report.counts()),
+        "small": asdict(report.counts(plan)),
+    }
+    if isinstance(data, Splits):
+        part = data.train
+        info |= {"classes": list(part.classes), "mean": list(part.mean), "std": list(part.std)}
+        info |= {"input_shape": list(part.input_shape), "data": data.name, "raw": str(part.images.dtype)}
+    return info
+
+
+def _rates(dense: Counts, small: Counts) -> str:
+    parts = {"CONV weights": "conv", "all weights": "params", "MACs": "macs"}
+    found = {what: (getattr(dense, name), getattr(small, name)) for what, name in parts.items()}
+    return ", ".join(f"{before / after:.1f}x {what}" for what, (before, after) in found.items() if after)

@@ -1,0 +1,248 @@
+"""How much of every layer stays: a budget for the network turned into a constraint for each layer.
+
+Larger layers bear higher rates (the experience that AutoCompress builds on, arXiv 1907.03141): a layer of n weights keeps
+s * n^(1 - alpha) of them, with one s for the network that meets the budget exactly. How many of a layer's weights are
+filters and how many columns is then chosen by the energy (squared norm) that the nearest such pattern keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from autocompress_fast import ops
+from autocompress_fast.admm import Constraint
+from autocompress_fast.graph import Counts, Layer, Report
+
+__all__ = ["STRUCTURES", "Target", "allocate", "smallest"]
+
+STRUCTURES = ("filter+column", "filter", "column", "element")
+
+_ALPHA = 0.55
+_FILTER_CHOICES = 16  # candidate filter counts of a layer, spaced geometrically
+
+
+@dataclass(frozen=True)
+class Target:
+    """How small the network is to be, as rates dense / remaining; every rate that is given must be met.
+
+    Args:
+        conv: of the weights of convolutions.
+        params: of the weights of convolutions and linear layers.
+        macs: of the multiply-adds.
+
+    Raises:
+        ValueError: no rate, or one below 1.
+
+    Example:
+        >>> Target.parse("conv=40")
+        Target(conv=40.0, params=None, macs=None)
+        >>> Target.parse("20x").params
+        20.0
+    """
+
+    conv: float | None = None
+    params: float | None = None
+    macs: float | None = None
+
+    def __post_init__(self) -> None:
+        rates = self.rates()
+        if not rates:
+            raise ValueError("a target needs at least one of conv, params, macs")
+        for name, rate in rates.items():
+            if not 1 <= rate < math.inf:
+                raise ValueError(f"{name} is the rate dense / remaining, 1 or more, got {rate}")
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Read "20x" (all weights), "conv=40", "macs=4x", or several with commas between them."""
+        rates: dict[str, float] = {}
+        for part in text.split(","):
+            name, equals, rate = part.strip().rpartition("=")
+            name = name.strip() if equals else "params"
+            try:
+                value = float(rate.strip().removesuffix("x"))
+            except ValueError:
+                raise ValueError(f"a target is like 20x or conv=40,macs=4, got {text!r}") from None
+            if name not in ("conv", "params", "macs") or name in rates:
+                raise ValueError(f"a target names each of conv, params, macs at most once, got {text!r}")
+            rates[name] = value
+        return cls(**rates)
+
+    def rates(self) -> dict[str, float]:
+        """The rates that are given, by name."""
+        return {n: float(v) for n in ("conv", "params", "macs") if (v := getattr(self, n)) is not None}
+
+    def part(self, share: float) -> Target:
+        """The target after that share of the way: every rate to the power of `share`."""
+        return Target(**{name: rate**share for name, rate in self.rates().items()})
+
+    def met(self, dense: Counts, now: Counts) -> bool:
+        """Whether a network with `now` meets the target, measured from `dense`."""
+        return all(
+            getattr(now, name) * rate <= getattr(dense, name) * (1 + 1e-12) for name, rate in self.rates().items()
+        )
+
+    def met_by(self, dense: Counts) -> Callable[[Counts], bool]:
+        """`met` as a function of the counts now."""
+        return lambda now: self.met(dense, now)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {rate:g}x" for name, rate in self.rates().items())
+
+
+def allocate(
+    report: Report, target: Target, dense: Counts, structure: str = "filter+column", *, alpha: float = _ALPHA
+) -> dict[str, Constraint]:
+    """A constraint for every layer, so that the network meets the target.
+
+    Args:
+        report: of the network as it is now; `report.weight` decides between filters and columns.
+        target: relative to `dense`.
+        dense: sizes of the network that the target counts from.
+        structure: "filter+column", "filter", "column" or "element".
+        alpha: how much more larger layers lose; 0 for the same rate everywhere.
+
+    Raises:
+        ValueError: the target cannot be met: even one weight per filter of every layer is too much.
+    """
+    if structure not in STRUCTURES:
+        raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {structure!r}")
+    budget = _budget(report, target, dense, structure, alpha)
+    if structure == "element":
+        return {name: Constraint("element", weights) for name, weights in budget.items()}
+    if structure == "filter":
+        filters = _filters(report, budget)
+        return {layer.name: Constraint("filter", filters[layer.name]) for layer in report.layers if layer.link}
+    if structure == "column":
+        return {
+            layer.name: Constraint("column", max(1, budget[layer.name] // layer.shape[0]))
+            for layer in report.layers
+            if layer.columns_prunable
+        }
+    return _filters_and_columns(report, budget)
+
+
+def smallest(report: Report, structure: str = "filter+column") -> Counts:
+    """The smallest network that `allocate` can ask for."""
+    return _counts(report, {layer.name: _least(layer, structure) for layer in report.layers}, structure)
+
+
+def _budget(report: Report, target: Target, dense: Counts, structure: str, alpha: float) -> dict[str, int]:
+    """Weights that each layer may keep: s * n^(1 - alpha), with the largest s that meet the target, by bisection.
+
+    A target for convolutions alone leaves the linear layers a rate of their own: that of `params` when it is given,
+    otherwise the same as the convolutions'.
+    """
+    everything = float(max(layer.weights for layer in report.layers))
+    scales = {True: everything, False: everything}  # of convolutions; of linear layers
+
+    def budget(factors: dict[bool, float]) -> dict[str, int]:
+        return {
+            layer.name: max(
+                _least(layer, structure), min(layer.weights, int(factors[layer.is_conv] * layer.weights ** (1 - alpha)))
+            )
+            for layer in report.layers
+        }
+
+    def shrink(kinds: tuple[bool, ...], fits: Callable[[Counts], bool]) -> None:
+        """Scale these kinds of layers down until the counts fit; as far as it goes when they never do."""
+
+        def fit(share: float) -> bool:
+            factors = {kind: scale * (share if kind in kinds else 1.0) for kind, scale in scales.items()}
+            return fits(_counts(report, budget(factors), structure))
+
+        low, high = (1.0, 1.0) if fit(1.0) else (0.0, 1.0)
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if fit(middle) else (low, middle)
+        scales.update({kind: scales[kind] * low for kind in kinds})
+
+    if target.conv is not None:
+        shrink((True,), Target(conv=target.conv).met_by(dense))
+        if target.params is None:
+            linear = (dense.params - dense.conv) / target.conv
+            shrink((False,), lambda now: now.params - now.conv <= linear)
+        else:
+            shrink((False,), Target(params=target.params).met_by(dense))
+    shrink((True, False), target.met_by(dense))
+    result = budget(scales)
+    if not target.met(dense, _counts(report, result, structure)):
+        least = smallest(report, structure)
+        possible = ", ".join(f"{name} {getattr(dense, name) / getattr(least, name):.4g}x" for name in target.rates())
+        raise ValueError(f"the target {target} cannot be met with structure {structure!r}: at most {possible}")
+    return result
+
+
+def _least(layer: Layer, structure: str) -> int:
+    """The fewest weights that the layer can keep: one, or what is frozen of it."""
+    if structure == "element":
+        return 1
+    filters = 1 if layer.link is not None and structure != "column" else layer.shape[0]
+    columns = 1 if layer.columns_prunable and structure != "filter" else layer.weights // layer.shape[0]
+    return filters * columns
+
+
+def _counts(report: Report, budget: dict[str, int], structure: str) -> Counts:
+    """Sizes of a network whose layers keep so many weights."""
+    kept = budget
+    if structure == "filter":  # what is kept follows from the filters of the layer and of the one before
+        filters = _filters(report, budget)
+        kept = {}
+        for layer in report.layers:
+            producer = report.producer(layer.name)
+            channels = 1.0 if producer is None else filters[producer.name] / producer.shape[0]
+            kept[layer.name] = round(filters[layer.name] * layer.weights / layer.shape[0] * channels)
+    return Counts(
+        conv=sum(kept[layer.name] for layer in report.layers if layer.is_conv),
+        params=sum(kept.values()),
+        macs=sum(kept[layer.name] * layer.outputs for layer in report.layers),
+    )
+
+
+def _filters(report: Report, budget: dict[str, int]) -> dict[str, int]:
+    """Filters to keep when whole filters go: the square root of the layer's share, as channels go with them."""
+    return {
+        layer.name: max(1, int(layer.shape[0] * math.sqrt(budget[layer.name] / layer.weights)))
+        if layer.link is not None
+        else layer.shape[0]
+        for layer in report.layers
+    }
+
+
+def _filters_and_columns(report: Report, budget: dict[str, int]) -> dict[str, Constraint]:
+    """Split every layer's weights into filters x columns, from the output backwards.
+
+    A filter that the next layer does not read is wasted, and a column without its filter as well: a layer keeps at
+    least as many filters as its reader's columns need, and exactly as many where every filter is one column there.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    for layer in reversed(report.layers):
+        rows, width, weights = layer.shape[0], layer.weights // layer.shape[0], budget[layer.name]
+        if layer.link is None:
+            filters = rows
+        else:
+            reader = report[layer.link.consumer]
+            per_filter = (reader.weights // reader.shape[0]) // rows
+            least = min(rows, weights, math.ceil(sizes[reader.name][1] / per_filter))
+            filters = least if per_filter == 1 else _best_filters(report, layer, weights, least)
+        columns = min(width, max(1, weights // filters)) if layer.columns_prunable else width
+        sizes[layer.name] = filters, columns
+    return {layer.name: Constraint("filter+column", sizes[layer.name]) for layer in report.layers if layer.groups == 1}
+
+
+def _best_filters(report: Report, layer: Layer, weights: int, least: int) -> int:
+    """The number of filters with which the nearest filters x columns pattern of `weights` keeps most energy."""
+    rows, width = layer.shape[0], layer.weights // layer.shape[0]
+    low = max(least, math.ceil(weights / width))
+    candidates = sorted({round(n) for n in np.geomspace(low, max(low, min(rows, weights)), _FILTER_CHOICES)})
+    weight = report.weight(layer.name)
+
+    def energy(filters: int) -> float:
+        kept = ops.project_filters_and_columns(weight, filters=filters, columns=min(width, weights // filters))
+        return float((kept**2).sum())
+
+    return max(candidates, key=energy)

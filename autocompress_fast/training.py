@@ -1,0 +1,357 @@
+"""Training: epochs with a schedule, ADMM or masks, distillation, and a checkpoint after every epoch.
+
+A run depends on its configuration, data and seed alone: order, augmentation and dropout of an epoch are derived from
+(seed, epoch), and a checkpoint holds everything else, so that a run killed at any moment and continued ends with the
+same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autocompress_fast._files import write_atomically
+from autocompress_fast.admm import ADMM
+from autocompress_fast.data import Batches
+from autocompress_fast.plan import MaskedParameters, Plan
+from autocompress_fast.progress import Progress
+
+__all__ = ["Evaluation", "Trainer", "TrainingConfig", "best_precision", "evaluate"]
+
+_CHECKPOINT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a network is trained.
+
+    Args:
+        epochs: number of passes over the training set.
+        optimizer: "sgd" (Nesterov momentum) or "adam".
+        lr: peak learning rate.
+        momentum: of SGD.
+        weight_decay: L2 on weights of two and more dimensions.
+        schedule: "cosine" to zero, "step" (x gamma at each of `milestones`, shares of the run), or "constant".
+        warmup: share of the run in which the rate rises linearly.
+        milestones, gamma: of "step".
+        label_smoothing: of the cross entropy, 0 for none.
+        distillation: share of the loss that compares with the teacher, 0 for none.
+        temperature: of the softened distributions that are compared.
+        precision: "float32", or "bfloat16" for autocast (weights and optimizer stay float32).
+        channels_last: memory layout of images while training.
+        seed: of everything random.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    epochs: int
+    optimizer: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    label_smoothing: float = 0.0
+    distillation: float = 0.0
+    temperature: float = 4.0
+    precision: str = "float32"
+    channels_last: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        allowed = {
+            "optimizer": ("sgd", "adam"),
+            "schedule": ("cosine", "step", "constant"),
+            "precision": ("float32", "bfloat16"),
+        }
+        for field, values in allowed.items():
+            if getattr(self, field) not in values:
+                raise ValueError(f"{field} must be one of {', '.join(values)}, got {getattr(self, field)!r}")
+        if self.epochs < 0 or not 0 < self.lr < math.inf or self.temperature <= 0 or self.weight_decay < 0:
+            raise ValueError(f"epochs and weight_decay must not be negative, lr and temperature positive, got {self}")
+        for field in ("warmup", "momentum", "label_smoothing", "distillation"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field} must be from 0 to 1, got {getattr(self, field)}")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of step `step` of `steps`."""
+        share = step / max(1, steps)
+        if share < self.warmup:
+            return self.lr * (step + 1) / (self.warmup * steps)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * (share - self.warmup) / max(1e-9, 1 - self.warmup)))
+        if self.schedule == "step":
+            return self.lr * self.gamma ** sum(share >= milestone for milestone in self.milestones)
+        return self.lr
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result on a data set: accuracy in percent, mean cross entropy, and the number of samples."""
+
+    accuracy: float
+    loss: float
+    samples: int
+
+
+def evaluate(model: nn.Module, batches: Batches) -> Evaluation:
+    """Accuracy (percent) and mean cross entropy of `model` on one epoch of `batches`, in eval mode and float32.
+
+    The model's training mode is as before afterwards.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    correct = samples = 0
+    loss = 0.0
+    try:
+        with torch.no_grad():
+            for x, y in batches.epoch(0):
+                logits = model(x)
+                correct += int((logits.argmax(dim=1) == y).sum())
+                loss += float(F.cross_entropy(logits, y, reduction="sum"))
+                samples += len(y)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return Evaluation(100.0 * correct / samples, loss / samples, samples)
+
+
+def best_precision() -> str:
+    """ "bfloat16" where the CPU has instructions for it, "float32" elsewhere."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bfloat16" if bool(supported()) else "float32"
+
+
+class Trainer:
+    """Trains a model in place, with a checkpoint after every epoch.
+
+    Args:
+        model: trained in place.
+        train: batches; `train.epoch(i)` is read in epoch i.
+        config: how.
+        validation: evaluated after every epoch, when given.
+        teacher: the network to compare with when `config.distillation` is above 0; in eval mode.
+        admm: its penalty is added to the loss; updated at the end of every `admm_every`-th epoch.
+        plan: what of the weights is kept; the rest stays zero.
+        checkpoint: file that is written after every epoch; when it exists, the run goes on from there.
+        log: file to which a line of JSON is added after every epoch.
+        name: of this stage, in the log and the progress.
+        progress: told about every batch.
+
+    Raises:
+        ValueError: distillation without a teacher, a checkpoint of another run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Batches,
+        config: TrainingConfig,
+        *,
+        validation: Batches | None = None,
+        teacher: nn.Module | None = None,
+        admm: ADMM | None = None,
+        admm_every: int = 1,
+        plan: Plan | None = None,
+        checkpoint: Path | None = None,
+        log: Path | None = None,
+        name: str = "training",
+        progress: Progress | None = None,
+    ) -> None:
+        if config.distillation > 0 and teacher is None:
+            raise ValueError(f"distillation={config.distillation} needs a teacher, got none")
+        self.model, self.train, self.config, self.validation = model, train, config, validation
+        self.teacher = teacher if config.distillation > 0 else None
+        self.admm, self.admm_every, self.plan = admm, admm_every, plan
+        self.checkpoint, self.log, self.name = checkpoint, log, name
+        self.progress = progress or Progress()
+        self.history: list[dict[str, Any]] = []
+        self.optimizer = _optimizer(model, config)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train to the end; return a row of metrics per epoch. Ctrl-C loses no more than the epoch under way.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite.
+        """
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._load(self.checkpoint)
+        self._rewrite_log()
+        done, batches = len(self.history), len(self.train)
+        if done == self.config.epochs:
+            return self.history
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        self.model.to(memory_format=layout)
+        if self.teacher is not None:
+            self.teacher.to(memory_format=layout).eval()
+        self.progress.start(self.name, self.config.epochs * batches, done * batches)
+        masks = None if self.plan is None else MaskedParameters(self.model, self.plan, self.optimizer)
+        try:
+            for epoch in range(done, self.config.epochs):
+                self._epoch(epoch)
+        finally:
+            if masks is not None:
+                masks.remove()
+            self.model.to(memory_format=torch.contiguous_format)
+        self.progress.finish()
+        return self.history
+
+    def _epoch(self, epoch: int) -> None:
+        begun = time.monotonic()
+        self.model.train()
+        total = torch.zeros(())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed * 1_000_003 + epoch)
+            for number, (x, y) in enumerate(self.train.epoch(epoch)):
+                total += self._step(x, y, epoch * len(self.train) + number)
+                self.progress.advance()
+        row: dict[str, Any] = {"stage": self.name, "epoch": epoch + 1, "loss": float(total) / len(self.train)}
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"{self.name}: the loss of epoch {epoch + 1} is {row['loss']}; a lower learning rate than "
+                f"{self.config.lr:g} may help. The checkpoint of the epoch before is kept."
+            )
+        if self.admm is not None and (epoch + 1) % self.admm_every == 0:
+            residuals = self.admm.update().values()
+            row["rho"] = self.admm.rho
+            row["primal"] = max(r.primal for r in residuals)
+            row["dual"] = max(r.dual for r in residuals)
+        if self.validation is not None:
+            row["validation"] = evaluate(self.model, self.validation).accuracy
+        row["seconds"] = round(time.monotonic() - begun, 2)
+        self.history.append(row)
+        self._save()
+        self._append_log(row)
+        parts = [f"loss {row['loss']:.4f}"]
+        parts += [f"{key} {row[key]:.3g}" for key in ("primal", "dual") if key in row]
+        parts += [f"validation {row['validation']:.2f}%"] if "validation" in row else []
+        self.progress.tell(", ".join(parts))
+
+    def _step(self, x: torch.Tensor, y: torch.Tensor, step: int) -> torch.Tensor:
+        """One optimizer step; returns the loss without the ADMM penalty."""
+        rate = self.config.rate(step, self.config.epochs * len(self.train))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.config.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            logits = self.model(x)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    expected = self.teacher(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=self.config.label_smoothing)
+        if self.teacher is not None:
+            share = self.config.distillation
+            loss = (1 - share) * loss + share * _distance(logits.float(), expected.float(), self.config.temperature)
+        whole = loss if self.admm is None else loss + self.admm.penalty()
+        self.optimizer.zero_grad(set_to_none=True)
+        whole.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        from safetensors.torch import save
+
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        numbers: dict[str, float] = {}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{index}.{key}"] = value
+                elif value is not None:
+                    numbers[f"{index}.{key}"] = value
+        updates = None
+        if self.admm is not None:
+            state = self.admm.state_dict()
+            updates = state["updates"]
+            tensors |= {f"admm.{part}.{name}": v for part in ("z", "u") for name, v in state[part].items()}
+        described = {
+            "version": _CHECKPOINT_VERSION,
+            "name": self.name,
+            "config": asdict(self.config),
+            "history": self.history,
+            "optimizer": numbers,
+            "updates": updates,
+        }
+        # clone: parameters that share memory, and strided views, are no business of the file
+        tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+        write_atomically(self.checkpoint, save(tensors, {"trainer": json.dumps(described)}))
+
+    def _load(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                described = json.loads(file.metadata()["trainer"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except Exception as error:
+            raise ValueError(f"{path} is not a checkpoint of a training: {error}") from error
+        expected = json.loads(json.dumps(asdict(self.config)))
+        if described["version"] != _CHECKPOINT_VERSION or described["name"] != self.name:
+            raise ValueError(f"{path} is of {described['name']!r}, version {described['version']}, not {self.name!r}")
+        if described["config"] != expected:
+            differing = [key for key in expected if described["config"].get(key) != expected[key]]
+            raise ValueError(f"{path} is of a run with another {', '.join(differing)}; delete it or use its settings")
+        part = _parts(tensors)
+        self.model.load_state_dict(part("model."))
+        states: dict[int, dict[str, Any]] = {}
+        entries: Mapping[str, Any] = {**part("optimizer."), **described["optimizer"]}
+        for name, value in entries.items():
+            index, _, key = name.partition(".")
+            states.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
+        if self.admm is not None:
+            self.admm.load_state_dict({"updates": described["updates"], "z": part("admm.z."), "u": part("admm.u.")})
+        self.history = described["history"]
+
+    def _rewrite_log(self) -> None:
+        """The log as the checkpoint has it: an epoch that was logged twice, or not at all, stands there once."""
+        if self.log is None:
+            return
+        rows = []
+        if self.log.exists():
+            rows = [json.loads(line) for line in self.log.read_text().splitlines()]
+        rows = [row for row in rows if row["stage"] != self.name] + self.history
+        write_atomically(self.log, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def _append_log(self, row: dict[str, Any]) -> None:
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "adam":
+        return torch.optim.AdamW(groups, lr=config.lr, foreach=True)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, foreach=True)
+
+
+def _distance(logits: torch.Tensor, expected: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Kullback-Leibler divergence of the softened distributions, times T^2 to keep the gradient's size."""
+    ours, theirs = F.log_softmax(logits / temperature, dim=1), F.log_softmax(expected / temperature, dim=1)
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def _parts(tensors: Mapping[str, torch.Tensor]) -> Callable[[str], dict[str, torch.Tensor]]:
+    return lambda prefix: {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
