@@ -1,11 +1,16 @@
-"""Is an installed wheel whole? Needs numpy and safetensors alone; run by Python itself, without a test runner:
+"""Is an installed wheel whole? Needs numpy and safetensors alone, and no test runner.
 
 python tests/test_minimal.py
 """
 
 import sys
 
+import numpy as np
+
 import autocompress_fast as acf
+from autocompress_fast import ops
+
+WEIGHT = np.random.default_rng(0).standard_normal((16, 8, 3, 3), dtype=np.float32)
 
 
 def test_config():
@@ -13,6 +18,42 @@ def test_config():
     assert config["version"] == acf.__version__
     assert config["isa_active"] in config["isas_supported"]
     assert config["threads"] >= 1
+
+
+def test_norms_are_those_of_numpy():
+    filters = np.sqrt((WEIGHT.reshape(16, -1).astype(np.float64) ** 2).sum(axis=1))
+    np.testing.assert_allclose(ops.group_norms(WEIGHT, "filter"), filters, rtol=1e-6)
+
+
+def test_projection_keeps_the_largest_groups():
+    for structure, axis in (("filter", 1), ("column", 0)):
+        projected = ops.project(WEIGHT, structure, keep=5).reshape(16, -1)
+        kept = np.flatnonzero(projected.any(axis=axis))
+        norms = np.linalg.norm(WEIGHT.reshape(16, -1), axis=axis)
+        assert kept.tolist() == sorted(np.argsort(-norms)[:5].tolist())
+        np.testing.assert_array_equal(projected.take(kept, 1 - axis), WEIGHT.reshape(16, -1).take(kept, 1 - axis))
+
+
+def test_update_moves_what_is_cut_into_the_dual():
+    z, u = np.zeros_like(WEIGHT), np.zeros_like(WEIGHT)
+    ops.admm_update(WEIGHT, z, u, "column", keep=10)
+    np.testing.assert_array_equal(z, ops.project(WEIGHT, "column", keep=10))
+    np.testing.assert_array_equal(u, WEIGHT - z)
+
+
+def test_bad_input_is_refused():
+    def refusal(weight, structure, keep):
+        try:
+            ops.project(weight, structure, keep=keep)
+        except ValueError as error:
+            return str(error).lower()
+        return "accepted"
+
+    bad = WEIGHT.copy()
+    bad[3, 1, 2, 0] = np.nan
+    assert "17" in refusal(WEIGHT, "filter", 17)
+    assert "nan" in refusal(bad, "filter", 5)
+    assert "row" in refusal(WEIGHT, "row", 5)
 
 
 if __name__ == "__main__":
