@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,14 +42,16 @@ class Augmentation:
     scale: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value: Any = getattr(self, field.name)
-            expected = field.type  # a string, since annotations are not evaluated here
-            fits = type(value) is int or (expected == "float" and type(value) is float)
-            if type(value) is not bool if expected == "bool" else not fits:
-                raise TypeError(f"{field.name} must be {expected}, got {value!r}")
+        if not isinstance(self.flip, bool):
+            raise TypeError(f"flip must be bool, got {self.flip!r}")
+        kinds: tuple[tuple[str, tuple[type, ...]], ...]
+        kinds = (("shift", (int,)), ("rotation", (int, float)), ("scale", (int, float)))
+        for name, allowed in kinds:
+            value: Any = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, allowed):
+                raise TypeError(f"{name} must be {allowed[-1].__name__}, got {value!r}")
             if not 0 <= value < math.inf:
-                raise ValueError(f"{field.name} must be 0 or more, got {value!r}")
+                raise ValueError(f"{name} must be 0 or more, got {value!r}")
         if self.scale >= 1:
             raise ValueError(f"scale must be less than 1, got {self.scale!r}")
 
@@ -85,9 +87,9 @@ class Augmentation:
         angle = np.deg2rad(rng.uniform(-self.rotation, self.rotation, count))
         factor = rng.uniform(1 - self.scale, 1 + self.scale, count)
         # affine_grid maps an output position to the input position it is read from, both in units of half the image:
-        # the inverse of "rotate by angle, enlarge by factor", with the ratio of the sides put back in.
+        # the inverse of "turn anticlockwise by angle, enlarge by factor" (y points down), with the ratio of the sides.
         cos, sin, ratio = np.cos(angle) / factor, np.sin(angle) / factor, height / width
         zero = np.zeros(count)
-        theta = np.stack([cos, sin * ratio, zero, -sin / ratio, cos, zero], axis=1).reshape(count, 2, 3)
+        theta = np.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], axis=1).reshape(count, 2, 3)
         grid = F.affine_grid(torch.from_numpy(theta).to(images), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

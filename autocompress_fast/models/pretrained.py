@@ -45,8 +45,11 @@ def load_pretrained(model: nn.Module, path: str | Path, *, strict: bool = True) 
         ...     load_pretrained(models.create("lenet_digits"), f"{folder}/digits.pt")
         Loaded(missing=(), unexpected=())
     """
-    given = _read_state_dict(Path(path))
     own = model.state_dict()
+    given = {
+        name if name in own else _without_prefixes(name): tensor
+        for name, tensor in _read_state_dict(Path(path)).items()
+    }
     counters = {name for name in own if name.endswith(".num_batches_tracked")}
     missing = [name for name in own if name not in given and name not in counters]
     unexpected = [name for name in given if name not in own]
@@ -92,12 +95,12 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path}: expected tensors by name, found {type(value).__name__} at {name!r}")
-    return {_without_prefixes(name): value for name, value in content.items()}
+    return dict(content)
 
 
 def _without_prefixes(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
     return name
 
 
