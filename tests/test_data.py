@@ -396,6 +396,11 @@ def test_batches_takes_what_it_is_given():
     assert loader.shuffle
     assert data.batches(loader) is loader
     assert isinstance(data.batches([(torch.zeros(2, 1), torch.zeros(2))]), UserBatches)
+    counting = torch.utils.data.DataLoader(NoisySet())
+    counting.epoch = 3
+    assert isinstance(data.batches(counting), UserBatches)
+    with pytest.raises(TypeError, match="got NoisySet; a torch Dataset goes into a DataLoader first"):
+        data.batches(NoisySet())
 
 
 # MNIST
@@ -579,7 +584,7 @@ def test_cifar_is_found_and_read(tmp_path, version, protocol):
 def test_columns_in_fortran_order_and_numpy_labels_are_read(tmp_path):
     write_cifar(tmp_path, "cifar-10-batches-py")
     images, labels = cifar_rows(12, 10, 0)
-    for protocol in (2, 4):
+    for protocol in (2, 4, 5):
         content = {"data": np.asfortranarray(images), "labels": np.array(labels, dtype=">i2")}
         (tmp_path / "cifar-10-batches-py/test_batch").write_bytes(pickle.dumps(content, protocol=protocol))
         test = data.load_cifar10(tmp_path).test

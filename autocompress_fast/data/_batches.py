@@ -136,7 +136,10 @@ class UserBatches:
 
     def __init__(self, iterable: Iterable[Any], *, seed: int = 0, length: int | None = None) -> None:
         if not isinstance(iterable, Iterable):
-            raise TypeError(f"data must be an iterable of (x, y) batches, got {type(iterable).__name__}")
+            raise TypeError(
+                f"data must be an iterable of (x, y) batches, got {type(iterable).__name__};"
+                " a torch Dataset goes into a DataLoader first"
+            )
         if isinstance(iterable, Iterator):
             raise TypeError(
                 f"data is a one-shot {type(iterable).__name__} that is empty after one epoch; "
@@ -210,7 +213,9 @@ def batches(
             drop_last=drop_last,
             device=device,
         )
-    return data if isinstance(data, Batches) else UserBatches(data, seed=seed)
+    # A user's loader may keep a number called "epoch".
+    is_batches = isinstance(data, Batches) and callable(data.epoch)
+    return data if is_batches else UserBatches(data, seed=seed)
 
 
 class _GlobalStreams:
