@@ -20,20 +20,34 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from autocompress_fast import data as data
+    from autocompress_fast import engine as engine
     from autocompress_fast import models as models
     from autocompress_fast.config import show_config as show_config
+    from autocompress_fast.engine import Engine as Engine
+    from autocompress_fast.engine import FileFormatError as FileFormatError
+    from autocompress_fast.engine import compile as compile
+    from autocompress_fast.engine import load as load
 
 __version__ = _core.__version__
 
 # name -> the module that defines it. A new public name goes here, into __all__, and into the imports for type checkers.
 _LAZY = {
     "show_config": "config",
+    "Engine": "engine",
+    "FileFormatError": "engine",
+    "compile": "engine",
+    "load": "engine",
 }
-_SUBMODULES: tuple[str, ...] = ("data", "models")
+_SUBMODULES: tuple[str, ...] = ("data", "engine", "models")
 
 __all__ = [
+    "Engine",
+    "FileFormatError",
     "__version__",
+    "compile",
     "data",
+    "engine",
+    "load",
     "models",
     "show_config",
 ]

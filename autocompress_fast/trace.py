@@ -1,7 +1,7 @@
 """A torch model as a flat list of operators.
 
 `trace` runs the model symbolically (``torch.export``) in eval mode and returns plain, immutable records: no torch
-graph, no proxies. The channel graph and the engine's lowering both read a `Trace`, so what one of them can see the other can.
+graph, no proxies. The channel graph and the engine's lowering both read a `Trace`: what one sees, the other sees.
 """
 
 from __future__ import annotations

@@ -1,0 +1,297 @@
+"""Compressed networks as files that run without torch.
+
+`compile` turns a torch model into an `Engine`; `Engine.save` writes it, `load` reads it back with numpy alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from autocompress_fast.config import default_threads
+from autocompress_fast.engine.execute import Executor
+from autocompress_fast.engine.file import FORMAT_VERSION, FileFormatError, check_info, read, write
+from autocompress_fast.engine.program import Input, Program, ProgramError, UnsupportedError, VerificationError, validate
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Engine",
+    "FileFormatError",
+    "Program",
+    "ProgramError",
+    "StepSummary",
+    "Summary",
+    "UnsupportedError",
+    "VerificationError",
+    "WeightCounts",
+    "compile",
+    "load",
+]
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """Weights of a program, biases and normalisations not counted.
+
+    Attributes:
+        kept: weights stored.
+        dense: weights of the same layers written out in full.
+        conv_kept, conv_dense: the same for convolutions alone.
+        bytes: of all tensors, indices and biases included.
+    """
+
+    kept: int
+    dense: int
+    conv_kept: int
+    conv_dense: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """One step: its operation, where it comes from, and what `StepInfo` says of it for one sample."""
+
+    op: str
+    name: str
+    shape: tuple[int, ...]
+    storage: str
+    weights: int
+    dense_weights: int
+    macs: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The steps of an engine and their totals for one sample; `str` makes a table of it."""
+
+    steps: tuple[StepSummary, ...]
+    weights: WeightCounts
+    macs: int
+
+    def __str__(self) -> str:
+        rows = [("step", "name", "output", "storage", "weights", "of dense", "MACs", "bytes")]
+        for s in self.steps:
+            share = f"{s.weights / s.dense_weights:.1%}" if s.dense_weights else ""
+            shape = "x".join(map(str, s.shape))
+            figures = (f"{n:,}" if n else "" for n in (s.weights, s.macs, s.bytes))
+            weights, macs, size = figures
+            rows.append((s.op, s.name, shape, s.storage, weights, share, macs, size))
+        total = self.weights
+        share = f"{total.kept / total.dense:.1%}" if total.dense else ""
+        rows.append(("total", "", "", "", f"{total.kept:,}", share, f"{self.macs:,}", f"{total.bytes:,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        left = 4  # text columns; the rest are figures
+        lines = (
+            "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+class Engine:
+    """A network that runs without torch; made by `compile` or `load`.
+
+    Calling it takes the network's inputs, each with any number of samples first, as float32 numpy arrays or torch
+    tensors, and returns the same kind: one array, or a tuple where the network has several outputs. Other dtypes are
+    refused, not converted: only the caller knows how 0..255 was scaled for training. A torch tensor on another device
+    is computed on the CPU and the result put back there; no gradient flows through.
+
+    An engine keeps no state between calls and may be used by several threads.
+
+    Attributes:
+        program: the steps and tensors it runs.
+        threads: how many parts of a batch are computed at the same time; results do not depend on it.
+    """
+
+    def __init__(self, program: Program, *, threads: int | None = None, info: Mapping[str, Any] | None = None) -> None:
+        self._infos = validate(program)
+        self.program = program
+        self.threads = _thread_count(threads)
+        self.info = dict(info or {})
+        self._executor = Executor(program, self._infos, self.threads)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What is saved with the program, for people and for `autocompress predict`: JSON values.
+
+        Some keys have a meaning and are checked when `info` is set and when it is saved: "classes", "mean", "std",
+        "accuracy", "original", "provenance" (docs/acf-format.md).
+        """
+        return self._info
+
+    @info.setter
+    def info(self, value: Mapping[str, Any]) -> None:
+        check_info(value, self.program, self._infos)
+        self._info = dict(value)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Names of the inputs and the shape of one sample of each."""
+        return self.program.inputs
+
+    @property
+    def output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of one sample of each output."""
+        shapes = [given.shape for given in self.program.inputs] + [info.shape for info in self._infos]
+        return tuple(shapes[value] for value in self.program.outputs)
+
+    @overload
+    def __call__(self, *inputs: FloatArray) -> Any: ...
+
+    @overload
+    def __call__(self, *inputs: torch.Tensor) -> Any: ...
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the network.
+
+        Raises:
+            TypeError: an input is neither a numpy array nor a torch tensor, or not float32.
+            ValueError: a shape is not the declared one, or the numbers of samples differ.
+        """
+        arrays = self._check_inputs(inputs)
+        outputs: Sequence[Any] = self._executor.run(arrays)
+        if not isinstance(inputs[0], np.ndarray):
+            import torch
+
+            outputs = [torch.from_numpy(y).to(inputs[0].device) for y in outputs]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _check_inputs(self, inputs: tuple[Any, ...]) -> list[FloatArray]:
+        declared = self.program.inputs
+        if len(inputs) != len(declared):
+            names = ", ".join(given.name for given in declared)
+            raise TypeError(f"the network takes {len(declared)} inputs ({names}), not {len(inputs)}")
+        arrays = [_as_numpy(x, given.name) for x, given in zip(inputs, declared, strict=True)]
+        batch = self.program.batch
+        for array, given in zip(arrays, declared, strict=True):
+            wanted = ", ".join(["N" if batch is None else str(batch), *map(str, given.shape)])
+            if array.shape[1:] != given.shape or array.ndim == 0 or batch not in (None, len(array)):
+                raise ValueError(f"input {given.name!r} must have shape ({wanted}), not {array.shape}")
+            if len(array) != len(arrays[0]):
+                raise ValueError(f"input {given.name!r} has {len(array)} samples, the first input {len(arrays[0])}")
+        return arrays
+
+    def save(self, path: str | Path) -> None:
+        """Write the program and `info` to one file, `load`'s counterpart; an old file is replaced in one step.
+
+        Raises:
+            ValueError: `info` was changed into something that cannot be saved; nothing is written.
+        """
+        write(path, self.program, self.info)
+
+    @property
+    def weights(self) -> WeightCounts:
+        """How many weights are stored, and how many the same layers have in full."""
+        pairs = list(zip(self.program.steps, self._infos, strict=True))
+        conv = [info for step, info in pairs if step.op == "conv"]
+        return WeightCounts(
+            kept=sum(info.weights for _, info in pairs),
+            dense=sum(info.dense_weights for _, info in pairs),
+            conv_kept=sum(info.weights for info in conv),
+            conv_dense=sum(info.dense_weights for info in conv),
+            bytes=sum(tensor.nbytes for tensor in self.program.tensors.values()),
+        )
+
+    def summary(self) -> Summary:
+        """Each step with its output, its weights, multiply-accumulates and bytes, and the totals, for one sample."""
+        steps = tuple(
+            StepSummary(s.op, s.name, i.shape, i.storage, i.weights, i.dense_weights, i.macs, i.bytes)
+            for s, i in zip(self.program.steps, self._infos, strict=True)
+        )
+        return Summary(steps, self.weights, sum(step.macs for step in steps))
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{given.name}: {given.shape}" for given in self.inputs)
+        return f"Engine({shapes}; {len(self.program.steps)} steps, {self.weights.kept} weights)"
+
+
+def compile(  # noqa: A001  the name users see is acf.compile
+    model: torch.nn.Module,
+    example_input: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    threads: int | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> Engine:
+    """Turn a torch model, compressed or dense, into an `Engine`.
+
+    The model is read in eval mode and not changed. Normalisations are folded into the weights, and each weight is
+    stored the smallest way: in full, as the columns and filters that are left, or as single values. The engine is
+    then run on the example and compared with the model.
+
+    Args:
+        model: any model made of supported operators.
+        example_input: a float32 tensor, or a sequence of them, that the model takes; the first dimension is the batch.
+        threads: how many parts of a batch are computed at the same time; default: those of torch.
+        info: what `Engine.info` says at first.
+
+    Raises:
+        TraceError: the model cannot be read as a graph of operators.
+        UnsupportedError: it uses operators that the engine does not have; all of them are listed with their places.
+        VerificationError: engine and model differ by more than 1e-4 of the largest output on the example.
+
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> layers = torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 2)
+    >>> net = torch.nn.Sequential(*layers)
+    >>> engine = compile(net, torch.randn(1, 1, 8, 8))
+    >>> engine(np.zeros((5, 1, 8, 8), np.float32)).shape
+    (5, 2)
+    >>> engine.weights.kept
+    324
+    """
+    from autocompress_fast.engine.lower import lower, verify
+
+    program = lower(model, example_input)
+    engine = Engine(program, threads=threads, info=info)
+    verify(engine, model, example_input)
+    return engine
+
+
+def load(path: str | Path, *, threads: int | None = None) -> Engine:
+    """Read a file that `Engine.save` wrote. Needs neither torch nor the model's class and runs nothing from the file.
+
+    Args:
+        path: the file.
+        threads: how many parts of a batch are computed at the same time; default: torch's if it is loaded, else one
+            for each core.
+
+    Raises:
+        FileFormatError: the file is not a valid program; the message names the file and the fault.
+        OSError: the file cannot be opened.
+    """
+    program, _, info = read(path)
+    return Engine(program, threads=threads, info=info)
+
+
+def _thread_count(threads: int | None) -> int:
+    if threads is None:
+        return default_threads()
+    if type(threads) is not int or not 1 <= threads <= 1024:
+        raise ValueError(f"threads must be None or an integer from 1 to 1024, not {threads!r}")
+    return threads
+
+
+def _as_numpy(x: Any, name: str) -> FloatArray:
+    torch = sys.modules.get("torch")
+    is_tensor = torch is not None and isinstance(x, torch.Tensor)
+    if not is_tensor and not isinstance(x, np.ndarray):
+        raise TypeError(f"input {name!r} must be a numpy array or a torch tensor, not {type(x).__name__}")
+    dtype = str(x.dtype).removeprefix("torch.")
+    if dtype != "float32":
+        raise TypeError(
+            f"input {name!r} must be float32, not {dtype}; convert it, and scale it as the network was trained"
+        )
+    array: FloatArray = x.detach().cpu().numpy() if is_tensor else x
+    return array

@@ -1,0 +1,202 @@
+"""Programs as files: one safetensors file with the program and what people want to know in its metadata.
+
+Reading needs numpy and safetensors alone and treats the file as a stranger's: nothing in it is executed, and every
+number is checked before it is used. docs/acf-format.md describes the format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from autocompress_fast._files import write_atomically
+from autocompress_fast.engine.program import (
+    Program,
+    StepInfo,
+    program_from_json,
+    program_to_json,
+    validate,
+)
+
+__all__ = ["FORMAT", "FORMAT_VERSION", "FileFormatError", "check_info", "read", "write"]
+
+FORMAT: Final = "autocompress_fast"
+FORMAT_VERSION: Final = 1
+
+MAX_INFO_BYTES: Final = 2**20
+_MAX_INFO_DEPTH: Final = 16
+_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "F32": np.dtype(np.float32),
+    "U16": np.dtype(np.uint16),
+    "U32": np.dtype(np.uint32),
+}
+
+
+class FileFormatError(ValueError):
+    """A file is no valid program; the message names the file and the fault."""
+
+
+def write(path: str | Path, program: Program, info: Mapping[str, Any]) -> None:
+    """Write `program` and `info` to `path` in one step: a reader sees the old file or the whole new one.
+
+    Raises:
+        ValueError: the program or the information is not valid; nothing is written.
+    """
+    infos = validate(program)
+    check_info(info, program, infos)
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "program": json.dumps(program_to_json(program), allow_nan=False),
+        "info": json.dumps(info, allow_nan=False),
+    }
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in program.tensors.items()}
+    write_atomically(path, safetensors.numpy.save(tensors, metadata))
+
+
+def read(path: str | Path) -> tuple[Program, tuple[StepInfo, ...], dict[str, Any]]:
+    """Read and check a whole file.
+
+    Returns:
+        The program, what each of its steps makes, and the information saved with it.
+
+    Raises:
+        FileFormatError: anything in the file is not as it must be.
+        OSError: the file cannot be opened.
+    """
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device might never end
+        raise FileFormatError(f"{path}: not a regular file")
+    content = path.read_bytes()
+    try:
+        metadata = _metadata(content)
+        tensors = _tensors(content)
+        program = program_from_json(_json(metadata["program"], "program"), tensors)
+        infos = validate(program)
+        info = _json(metadata["info"], "info")
+        check_info(info, program, infos)
+    except (ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    return program, infos, info
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    if len(content) < 8:
+        raise ValueError(f"{len(content)} bytes are too few for a safetensors file")
+    length = int.from_bytes(content[:8], "little")
+    if length > len(content) - 8:
+        raise ValueError(f"the header is said to have {length} bytes, but only {len(content) - 8} follow")
+    header = _json(content[8 : 8 + length], "header")
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise ValueError("a safetensors file at best, but not one of autocompress_fast")
+    version = metadata.get("format_version")
+    if version != str(FORMAT_VERSION):
+        raise ValueError(f"format version {version!r:.20} is unknown; this release reads version {FORMAT_VERSION}")
+    expected = {"format", "format_version", "program", "info"}
+    if metadata.keys() != expected or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"the metadata must be the texts {', '.join(sorted(expected))}, not {sorted(metadata)!r:.80}")
+    return metadata
+
+
+def _tensors(content: bytes) -> dict[str, np.ndarray[Any, Any]]:
+    tensors = {}
+    stored: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+    for name, given in stored:
+        dtype = _DTYPES.get(given["dtype"])
+        if dtype is None:
+            raise ValueError(f"tensor {name!r} has dtype {given['dtype']}; allowed are {', '.join(_DTYPES)}")
+        tensors[name] = np.frombuffer(given["data"], dtype).reshape(given["shape"])
+    return tensors
+
+
+def _json(text: str | bytes, what: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not valid JSON: {error}") from error
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not allowed")
+
+
+def check_info(info: object, program: Program, infos: Sequence[StepInfo]) -> None:
+    """Check the information that goes with a program: JSON values, some keys with a fixed meaning.
+
+    Keys checked: ``classes`` (names of the classes, as many as the first output has entries), ``mean`` and ``std``
+    (what an input was normalised by, one number per channel or one for all), ``accuracy`` (0 to 1), ``original``
+    (counts before compression: ``weights``, ``conv_weights``, ``macs``) and ``provenance`` (an object). Any other key
+    may hold any JSON value.
+
+    Raises:
+        ValueError: a key is not as it must be, or the whole is too large or nested too deeply.
+    """
+    if not isinstance(info, dict):
+        raise ValueError(f"info must be a dict, not {type(info).__name__}")
+    _check_json(info, "info", depth=0)
+    size = len(json.dumps(info))
+    if size > MAX_INFO_BYTES:
+        raise ValueError(f"info has {size} bytes of JSON; at most {MAX_INFO_BYTES} are allowed")
+    shapes = [given.shape for given in program.inputs] + [step.shape for step in infos]
+    if "classes" in info:
+        entries = math.prod(shapes[program.outputs[0]][-1:])
+        classes = info["classes"]
+        if not isinstance(classes, list) or len(classes) != entries or not all(isinstance(c, str) for c in classes):
+            raise ValueError(f"info['classes'] must be a list of {entries} names, not {classes!r:.80}")
+    for key in ("mean", "std"):
+        if key in info:
+            _check_normalisation(key, info[key], shapes[0])
+    if "accuracy" in info and not (_is_number(info["accuracy"]) and 0 <= info["accuracy"] <= 1):
+        raise ValueError(f"info['accuracy'] must be a number from 0 to 1, not {info['accuracy']!r:.80}")
+    if "original" in info:
+        _check_counts(info["original"])
+    if not isinstance(info.get("provenance", {}), dict):
+        raise ValueError(f"info['provenance'] must be a dict, not {info['provenance']!r:.80}")
+
+
+def _check_json(value: object, what: str, depth: int) -> None:
+    if depth > _MAX_INFO_DEPTH:
+        raise ValueError(f"{what:.80} is nested more than {_MAX_INFO_DEPTH} deep")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{what:.80} has the key {key!r:.80}; keys must be strings")
+            _check_json(item, f"{what}[{key!r}]", depth + 1)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_json(item, f"{what}[{i}]", depth + 1)
+    elif not (
+        value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+    ):
+        raise ValueError(
+            f"{what:.80} is {value!r:.80}; allowed are finite numbers, strings, booleans, lists, dicts, None"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_normalisation(key: str, value: object, shape: tuple[int, ...]) -> None:
+    lengths = sorted({1, *shape[:1]})
+    if not isinstance(value, list) or len(value) not in lengths or not all(_is_number(v) for v in value):
+        raise ValueError(f"info[{key!r}] must be a list of {' or '.join(map(str, lengths))} numbers, not {value!r:.80}")
+    if key == "std" and min(value) <= 0:
+        raise ValueError(f"info['std'] must be above 0, not {value!r:.80}")
+
+
+def _check_counts(counts: object) -> None:
+    allowed = ("weights", "conv_weights", "macs")
+    if not isinstance(counts, dict) or not all(
+        key in allowed and type(value) is int and value >= 0 for key, value in counts.items()
+    ):
+        raise ValueError(f"info['original'] must be counts of {', '.join(allowed)}, not {counts!r:.80}")
