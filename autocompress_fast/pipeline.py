@@ -467,16 +467,16 @@ def _claimed(folder: Path, model: nn.Module, goal: Target, recipe: Recipe) -> Pa
 
 def _info(data: Any, report: Report, plan: Plan, accuracy: dict[str, float], goal: Target) -> dict[str, Any]:
     """What a reader of the saved file wants to know, and `predict` needs."""
+    dense, small = report.counts(), report.counts(plan)
     info: dict[str, Any] = {
-        "accuracy": accuracy,
-        "target": str(goal),
-        "dense": asdict(report.counts()),
-        "small": asdict(report.counts(plan)),
+        "accuracy": accuracy.get("final_test", accuracy["final"]) / 100,
+        "original": {"weights": dense.params, "conv_weights": dense.conv, "macs": dense.macs},
+        "provenance": {"target": str(goal), "percent": accuracy, "small": asdict(small), "model": report.model_name},
     }
     if isinstance(data, Splits):
         part = data.train
         info |= {"classes": list(part.classes), "mean": list(part.mean), "std": list(part.std)}
-        info |= {"input_shape": list(part.input_shape), "data": data.name, "raw": str(part.images.dtype)}
+        info["provenance"]["data"] = data.name
     return info
 
 
