@@ -7,10 +7,11 @@ same weights as one that was not.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from torch import nn
 
 from autocompress_fast._files import write_atomically
 from autocompress_fast.admm import ADMM
-from autocompress_fast.data import Batches
+from autocompress_fast.data import Batches, BatchLoader
 from autocompress_fast.plan import MaskedParameters, Plan
 from autocompress_fast.progress import Progress
 
 __all__ = ["Evaluation", "Trainer", "TrainingConfig", "best_precision", "evaluate"]
 
 _CHECKPOINT_VERSION = 1
+_TEACHER_BATCH = 500
+_MOST_KNOWN_LOGITS = 2**26  # 256 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,7 @@ class Trainer:
         self.checkpoint, self.log, self.name = checkpoint, log, name
         self.progress = progress or Progress()
         self.history: list[dict[str, Any]] = []
+        self._known_logits: torch.Tensor | None = None
         self.optimizer = _optimizer(model, config)
 
     def run(self) -> list[dict[str, Any]]:
@@ -193,6 +197,7 @@ class Trainer:
         done, batches = len(self.history), len(self.train)
         if done == self.config.epochs:
             return self.history
+        self._known_logits = None if self.teacher is None else _known_logits(self.teacher, self.train)
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         self.model.to(memory_format=layout)
         if self.teacher is not None:
@@ -215,8 +220,10 @@ class Trainer:
         total = torch.zeros(())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed * 1_000_003 + epoch)
-            for number, (x, y) in enumerate(self.train.epoch(epoch)):
-                total += self._step(x, y, epoch * len(self.train) + number)
+            for number, ((x, y), expected) in enumerate(
+                zip(self.train.epoch(epoch), self._expected(epoch), strict=False)
+            ):
+                total += self._step(x, y, expected, epoch * len(self.train) + number)
                 self.progress.advance()
         row: dict[str, Any] = {"stage": self.name, "epoch": epoch + 1, "loss": float(total) / len(self.train)}
         if not math.isfinite(row["loss"]):
@@ -240,7 +247,15 @@ class Trainer:
         parts += [f"validation {row['validation']:.2f}%"] if "validation" in row else []
         self.progress.tell(", ".join(parts))
 
-    def _step(self, x: torch.Tensor, y: torch.Tensor, step: int) -> torch.Tensor:
+    def _expected(self, epoch: int) -> Iterator[torch.Tensor | None]:
+        """The teacher's logits for every batch of the epoch where they are known beforehand, else None."""
+        if self._known_logits is None:
+            return itertools.repeat(None)
+        assert isinstance(self.train, BatchLoader)
+        known = self._known_logits
+        return (known[torch.from_numpy(chosen)] for chosen in self.train.indices(epoch))
+
+    def _step(self, x: torch.Tensor, y: torch.Tensor, expected: torch.Tensor | None, step: int) -> torch.Tensor:
         """One optimizer step; returns the loss without the ADMM penalty."""
         rate = self.config.rate(step, self.config.epochs * len(self.train))
         for group in self.optimizer.param_groups:
@@ -249,11 +264,11 @@ class Trainer:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             logits = self.model(x)
-            if self.teacher is not None:
+            if self.teacher is not None and expected is None:
                 with torch.no_grad():
                     expected = self.teacher(x)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=self.config.label_smoothing)
-        if self.teacher is not None:
+        if expected is not None:
             share = self.config.distillation
             loss = (1 - share) * loss + share * _distance(logits.float(), expected.float(), self.config.temperature)
         whole = loss if self.admm is None else loss + self.admm.penalty()
@@ -333,6 +348,20 @@ class Trainer:
         if self.log is not None:
             with self.log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _known_logits(teacher: nn.Module, train: Batches) -> torch.Tensor | None:
+    """The teacher's logits of the whole training set, when its images are the same in every epoch."""
+    if not isinstance(train, BatchLoader) or train.augmentation is not None:
+        return None
+    in_order = BatchLoader(train.dataset, _TEACHER_BATCH, device=train.device)
+    with torch.no_grad():
+        logits: list[torch.Tensor] = []
+        for x, _ in in_order.epoch(0):
+            logits.append(teacher(x).float())
+            if logits[0].shape[1] * len(train.dataset) > _MOST_KNOWN_LOGITS:
+                return None
+    return torch.cat(logits)
 
 
 def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

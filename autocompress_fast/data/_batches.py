@@ -91,14 +91,18 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
 
+    def indices(self, index: int) -> Iterator[Int64Array]:
+        """Which images of the dataset are in each batch of epoch `index`."""
+        order = shuffled(len(self.dataset), _ORDER, self.seed, index) if self.shuffle else np.arange(len(self.dataset))
+        for number in range(len(self)):
+            yield order[number * self.batch_size : (number + 1) * self.batch_size]
+
     def epoch(self, index: int) -> Iterator[Batch]:
         """x: float32 (B, C, H, W) normalised, y: int64 (B,)."""
         import torch
 
-        order = shuffled(len(self.dataset), _ORDER, self.seed, index) if self.shuffle else np.arange(len(self.dataset))
         scale, offset = (torch.from_numpy(a).to(self.device) for a in self.dataset.scale_and_offset())
-        for number in range(len(self)):
-            chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
+        for number, chosen in enumerate(self.indices(index)):
             raw = self.dataset.images[chosen]
             labels = torch.from_numpy(self.dataset.labels[chosen]).to(self.device)
             rng = np.random.default_rng((_AUGMENTATION, self.seed, index, number))
