@@ -13,11 +13,23 @@ namespace {
 std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 template <class T>
-Key<T> largest_finite_key() {
-  const T largest = std::numeric_limits<T>::max();
+Key<T> key_of(T value) {
+  const T magnitude = std::abs(value);
   Key<T> key = 0;
-  std::memcpy(&key, &largest, sizeof(key));
+  std::memcpy(&key, &magnitude, sizeof(key));
   return key;
+}
+
+template <class T>
+T value_of(Key<T> key) {
+  T value = 0;
+  std::memcpy(&value, &key, sizeof(value));
+  return value;
+}
+
+template <class T>
+Key<T> largest_finite_key() {
+  return key_of(std::numeric_limits<T>::max());
 }
 
 // Up to this many elements every key is stored; a sample would not pay.
@@ -37,7 +49,7 @@ ElementSelection<T>::ElementSelection(const T* w, const T* u, std::int64_t n, st
     reserve(n);
   } else {
     bracket_by_sample();
-    reserve(kUnit / 8);
+    reserve(kUnit / 4);
   }
 }
 
@@ -64,7 +76,9 @@ void ElementSelection<T>::measure(std::int64_t task) {
 // weights can hide from them. Neighbours are alike, so the spread of a rank is estimated from block to block.
 template <class T>
 void ElementSelection<T>::bracket_by_sample() {
-  const std::int64_t blocks = std::clamp<std::int64_t>(n_ / (256 * kBlock), 64, 1024);
+  // The time for a sample of m grows with m, that for the elements inside the bracket with n / sqrt(m).
+  const double balanced = std::pow(static_cast<double>(n_), 2.0 / 3);
+  const std::int64_t blocks = std::clamp<std::int64_t>(std::llround(balanced / 20), 32, 4096);
   const std::int64_t part = n_ / blocks, size = blocks * kBlock;
   std::vector<Key<T>> sample(index(size)), scratch(index(size + kBlock));
   for (std::int64_t block = 0; block < blocks; ++block) {
@@ -75,7 +89,7 @@ void ElementSelection<T>::bracket_by_sample() {
   }
   const auto ranked = [&](std::int64_t rank) {
     std::copy(sample.begin(), sample.end(), scratch.begin());
-    return kernels_.select(scratch.data(), size, rank);
+    return kernels_.select(scratch.data(), size, rank).key;
   };
 
   const double share = static_cast<double>(keep_) / static_cast<double>(n_);
@@ -98,7 +112,7 @@ void ElementSelection<T>::bracket_by_sample() {
     low_ = high_ = middle;
     return;
   }
-  const auto margin = static_cast<std::int64_t>(std::ceil(4 * std::sqrt(spread))) + 4;
+  const auto margin = static_cast<std::int64_t>(std::ceil(3 * std::sqrt(spread))) + 2;
   low_ = rank + margin > size ? 0 : ranked(rank + margin);
   high_ = rank - margin < 1 ? largest_finite_key<T>() : ranked(rank - margin);
   // A value that fills much of the sample at an end of the bracket stays outside: the middle is another one.
@@ -161,44 +175,36 @@ void ElementSelection<T>::find_threshold() {
   const std::int64_t rank = keep_ - total_.above;
   if (low_ == high_) {
     threshold_ = low_;
-    find_cut(rank);
+    find_cut(total_.inside, rank);
     return;
   }
-  std::vector<Key<T>> candidates(index(total_.stored + kBlock));
-  Key<T>* end = candidates.data();
+  std::unique_ptr<Key<T>[]> candidates(new Key<T>[index(total_.stored + kBlock)]);
+  Key<T>* end = candidates.get();
   for (std::int64_t task = 0; task < tasks(); ++task) {
-    const Key<T>* unit = inside_.get() + task * (capacity_ + kBlock);
-    end = std::copy_n(unit, found_[index(task)].stored, end);
+    end = std::copy_n(inside_.get() + task * (capacity_ + kBlock), found_[index(task)].stored, end);
   }
-  threshold_ = kernels_.select(candidates.data(), total_.stored, rank);
-  std::int64_t above = 0;
-  for (std::int64_t task = 0; task < tasks(); ++task) {
-    const Key<T>* unit = inside_.get() + task * (capacity_ + kBlock);
-    Bracket<T>& found = found_[index(task)];
-    std::int64_t ties = 0;
-    for (std::int64_t i = 0; i < found.stored; ++i) {
-      above += unit[i] > threshold_ ? 1 : 0;
-      ties += unit[i] == threshold_ ? 1 : 0;
-    }
-    found.inside = ties;
-  }
-  find_cut(rank - above);
+  const Selected<T> selected = kernels_.select(candidates.get(), total_.stored, rank);
+  threshold_ = selected.key;
+  find_cut(selected.ties, selected.rank);
 }
 
-// found_[task].inside counts the ties of each unit: the cut lies behind the ties_kept-th one.
+// The cut lies behind the ties_kept-th of the elements at the threshold.
 template <class T>
-void ElementSelection<T>::find_cut(std::int64_t ties_kept) {
-  std::int64_t task = 0;
-  while (ties_kept > found_[index(task)].inside) ties_kept -= found_[index(task++)].inside;
-  if (ties_kept == found_[index(task)].inside) {
-    cut_ = std::min(n_, (task + 1) * kUnit);
-    return;
+void ElementSelection<T>::find_cut(std::int64_t ties, std::int64_t ties_kept) {
+  cut_ = n_;
+  if (ties_kept == ties) return;
+  for (std::int64_t task = 0; ties_kept > 0; ++task) {
+    const Bracket<T> unit =
+        kernels_.bracket(w_ + task * kUnit, u_at(task * kUnit), unit_size(task), threshold_, threshold_, nullptr, 0);
+    if (unit.inside < ties_kept) {
+      ties_kept -= unit.inside;
+      continue;
+    }
+    std::vector<Key<T>> keys(index(unit_size(task)));
+    kernels_.keys(w_ + task * kUnit, u_at(task * kUnit), unit_size(task), keys.data());
+    for (cut_ = task * kUnit; ties_kept > 0; ++cut_)
+      ties_kept -= keys[index(cut_ - task * kUnit)] == threshold_ ? 1 : 0;
   }
-  std::vector<Key<T>> unit(index(unit_size(task)));
-  kernels_.keys(w_ + task * kUnit, u_at(task * kUnit), unit_size(task), unit.data());
-  std::int64_t i = 0;
-  for (; ties_kept > 0; ++i) ties_kept -= unit[index(i)] == threshold_ ? 1 : 0;
-  cut_ = task * kUnit + i;
 }
 
 template <class T>
@@ -208,6 +214,9 @@ void ElementSelection<T>::write(std::int64_t task, T* out, T* u, Residuals* resi
     if (begin == stop) return;
     if (u == nullptr) {
       kernels_.project_above(w_ + begin, out + begin, stop - begin, above);
+    } else if (sizeof(T) == sizeof(float) && !squares_in_range(value_of<T>(total_.largest))) {
+      update_plain(w_ + begin, u + begin, out + begin, stop - begin, residuals,
+                   [above](std::int64_t, T v) { return key_of(v) > above; });
     } else {
       kernels_.update_above(w_ + begin, u + begin, out + begin, stop - begin, above, residuals);
     }

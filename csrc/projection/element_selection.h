@@ -22,6 +22,23 @@ inline constexpr std::int64_t kUnit = 16384;  // elements per task
 template <class T>
 void check_finite(const T* w, const T* u, std::int64_t n);
 
+// Whether float can hold the squares of numbers of about this size, and of much larger and smaller ones.
+inline bool squares_in_range(double size) { return size > 1e-12 && size < 1e12; }
+
+// An update in plain C++ with residuals in double throughout, for elements near the ends of the range of float.
+// kept(i, v) says whether element i, v = w[i] + u[i], is kept.
+template <class T, class Kept>
+void update_plain(const T* w, T* u, T* z, std::int64_t n, Residuals* residuals, const Kept& kept) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const T v = w[i] + u[i], after = kept(i, v) ? v : T{0};
+    const double primal = static_cast<double>(w[i]) - after, dual = static_cast<double>(after) - z[i];
+    residuals->primal[i % kBlock] += primal * primal;
+    residuals->dual[i % kBlock] += dual * dual;
+    z[i] = after;
+    u[i] = v - after;
+  }
+}
+
 template <class T>
 class ElementSelection {
  public:
@@ -37,7 +54,7 @@ class ElementSelection {
   void reserve(std::int64_t capacity);
   void measure_again(Key<T> low, Key<T> high, std::int64_t capacity);
   void find_threshold();
-  void find_cut(std::int64_t ties_kept);
+  void find_cut(std::int64_t ties, std::int64_t ties_kept);
   std::int64_t unit_size(std::int64_t task) const;
   const T* u_at(std::int64_t offset) const { return u_ == nullptr ? nullptr : u_ + offset; }
 

@@ -47,13 +47,23 @@ struct Bracket {
   Key<T> largest = 0;
 };
 
+// The key of some rank, how many keys equal it, and its rank among them (1 to ties).
+template <class T>
+struct Selected {
+  Key<T> key;
+  std::int64_t ties, rank;
+};
+
 // V = W + U, or V = W where u is null. Masks of columns are one key per column, -1 kept and 0 dropped; null: all kept.
 template <class T>
 struct Kernels {
-  // squares[i] = sum over the kept columns k of (scale * V[i, k])^2 for `rows` contiguous rows of `columns`.
-  // u_nonzero (may be null): whether any bit of row i of U is set. scale is ignored for float.
+  // squares[i] = sum over the kept columns k of (scale * V[i, k])^2 for `rows` contiguous rows of `columns`. scale is
+  // ignored for float.
   void (*row_squares)(const T* w, const T* u, std::int64_t rows, std::int64_t columns, const Key<T>* column_mask,
-                      double scale, double* squares, std::uint8_t* u_nonzero);
+                      double scale, double* squares);
+
+  // Whether any bit is set; looks no further than it must.
+  bool (*any_nonzero)(const T* p, std::int64_t n);
 
   // squares[k] += (scale * V[i, k])^2 for `columns` columns of rows that lie `stride` apart, in row order. row_list
   // (may be null): the `rows` rows to take, ascending.
@@ -69,7 +79,7 @@ struct Kernels {
                         std::int64_t capacity);
 
   // The rank-th largest (1 is the largest) of n non-negative keys. Destroys them; `keys` has room for n + kBlock.
-  Key<T> (*select)(Key<T>* keys, std::int64_t n, std::int64_t rank);
+  Selected<T> (*select)(Key<T>* keys, std::int64_t n, std::int64_t rank);
 
   // out = V where kept, 0 elsewhere (w may be out): by column mask, and where key > above.
   void (*project_masked)(const T* w, T* out, std::int64_t n, const Key<T>* mask);

@@ -54,6 +54,7 @@ struct F32 {
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static Reg scale(Reg a, double) { return a; }
   static Int bits(Reg r) { return _mm256_castps_si256(r); }
   static Int key(Reg r) { return _mm256_and_si256(bits(r), _mm256_set1_epi32(0x7fffffff)); }
@@ -67,7 +68,7 @@ struct F32 {
   static Reg keep(Mask m, Reg r) { return _mm256_and_ps(_mm256_castsi256_ps(m), r); }
   static Reg drop(Mask m, Reg r) { return _mm256_andnot_ps(_mm256_castsi256_ps(m), r); }
   static int mask_bits(Mask m) { return _mm256_movemask_ps(_mm256_castsi256_ps(m)); }
-  static int count(Mask m) { return __builtin_popcount(static_cast<unsigned>(mask_bits(m))); }
+  static Int count_lanes(Int counts, Mask m) { return _mm256_sub_epi32(counts, m); }
   static int compress(Key* out, Int k, Mask m) {
     const int kept = mask_bits(m);
     store_int(out, compressed(kOrder32, k, kept));
@@ -106,6 +107,7 @@ struct F64 {
   static Reg zero() { return _mm256_setzero_pd(); }
   static Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }
   static Reg scale(Reg a, double factor) { return _mm256_mul_pd(a, _mm256_set1_pd(factor)); }
   static Int bits(Reg r) { return _mm256_castpd_si256(r); }
   static Int key(Reg r) { return _mm256_and_si256(bits(r), _mm256_set1_epi64x(0x7fffffffffffffff)); }
@@ -119,7 +121,7 @@ struct F64 {
   static Reg keep(Mask m, Reg r) { return _mm256_and_pd(_mm256_castsi256_pd(m), r); }
   static Reg drop(Mask m, Reg r) { return _mm256_andnot_pd(_mm256_castsi256_pd(m), r); }
   static int mask_bits(Mask m) { return _mm256_movemask_pd(_mm256_castsi256_pd(m)); }
-  static int count(Mask m) { return __builtin_popcount(static_cast<unsigned>(mask_bits(m))); }
+  static Int count_lanes(Int counts, Mask m) { return _mm256_sub_epi64(counts, m); }
   static int compress(Key* out, Int k, Mask m) {
     const int kept = mask_bits(m);
     store_int(out, compressed(kOrder64, k, kept));

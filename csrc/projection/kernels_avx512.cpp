@@ -32,6 +32,7 @@ struct F32 {
   static Reg zero() { return _mm512_setzero_ps(); }
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg scale(Reg a, double) { return a; }
   static Int bits(Reg r) { return _mm512_castps_si512(r); }
   static Int key(Reg r) { return _mm512_and_si512(bits(r), _mm512_set1_epi32(0x7fffffff)); }
@@ -44,11 +45,11 @@ struct F32 {
   static Mask not_mask(Mask a) { return static_cast<Mask>(~a); }
   static Reg keep(Mask m, Reg r) { return _mm512_maskz_mov_ps(m, r); }
   static Reg drop(Mask m, Reg r) { return _mm512_maskz_mov_ps(not_mask(m), r); }
-  static int count(Mask m) { return __builtin_popcount(m); }
+  static Int count_lanes(Int counts, Mask m) { return _mm512_mask_sub_epi32(counts, m, counts, _mm512_set1_epi32(-1)); }
   // Compressing into a register and storing all of it is much cheaper than compressing into memory.
   static int compress(Key* out, Int k, Mask m) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(m, k));
-    return count(m);
+    return __builtin_popcount(m);
   }
   static Double load_doubles(const double* p) { return _mm512_loadu_pd(p); }
   static void store_doubles(double* p, Double d) { _mm512_storeu_pd(p, d); }
@@ -81,6 +82,7 @@ struct F64 {
   static Reg zero() { return _mm512_setzero_pd(); }
   static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
   static Reg scale(Reg a, double factor) { return _mm512_mul_pd(a, _mm512_set1_pd(factor)); }
   static Int bits(Reg r) { return _mm512_castpd_si512(r); }
   static Int key(Reg r) { return _mm512_and_si512(bits(r), _mm512_set1_epi64(0x7fffffffffffffff)); }
@@ -93,10 +95,10 @@ struct F64 {
   static Mask not_mask(Mask a) { return static_cast<Mask>(~a); }
   static Reg keep(Mask m, Reg r) { return _mm512_maskz_mov_pd(m, r); }
   static Reg drop(Mask m, Reg r) { return _mm512_maskz_mov_pd(not_mask(m), r); }
-  static int count(Mask m) { return __builtin_popcount(m); }
+  static Int count_lanes(Int counts, Mask m) { return _mm512_mask_sub_epi64(counts, m, counts, _mm512_set1_epi64(-1)); }
   static int compress(Key* out, Int k, Mask m) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(m, k));
-    return count(m);
+    return __builtin_popcount(m);
   }
   static Double load_doubles(const double* p) { return _mm512_loadu_pd(p); }
   static void store_doubles(double* p, Double d) { _mm512_storeu_pd(p, d); }

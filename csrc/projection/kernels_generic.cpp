@@ -59,6 +59,11 @@ struct Native {
     for (int i = 0; i < kBlock; ++i) r.v[i] = a.v[i] - b.v[i];
     return r;
   }
+  static Reg mul(const Reg& a, const Reg& b) {
+    Reg r;
+    for (int i = 0; i < kBlock; ++i) r.v[i] = a.v[i] * b.v[i];
+    return r;
+  }
   static Reg scale(const Reg& a, double factor) {
     if (sizeof(T) == sizeof(float)) return a;
     Reg r;
@@ -120,10 +125,10 @@ struct Native {
     return kept;
   }
   static Reg drop(const Mask& m, const Reg& r) { return keep(not_mask(m), r); }
-  static int count(const Mask& m) {
-    Key total = 0;
-    for (int i = 0; i < kBlock; ++i) total -= m.v[i];
-    return static_cast<int>(total);
+  static Int count_lanes(const Int& counts, const Mask& m) {
+    Int k;
+    for (int i = 0; i < kBlock; ++i) k.v[i] = counts.v[i] - m.v[i];
+    return k;
   }
   static int compress(Key* out, const Int& k, const Mask& m) {
     int total = 0;

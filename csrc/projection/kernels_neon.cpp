@@ -37,6 +37,7 @@ struct F32 {
   static Reg zero() { return vdupq_n_f32(0); }
   static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
   static Reg sub(Reg a, Reg b) { return vsubq_f32(a, b); }
+  static Reg mul(Reg a, Reg b) { return vmulq_f32(a, b); }
   static Reg scale(Reg a, double) { return a; }
   static Int bits(Reg r) { return vreinterpretq_s32_f32(r); }
   static Int key(Reg r) { return vandq_s32(bits(r), vdupq_n_s32(0x7fffffff)); }
@@ -49,7 +50,7 @@ struct F32 {
   static Mask not_mask(Mask a) { return vmvnq_u32(a); }
   static Reg keep(Mask m, Reg r) { return vreinterpretq_f32_u32(vandq_u32(m, vreinterpretq_u32_f32(r))); }
   static Reg drop(Mask m, Reg r) { return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(r), m)); }
-  static int count(Mask m) { return static_cast<int>(vaddvq_u32(vshrq_n_u32(m, 31))); }
+  static Int count_lanes(Int counts, Mask m) { return vsubq_s32(counts, vreinterpretq_s32_u32(m)); }
   static int compress(Key* out, Int k, Mask m) {
     Key lane[kLanes];
     std::uint32_t kept[kLanes];
@@ -103,6 +104,7 @@ struct F64 {
   static Reg zero() { return vdupq_n_f64(0); }
   static Reg add(Reg a, Reg b) { return vaddq_f64(a, b); }
   static Reg sub(Reg a, Reg b) { return vsubq_f64(a, b); }
+  static Reg mul(Reg a, Reg b) { return vmulq_f64(a, b); }
   static Reg scale(Reg a, double factor) { return vmulq_n_f64(a, factor); }
   static Int bits(Reg r) { return vreinterpretq_s64_f64(r); }
   static Int key(Reg r) { return vandq_s64(bits(r), vdupq_n_s64(0x7fffffffffffffff)); }
@@ -115,7 +117,7 @@ struct F64 {
   static Mask not_mask(Mask a) { return vreinterpretq_u64_u32(vmvnq_u32(vreinterpretq_u32_u64(a))); }
   static Reg keep(Mask m, Reg r) { return vreinterpretq_f64_u64(vandq_u64(m, vreinterpretq_u64_f64(r))); }
   static Reg drop(Mask m, Reg r) { return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(r), m)); }
-  static int count(Mask m) { return static_cast<int>(vaddvq_u64(vshrq_n_u64(m, 63))); }
+  static Int count_lanes(Int counts, Mask m) { return vsubq_s64(counts, vreinterpretq_s64_u64(m)); }
   static int compress(Key* out, Int k, Mask m) {
     const Mask kept = vshrq_n_u64(m, 63);
     const int one = static_cast<int>(vgetq_lane_u64(kept, 0));

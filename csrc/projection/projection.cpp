@@ -31,14 +31,11 @@ void mark_largest(const std::vector<double>& values, std::int64_t keep, const Ke
   // Non-negative doubles have the order of their bits.
   std::vector<std::int64_t> keys(values.size() + kBlock);
   std::memcpy(keys.data(), values.data(), values.size() * sizeof(double));
-  const std::int64_t threshold = kernels.select(keys.data(), static_cast<std::int64_t>(values.size()), keep);
+  const Selected<double> threshold = kernels.select(keys.data(), static_cast<std::int64_t>(values.size()), keep);
   double limit = 0;
-  std::memcpy(&limit, &threshold, sizeof(limit));
-  std::int64_t left = keep;
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    kept[i] = values[i] > limit ? 1 : 0;
-    left -= kept[i];
-  }
+  std::memcpy(&limit, &threshold.key, sizeof(limit));
+  for (std::size_t i = 0; i < values.size(); ++i) kept[i] = values[i] > limit ? 1 : 0;
+  std::int64_t left = threshold.rank;
   for (std::size_t i = 0; left > 0; ++i) {
     if (values[i] == limit) {
       kept[i] = 1;
@@ -73,7 +70,7 @@ class Job {
     if (structure == Structure::filter || joint) {
       row_tasks_ = row_units();
       row_squares_.resize(index(shape.rows));
-      if (u != nullptr) u_nonzero_.resize(index(shape.rows));
+      u_nonzero_.resize(index(shape.rows), 1);
     }
     if (structure != Structure::filter) {
       // Narrow stripes only where there are too few of full width for the threads.
@@ -96,7 +93,7 @@ class Job {
     if (elements_) {
       elements_->measure(task);
     } else if (task < row_tasks_) {
-      measure_rows(task, nullptr, row_squares_.data(), u_nonzero_.empty() ? nullptr : u_nonzero_.data());
+      measure_rows(task);
     } else {
       measure_columns(task - row_tasks_);
     }
@@ -164,17 +161,31 @@ class Job {
   std::int64_t rows_per_block() const { return shape_.rows / shape_.groups; }
   const T* u_at(std::int64_t offset) const { return u_ == nullptr ? nullptr : u_ + offset; }
 
-  void measure_rows(std::int64_t unit, const Key<T>* column_mask, double* squares, std::uint8_t* u_nonzero) const {
+  // A kept filter has U = 0 after an update, most often still at the next one: then there is less to read and to write.
+  void measure_rows(std::int64_t unit) {
     const std::int64_t first = unit * rows_per_unit(), end = std::min(shape_.rows, first + rows_per_unit());
-    for (std::int64_t row = first; row < end;) {
-      // Rows of one block share a mask.
-      const std::int64_t block = row / rows_per_block();
-      const std::int64_t stop = column_mask == nullptr ? end : std::min(end, (block + 1) * rows_per_block());
+    if (u_ != nullptr && structure_ == Structure::filter) {
+      for (std::int64_t row = first; row < end; ++row) {
+        u_nonzero_[index(row)] = kernels_.any_nonzero(u_ + row * shape_.columns, shape_.columns) ? 1 : 0;
+      }
+    }
+    for (std::int64_t row = first, stop = first; row < end; row = stop) {
+      const bool with_u = u_ != nullptr && u_nonzero_[index(row)] != 0;
+      while (stop < end && u_nonzero_[index(stop)] == u_nonzero_[index(row)]) ++stop;
       const std::int64_t offset = row * shape_.columns;
+      kernels_.row_squares(w_ + offset, with_u ? u_ + offset : nullptr, stop - row, shape_.columns, nullptr, scale_,
+                           row_squares_.data() + row);
+    }
+  }
+
+  // Over the columns of column_mask_ only; rows of one block share a mask.
+  void measure_rows_masked(std::int64_t unit, double* squares) const {
+    const std::int64_t first = unit * rows_per_unit(), end = std::min(shape_.rows, first + rows_per_unit());
+    for (std::int64_t row = first, stop = first; row < end; row = stop) {
+      const std::int64_t block = row / rows_per_block(), offset = row * shape_.columns;
+      stop = std::min(end, (block + 1) * rows_per_block());
       kernels_.row_squares(w_ + offset, u_at(offset), stop - row, shape_.columns,
-                           column_mask == nullptr ? nullptr : column_mask + block * shape_.columns, scale_,
-                           squares + row, u_nonzero == nullptr ? nullptr : u_nonzero + row);
-      row = stop;
+                           column_mask_.data() + block * shape_.columns, scale_, squares + row);
     }
   }
 
@@ -210,7 +221,11 @@ class Job {
     constexpr double kSmall = 1e-200;
     const bool finite = all_finite(squares);
     if (!finite) check_finite(w_, u_, shape_.size());
-    if (sizeof(T) == sizeof(float)) return;
+    if (sizeof(T) == sizeof(float)) {
+      const double energy = std::accumulate(squares.begin(), squares.end(), 0.0);
+      in_range_ = squares_in_range(std::sqrt(energy / static_cast<double>(shape_.size())));
+      return;
+    }
     if (finite && *std::max_element(squares.begin(), squares.end()) >= kSmall) return;
     double largest = 0;
     for (std::int64_t i = 0; i < shape_.size(); ++i) {
@@ -270,8 +285,7 @@ class Job {
   void best_rows_for(const std::vector<std::uint8_t>& columns, std::vector<std::uint8_t>& rows) {
     expand(columns, column_mask_);
     std::vector<double> squares(index(shape_.rows));
-    parallel_for(row_tasks_, options_.threads,
-                 [&](std::int64_t unit) { measure_rows(unit, column_mask_.data(), squares.data(), nullptr); });
+    parallel_for(row_tasks_, options_.threads, [&](std::int64_t unit) { measure_rows_masked(unit, squares.data()); });
     mark_largest(squares, keep_, group_kernels_, rows);
   }
 
@@ -292,7 +306,10 @@ class Job {
       return;
     }
     T* u = u_ + offset;
-    if (!kept) {
+    if (!in_range_) {
+      update_plain(w, u, out, n, residuals,
+                   [=](std::int64_t k, T) { return kept && (mask == nullptr || mask[k] != 0); });
+    } else if (!kept) {
       kernels_.update_dropped(w, u, out, n, residuals);
     } else if (mask != nullptr) {
       kernels_.update_masked(w, u, out, n, mask, residuals);
@@ -315,7 +332,8 @@ class Job {
 
   std::unique_ptr<ElementSelection<T>> elements_;
   std::int64_t row_tasks_ = 0, column_tasks_ = 0, stripe_ = 0, stripes_ = 0, blocks_per_task_ = 1;
-  double scale_ = 1;
+  double scale_ = 1;      // of doubles, for squares that would leave their range
+  bool in_range_ = true;  // of float: whether the squares of typical elements stay well inside
   std::vector<double> row_squares_, column_squares_;
   std::vector<std::uint8_t> u_nonzero_, rows_kept_, columns_kept_;
   std::vector<std::vector<std::int64_t>> selected_rows_;  // by block; empty: all rows
