@@ -51,7 +51,8 @@ class Recipe:
     """How long and how strongly to train in every stage.
 
     Args:
-        structure: what is pruned: "filter+column", "filter", "column" or "element".
+        structure: what is pruned: "filter+column" (both at once), "filter-then-column" (the papers' order, two ADMM
+            trainings a round), "filter", "column" or "element".
         rounds: how many times to prune and compact; each takes an equal part of the rate. None: about 6x a round.
         admm_epochs, retrain_epochs: in every round; final_epochs: instead of the latter in the last round.
         admm_lr, retrain_lr, final_lr: peak learning rates.
@@ -353,10 +354,13 @@ def _rounds(
         now = report if number == 1 else inspect(small, example)
         stages.progress.note(f"round {number} of {rounds}: to {part}")
         constraints = allocate(now, part, report.counts(), recipe.structure)
-        admm = ADMM(small, constraints, rho=recipe.rho, links=now.links())
-        stages.run(small, f"round{number}.admm", recipe.training("admm", number), admm=admm, masks=masks)
-        pruned = admm.finish()
-        cut = compact(small, pruned.tied(now), example, columns=False)
+        for step, step_constraints in enumerate(_steps(constraints, recipe.structure)):
+            admm = ADMM(small, step_constraints, rho=recipe.rho, links=now.links())
+            name = f"round{number}.admm" + (f"{step + 1}" if step else "")
+            stages.run(small, name, recipe.training("admm", number), admm=admm, masks=masks)
+            masks = admm.finish().tied(now)
+        assert masks is not None
+        cut = compact(small, masks, example, columns=False)
         small, masks = cut.model, cut.plan
         kept = {name: kept[name].then(inner) for name, inner in cut.kept.items()}
         kind = "final" if number == rounds else "retrain"
@@ -365,6 +369,16 @@ def _rounds(
         stages.progress.note(f"round {number} of {rounds}: {_rates(report.counts(), counts)}")
     assert masks is not None
     return small, masks, kept
+
+
+def _steps(constraints: dict[str, Constraint], structure: str) -> list[dict[str, Constraint]]:
+    """The ADMM trainings of a round: one, or filters first and then the columns of the filters that are left."""
+    if structure != "filter-then-column":
+        return [constraints]
+    filters = {
+        n: Constraint("filter", c.keep[0], c.groups) for n, c in constraints.items() if isinstance(c.keep, tuple)
+    }
+    return [filters, constraints]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from autocompress_fast.graph import Counts, Layer, Report
 
 __all__ = ["STRUCTURES", "Target", "allocate", "smallest"]
 
-STRUCTURES = ("filter+column", "filter", "column", "element")
+STRUCTURES = ("filter+column", "filter-then-column", "filter", "column", "element")
 
 _ALPHA = 0.55
 _FILTER_CHOICES = 16  # candidate filter counts of a layer, spaced geometrically
@@ -103,7 +103,7 @@ def allocate(
         report: of the network as it is now; `report.weight` decides between filters and columns.
         target: relative to `dense`.
         dense: sizes of the network that the target counts from.
-        structure: "filter+column", "filter", "column" or "element".
+        structure: one of `STRUCTURES`.
         alpha: how much more larger layers lose; 0 for the same rate everywhere.
 
     Raises:

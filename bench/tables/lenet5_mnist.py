@@ -1,0 +1,120 @@
+"""LeNet-5 on MNIST: the compressions of the table in lenet5-mnist.md, three seeds each.
+
+    python bench/tables/lenet5_mnist.py --data DIR          # runs what is missing, then writes the table
+
+Every run is one `autocompress compress` command with a work directory of its own: interrupted, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import datetime
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+# name -> (what it is, target, further options)
+ROWS = {
+    "structured-40x": ("filters + columns, CONV 40x", "conv=40", ["--final-epochs", "40"]),
+    "structured-88x": ("filters + columns, CONV 88x", "conv=88", ["--final-epochs", "40"]),
+    "irregular-100x": ("single weights, all 100x", "params=100", ["--structure", "element", "--final-epochs", "30"]),
+}
+
+
+def command(row: str, seed: int, options: argparse.Namespace) -> list[str]:
+    _, target, further = ROWS[row]
+    return [
+        *("autocompress", "compress", "lenet5", "--data", options.data, "--dataset", "mnist", "--target", target),
+        *("--no-augment", *further, "--seed", str(seed), "--threads", str(options.threads)),
+        *("--workdir", str(options.runs / f"{row}-seed{seed}"), "--json"),
+    ]
+
+
+def run(row: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
+    """The figures of one run; measured anew unless it has finished before."""
+    workdir = options.runs / f"{row}-seed{seed}"
+    kept = workdir / "table.json"
+    if not kept.exists():
+        begun = time.monotonic()
+        done = subprocess.run(command(row, seed, options), check=True, stdout=subprocess.PIPE, text=True)
+        figures = json.loads(done.stdout) | {"wall_seconds": round(time.monotonic() - begun, 1)}
+        kept.write_text(json.dumps(figures, indent=1))
+    figures = json.loads(kept.read_text())
+    print(row, seed, figures["accuracy"], figures["rates"], f"{figures['wall_seconds']:.0f} s", file=sys.stderr)
+    return figures
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(results: dict[str, list[dict[str, object]]], options: argparse.Namespace) -> str:
+    import torch
+
+    import autocompress_fast
+
+    lines = [
+        "# LeNet-5 (20-50-500-10, 430.5K weights) on MNIST",
+        "",
+        f"Measured {datetime.date.today()} on {options.machine}, {options.threads} thread a run, "
+        f"{options.jobs} runs at a time; autocompress_fast {autocompress_fast.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}. Seeds {', '.join(map(str, options.seeds))}: mean ± standard deviation. "
+        "5,000 training images decide everything; the test set is read once, at the end of each run. No augmentation. "
+        "Wall time includes training the base. Weights are counted without biases; file is the saved .acf.",
+        "",
+        "| pruned | base, test % | small, test % | drop, points | CONV weights | all weights | MACs | file, KB | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row, figures in results.items():
+        accuracy = [f["accuracy"] for f in figures]
+        rates = {name: [f["rates"][name] for f in figures] for name in ("conv", "params", "macs")}
+        lines.append(
+            f"| {ROWS[row][0]} | {spread([a['base_test'] for a in accuracy])} "
+            f"| {spread([a['final_test'] for a in accuracy])} "
+            f"| {spread([a['base_test'] - a['final_test'] for a in accuracy])} "
+            + "".join(f"| {statistics.mean(rates[name]):.1f}x " for name in ("conv", "params", "macs"))
+            + f"| {statistics.mean([f['file_bytes'] for f in figures]) / 1e3:.1f} "
+            f"| {statistics.mean([f['wall_seconds'] for f in figures]) / 60:.1f} |"
+        )
+    lines += ["", "Every run (base test % -> small test %, CONV rate, all rate):", ""]
+    for row, figures in results.items():
+        for seed, f in zip(options.seeds, figures, strict=True):
+            a, r = f["accuracy"], f["rates"]
+            lines.append(
+                f"- {row}, seed {seed}: {a['base_test']:.2f} -> {a['final_test']:.2f}, {r['conv']:.1f}x, "
+                f"{r['params']:.1f}x, engine on the saved file {f['engine_test']:.2f}"
+            )
+    shown = argparse.Namespace(**{**vars(options), "data": "DIR", "runs": pathlib.Path("runs")})
+    lines += ["", "Commands (seed 0):", "", "```"]
+    lines += [" ".join(command(row, 0, shown)) for row in results]
+    lines += ["```", "", "All of them, and this table: `python bench/tables/lenet5_mnist.py --data DIR`.", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder that holds MNIST")
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/lenet5-mnist"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a run")
+    parser.add_argument("--machine", default=platform.processor() or platform.machine())
+    options = parser.parse_args()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        running = {row: [pool.submit(run, row, seed, options) for seed in options.seeds] for row in options.rows}
+        results = {row: [future.result() for future in futures] for row, futures in running.items()}
+    (HERE / "lenet5-mnist.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "lenet5-mnist.md").write_text(table(results, options))
+
+
+if __name__ == "__main__":
+    main()
