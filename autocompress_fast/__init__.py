@@ -22,34 +22,87 @@ if TYPE_CHECKING:
     from autocompress_fast import data as data
     from autocompress_fast import engine as engine
     from autocompress_fast import models as models
+    from autocompress_fast import ops as ops
+    from autocompress_fast.admm import ADMM as ADMM
+    from autocompress_fast.admm import Constraint as Constraint
+    from autocompress_fast.admm import RhoSchedule as RhoSchedule
+    from autocompress_fast.compact import compact as compact
     from autocompress_fast.config import show_config as show_config
     from autocompress_fast.engine import Engine as Engine
     from autocompress_fast.engine import FileFormatError as FileFormatError
-    from autocompress_fast.engine import compile as compile
+    from autocompress_fast.engine import compile as compile  # noqa: A004  acf.compile
     from autocompress_fast.engine import load as load
+    from autocompress_fast.graph import inspect as inspect
+    from autocompress_fast.pipeline import Recipe as Recipe
+    from autocompress_fast.pipeline import compress as compress
+    from autocompress_fast.pipeline import train as train
+    from autocompress_fast.plan import MaskedParameters as MaskedParameters
+    from autocompress_fast.plan import Plan as Plan
+    from autocompress_fast.plan import mask as mask
+    from autocompress_fast.purify import unused_paths as unused_paths
+    from autocompress_fast.rates import Target as Target
+    from autocompress_fast.rates import allocate as allocate
+    from autocompress_fast.training import Trainer as Trainer
+    from autocompress_fast.training import TrainingConfig as TrainingConfig
+    from autocompress_fast.training import evaluate as evaluate
 
 __version__ = _core.__version__
 
 # name -> the module that defines it. A new public name goes here, into __all__, and into the imports for type checkers.
 _LAZY = {
-    "show_config": "config",
+    "ADMM": "admm",
+    "Constraint": "admm",
     "Engine": "engine",
     "FileFormatError": "engine",
+    "MaskedParameters": "plan",
+    "Plan": "plan",
+    "Recipe": "pipeline",
+    "RhoSchedule": "admm",
+    "Target": "rates",
+    "Trainer": "training",
+    "TrainingConfig": "training",
+    "allocate": "rates",
+    "compact": "compact",
     "compile": "engine",
+    "compress": "pipeline",
+    "evaluate": "training",
+    "inspect": "graph",
     "load": "engine",
+    "mask": "plan",
+    "show_config": "config",
+    "train": "pipeline",
+    "unused_paths": "purify",
 }
-_SUBMODULES: tuple[str, ...] = ("data", "engine", "models")
+_SUBMODULES: tuple[str, ...] = ("data", "engine", "models", "ops")
 
 __all__ = [
+    "ADMM",
+    "Constraint",
     "Engine",
     "FileFormatError",
+    "MaskedParameters",
+    "Plan",
+    "Recipe",
+    "RhoSchedule",
+    "Target",
+    "Trainer",
+    "TrainingConfig",
     "__version__",
+    "allocate",
+    "compact",
     "compile",
+    "compress",
     "data",
     "engine",
+    "evaluate",
+    "inspect",
     "load",
+    "mask",
     "models",
+    "ops",
     "show_config",
+    "train",
+    "unused_paths",
 ]
 
 

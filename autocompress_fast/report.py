@@ -1,0 +1,403 @@
+"""What people read: tables and plots of a finished run, of an inspected model, and of a run that is only planned."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocompress_fast._files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Group
+
+    from autocompress_fast.admm import Constraint
+    from autocompress_fast.graph import Counts, Layer, Report
+    from autocompress_fast.pipeline import DryRun, Result
+
+__all__ = ["Document", "Inspection", "Outlook", "Summary", "Table"]
+
+_COUNTED = {"CONV weights": "conv", "all weights": "params", "MACs": "macs"}
+_UNIFORM = ((0.5, 0.0), (0.0, 0.5), (0.5, 0.5), (0.75, 0.75))  # shares of filters and columns that `Inspection` tries
+_DENSE, _SMALL, _ADMM = "#c9ced6", "#1f6f8b", "#e08e45"  # colours of the plots
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; the first `names` columns are names, the others figures, which stand right.
+
+    Example:
+        >>> print(Table("sizes", ("layer", "weights"), [("conv1", "500"), ("fc", "4,000")]))
+        sizes
+        layer  weights
+        conv1      500
+        fc       4,000
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    names: int = 1
+
+    def __str__(self) -> str:
+        lines = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = (
+            "  ".join(
+                cell.ljust(width) if place < self.names else cell.rjust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+        return "\n".join([self.title, *text] if self.title else text)
+
+    def __rich__(self) -> Any:
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(title=Text(self.title) if self.title else None, title_justify="left", box=box.SIMPLE_HEAD)
+        for place, name in enumerate(self.header):
+            table.add_column(Text(name), justify="left" if place < self.names else "right", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+
+class Document:
+    """Tables and paragraphs: `print` it, or give it to rich."""
+
+    def parts(self) -> Iterable[Table | str]:
+        """What it consists of, in order."""
+        raise TypeError("a Document has no parts of its own; use one of its kinds")
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.parts()))
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(*(Text(part) if isinstance(part, str) else part for part in self.parts()))
+
+
+class Summary(Document):
+    """A finished run: what is left of every layer and of the whole, and what it cost in accuracy.
+
+    Example:
+        >>> import autocompress_fast as acf
+        >>> data = acf.data.digits()
+        >>> recipe = acf.Recipe(rounds=1, admm_epochs=1, final_epochs=1, batch_size=256, precision="float32")
+        >>> result = acf.compress(acf.models.create("lenet_digits"), data, target="4x", recipe=recipe)
+        >>> str(Summary(result)).splitlines()[0]
+        'DigitsNet on digits, target params 4x'
+    """
+
+    def __init__(self, result: Result) -> None:
+        self._result = result
+
+    def parts(self) -> Iterable[Table | str]:
+        """Layers, accuracy, and what else was checked."""
+        result = self._result
+        data = result.info.get("provenance", {}).get("data")
+        yield f"{result.layers.model_name}{f' on {data}' if data else ''}, target {result.target}"
+        yield self._layers()
+        if table := self._accuracy():
+            yield table
+        epochs = len(result.history)
+        yield (
+            f"masked and compacted network differ by {result.max_difference:.1g} of the largest output\n"
+            f"{epochs} epochs of compression in {_duration(result.seconds)}, seed {result.recipe.seed}"
+        )
+
+    def _layers(self) -> Table:
+        result = self._result
+        rows = []
+        for layer in result.layers.layers:
+            plan = result.plan[layer.name]
+            rows.append(
+                (
+                    layer.name,
+                    f"{layer.shape[0]:,} -> {int(plan.filters.sum()):,}",
+                    f"{layer.columns:,} -> {int(plan.columns.sum()):,}",
+                    f"{layer.weights:,} -> {plan.weights:,}",
+                    _rate(layer.weights, plan.weights),
+                )
+            )
+        for name, before, after in _changes(result.dense, result.small):
+            rows.append((name, "", "", f"{before:,} -> {after:,}", _rate(before, after)))
+        return Table("", ("layer", "filters", "columns", "weights", "rate"), rows)
+
+    def _accuracy(self) -> Table | None:
+        accuracy = self._result.accuracy
+        pairs = {"validation": ("base", "final"), "test": ("base_test", "final_test")}
+        rows = []
+        for part, (base, final) in pairs.items():
+            if base in accuracy and final in accuracy:
+                before, after = accuracy[base], accuracy[final]
+                rows.append((part, f"{before:.2f}%", f"{after:.2f}%", f"{after - before:+.2f}"))
+        return Table("", ("accuracy", "dense", "compressed", "points"), rows) if rows else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain numbers and strings."""
+        return self._result.to_json()
+
+    def save_plots(self, folder: str | Path) -> list[Path]:
+        """Write `accuracy.png` (validation accuracy over all epochs) and `weights.png` (per layer) into `folder`.
+
+        The folder is made when it is missing; matplotlib is needed.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        layers = {
+            layer.name: (layer.weights, self._result.plan[layer.name].weights) for layer in self._result.layers.layers
+        }
+        history = [row for row in self._result.history if "validation" in row]
+        title = f"{self._result.layers.model_name}, target {self._result.target}"
+        figures = {"weights.png": _plot_weights(layers, title)}
+        if history:
+            figures["accuracy.png"] = _plot_accuracy(history, self._result.accuracy["base"], title)
+        return [_save(figure, folder / name) for name, figure in sorted(figures.items())]
+
+
+class Inspection(Document):
+    """A model's layers, what of them can be pruned, what is frozen and why, and what uniform pruning would leave.
+
+    Example:
+        >>> import torch, autocompress_fast as acf
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+        >>> inspection = Inspection(acf.inspect(model, torch.zeros(1, 1, 8, 8)))
+        >>> inspection.to_json()["uniform"][0]
+        {'filters': 0.5, 'columns': 0.0, 'conv': 2.0, 'params': 2.0, 'macs': 2.0}
+    """
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def parts(self) -> Iterable[Table | str]:
+        """Sizes, layers, reasons, and the effect of uniform rates."""
+        report = self._report
+        share = report.prunable_macs / report.macs if report.macs else 0.0
+        yield (
+            f"{report.model_name}: {report.params:,} weights, {report.conv_params:,} of them in convolutions; "
+            f"{report.macs:,} multiply-adds, {share:.0%} of them in layers that can be pruned"
+        )
+        rows = [
+            (
+                layer.name,
+                layer.kind + (f", {layer.groups} groups" if layer.groups > 1 else ""),
+                _prunable(layer),
+                "x".join(map(str, layer.shape)),
+                f"{layer.weights:,}",
+                f"{layer.macs:,}",
+            )
+            for layer in report.layers
+        ]
+        yield Table("", ("layer", "kind", "prunable", "weight", "weights", "MACs"), rows, names=3)
+        if report.frozen:
+            lines = (f"  {name}: {reason}" for name, reason in report.frozen.items())
+            yield "\n".join(["frozen:", *lines])
+        effects = [
+            (
+                f"{effect['filters']:.0%} of the filters, {effect['columns']:.0%} of the columns",
+                *(f"{effect[key]:.1f}x" if key in effect else "-" for key in _COUNTED.values()),
+            )
+            for effect in self._uniform()
+        ]
+        yield Table("", ("removed from every layer that allows it", *_COUNTED), effects)
+
+    def _uniform(self) -> list[dict[str, float]]:
+        """Rates (dense / remaining, unused paths removed) when every layer loses the same share."""
+        from autocompress_fast.plan import Plan
+        from autocompress_fast.purify import unused_paths
+
+        dense = self._report.counts()
+        effects = []
+        for filters, columns in _UNIFORM:
+            effect = {"filters": filters, "columns": columns}
+            try:
+                plan = unused_paths(Plan.uniform(self._report, filters=filters, columns=columns), self._report)
+            except ValueError:  # a layer would lose everything: there is no rate to tell
+                plan = None
+            if plan is not None:
+                for name, before, after in _changes(dense, self._report.counts(plan)):
+                    effect[_COUNTED[name]] = round(before / after, 3)
+            effects.append(effect)
+        return effects
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain numbers and strings, with the effect of uniform rates."""
+        return {**self._report.to_json(), "frozen": self._report.frozen, "uniform": self._uniform()}
+
+
+class Outlook(Document):
+    """A dry run: what every round would keep of every layer, and how long that takes at most."""
+
+    def __init__(self, dry_run: DryRun) -> None:
+        self._dry_run = dry_run
+
+    def parts(self) -> Iterable[Table | str]:
+        """The target, a table of the rounds, and the time."""
+        run = self._dry_run
+        goal = run.rounds[-1][0]
+        yield f"{run.report.model_name}: the target {goal} can be met"
+        rows = []
+        for layer in run.report.layers:
+            kept = (_keep_text(constraints.get(layer.name)) for _, constraints in run.rounds)
+            rows.append((layer.name, f"{layer.shape[0]} x {layer.columns // layer.groups}", *kept))
+        header = (f"round {number}: {part}" for number, (part, _) in enumerate(run.rounds, 1))
+        yield Table("", ("kept of layer", "filters x columns", *header), rows)
+        later = ", later rounds decide anew from the weights they find" if len(run.rounds) > 1 else ""
+        yield f"{run.epochs} epochs, at most {_duration(run.seconds)}{later}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain numbers and strings."""
+        run = self._dry_run
+        return {
+            "model": run.report.model_name,
+            "target": str(run.rounds[-1][0]),
+            "can_be_met": True,
+            "epochs": run.epochs,
+            "seconds_at_most": round(run.seconds, 1),
+            "rounds": [
+                {
+                    "target": str(part),
+                    "layers": {
+                        name: {"structure": c.structure, "keep": c.keep if isinstance(c.keep, int) else list(c.keep)}
+                        for name, c in constraints.items()
+                    },
+                }
+                for part, constraints in run.rounds
+            ],
+        }
+
+
+def _changes(dense: Counts, small: Counts) -> list[tuple[str, int, int]]:
+    """(what, before, after) of everything that is counted, without what the network does not have."""
+    pairs = [(name, getattr(dense, key), getattr(small, key)) for name, key in _COUNTED.items()]
+    return [(name, before, after) for name, before, after in pairs if after]
+
+
+def _rate(before: float, after: float) -> str:
+    rate = before / after
+    return f"{rate:.1f}x" if rate < 99.95 else f"{rate:.0f}x"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _prunable(layer: Layer) -> str:
+    parts = [name for name, can in (("filters", layer.filters_prunable), ("columns", layer.columns_prunable)) if can]
+    return ", ".join(parts) or "nothing"
+
+
+def _keep_text(constraint: Constraint | None) -> str:
+    if constraint is None:
+        return "all"
+    if isinstance(constraint.keep, int):
+        what = "weights" if constraint.structure == "element" else f"{constraint.structure}s"
+        return f"{constraint.keep:,} {what}"
+    return " x ".join(f"{count:,}" for count in constraint.keep)
+
+
+def _plot_weights(layers: Mapping[str, tuple[int, int]], title: str) -> Figure:
+    """Weights of every layer before and after, on a log scale, with the rate beside each bar."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.4 + 0.42 * len(layers)), layout="constrained")
+    axes = figure.subplots()
+    places = list(range(len(layers)))
+    before, after = ([pair[i] for pair in layers.values()] for i in (0, 1))
+    axes.barh(places, before, height=0.72, color=_DENSE, label="dense")
+    axes.barh(places, after, height=0.36, color=_SMALL, label="kept")
+    for place, dense, small in zip(places, before, after, strict=True):
+        axes.annotate(_rate(dense, small), (dense, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlim(1, max(before) * 4)
+    axes.set_yticks(places, list(layers))
+    axes.invert_yaxis()
+    axes.set_xlabel("weights")
+    axes.set_title(f"Weights per layer: {title}", loc="left", fontsize=11)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.5 / len(layers)), ncols=2)
+    _without_frame(axes)
+    return figure
+
+
+def _plot_accuracy(history: Sequence[Mapping[str, Any]], base: float, title: str) -> Figure:
+    """Validation accuracy over the epochs of all stages, on a scale that is logarithmic in the error."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    errors = [100 - row["validation"] for row in history]
+    positive = [error for error in [*errors, 100 - base] if error > 0]
+    least = min(positive, default=1.0) / 2  # where 100% is drawn
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yscale("log")
+    axes.axhline(max(100 - base, least), color="#555555", linewidth=1, linestyle="--", label=f"dense, {base:.2f}%")
+    labelled: set[str] = set()
+    for stage, first, last in _stretches(history):
+        is_admm = stage.endswith("admm")
+        kind = "ADMM training, nothing cut yet" if is_admm else "pruned, retraining"
+        axes.plot(
+            range(first + 1, last + 2),
+            [max(error, least) for error in errors[first : last + 1]],
+            color=_ADMM if is_admm else _SMALL,
+            marker="o",
+            markersize=3,
+            linewidth=1.6,
+            label=None if kind in labelled else kind,
+        )
+        labelled.add(kind)
+        if first:
+            axes.axvline(first + 0.5, color="#dddddd", linewidth=1, zorder=0)
+        axes.annotate(
+            stage.replace(".", "\n").replace("round", "round "),
+            ((first + last) / 2 + 1, 1.01),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            fontsize=7,
+            color="#555555",
+        )
+    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 90) if least <= tick]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 - error:g}%"))
+    axes.set_ylim(min(100.0, max(positive, default=1.0) * 1.3), least * 0.85)
+    axes.set_xlim(0.5, len(history) + 0.5)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("validation accuracy")
+    axes.set_title(f"Accuracy over the run: {title}", loc="left", fontsize=11, pad=26)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    _without_frame(axes)
+    return figure
+
+
+def _stretches(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
+    """(stage, first row, last row) of every stage, in order."""
+    stretches: list[tuple[str, int, int]] = []
+    for place, row in enumerate(history):
+        if stretches and stretches[-1][0] == row["stage"]:
+            stretches[-1] = (row["stage"], stretches[-1][1], place)
+        else:
+            stretches.append((row["stage"], place, place))
+    return stretches
+
+
+def _without_frame(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write_atomically(path, content.getvalue())
+    return path
