@@ -4,11 +4,14 @@ python tests/test_minimal.py
 """
 
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 
 import autocompress_fast as acf
 from autocompress_fast import ops
+from autocompress_fast.engine.program import Input, Program, Step
 
 WEIGHT = np.random.default_rng(0).standard_normal((16, 8, 3, 3), dtype=np.float32)
 
@@ -54,6 +57,17 @@ def test_bad_input_is_refused():
     assert "17" in refusal(WEIGHT, "filter", 17)
     assert "nan" in refusal(bad, "filter", 5)
     assert "row" in refusal(WEIGHT, "row", 5)
+
+
+def test_a_saved_network_runs():
+    weight = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+    step = Step("linear", (0,), 1, {"filters": 2, "storage": "dense", "activation": "relu"}, {"weight": "w"})
+    engine = acf.Engine(Program((Input("x", (3,)),), (step,), (1,), {"w": weight}))
+    x = np.array([[1, 0, -1], [0, 1, 0]], np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        engine.save(Path(folder) / "network.acf")
+        y = acf.load(Path(folder) / "network.acf")(x)
+    np.testing.assert_array_equal(y, np.maximum(x @ weight.T, 0))
 
 
 if __name__ == "__main__":
