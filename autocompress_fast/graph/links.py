@@ -41,18 +41,14 @@ _PER_CHANNEL = frozenset(
         "contiguous",
         "detach",
         "identity",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "adaptive_max_pool2d",
     ]
 )
+# Operators that keep channels apart as long as these are the second dimension: op -> rank of the value then.
+_RANKS = {
+    "linear": 2,
+    **{f"conv{n}d": n + 2 for n in (1, 2, 3)},
+    **{f"{kind}pool{n}d": n + 2 for n in (1, 2, 3) for kind in ("max_", "avg_", "adaptive_avg_")},
+}
 _RESHAPES = frozenset(("flatten", "view", "reshape"))
 
 
@@ -80,8 +76,11 @@ class Frozen:
 
 def follow(trace: Trace, layer: Node, names: dict[str, str]) -> Link | Frozen:
     """Follow the output of `layer`; `names` maps a weight's tensor name to the module path of its layer."""
+    if len(layer.shape) != _RANKS[layer.op]:
+        return Frozen(f"its output has {len(layer.shape)} dimensions; its filters are not the second one")
     outputs = {operand.name for operand in trace.outputs}
-    value, positions, norms = layer, 1, []
+    value, positions = layer, 1
+    norms: list[str] = []
     while True:
         if value.name in outputs:
             return Frozen("it is an output of the model" if value is not layer else "it is the output layer")
@@ -92,30 +91,41 @@ def follow(trace: Trace, layer: Node, names: dict[str, str]) -> Link | Frozen:
         (user,) = users
         if user.args[0] != Ref(value.name) or sum(op == Ref(value.name) for op in user.operands) != 1:
             return Frozen(f"its output is not the first operand of {user.where}")
+        if user.op in _RANKS and len(value.shape) != _RANKS[user.op]:
+            return Frozen(f"its output goes into {user.where} with {len(value.shape)} dimensions")
         if user.op in LAYERS:
-            return _reader(trace, user, names, positions, tuple(norms))
+            return _reader(user, names, positions, tuple(norms))
         if user.op == "batch_norm":
-            if not all(
-                isinstance(a, Tensor) and len(trace.users(a.name)) == 1 for a in user.args[1:5] if a is not None
-            ):
-                return Frozen(f"{user.where} shares its parameters or has none of its own")
+            if positions > 1:
+                return Frozen(f"its output is reshaped before {user.where}")
+            if not _owns_its_state(trace, user):
+                return Frozen(f"{user.where} shares its parameters, or has no running statistics of its own")
             norms.append(user.module)
         elif user.op in _RESHAPES:
             before, after = value.shape, user.shape
             if len(after) != 2 or after[0] != before[0] or (before[0] != BATCH and before[0] < 1):
                 return Frozen(f"{user.where} reshapes {before} to {after}")
             positions *= math.prod(before[2:])
-        elif user.op not in _PER_CHANNEL:
+        elif user.op not in _PER_CHANNEL and user.op not in _RANKS:
             return Frozen(f"its output goes into {user.where}")
         value = user
 
 
-def _reader(trace: Trace, user: Node, names: dict[str, str], positions: int, norms: tuple[str, ...]) -> Link | Frozen:
+def _owns_its_state(trace: Trace, norm: Node) -> bool:
+    """Whether a batch_norm reads the running statistics, weight and bias of its own module, and nobody else does."""
+    for operand, name in zip(norm.args[1:5], ("weight", "bias", "running_mean", "running_var"), strict=True):
+        if operand is None and name in ("weight", "bias"):
+            continue
+        path = f"{norm.module}.{name}"
+        if operand != Tensor(path) or len(trace.users(path)) != 1 or path in trace.aliases.values():
+            return False
+    return True
+
+
+def _reader(user: Node, names: dict[str, str], positions: int, norms: tuple[str, ...]) -> Link | Frozen:
     weight = user.args[1]
     if not isinstance(weight, Tensor) or weight.name not in names:
-        return Frozen(f"{user.where} computes its weight or shares it")
+        return Frozen(f"its output goes into {user.where}, whose weight is no plain parameter of one layer")
     if user.op != "linear" and user.args[6] != 1:
         return Frozen(f"its output goes into {user.args[6]} groups of {user.where}")
-    if user.op == "linear" and len(user.shape) != 2:
-        return Frozen(f"{user.where} is applied to every position of a {len(user.shape)}-dimensional value")
     return Link(names[weight.name], positions, norms)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,13 @@ __all__ = ["Counts", "Layer", "Report", "inspect"]
 
 @dataclass(frozen=True)
 class Counts:
-    """Sizes of a network: weights of convolutions, of all convolutions and linear layers, multiply-adds of one input."""
+    """Sizes of a network.
+
+    Attributes:
+        conv: weights of the convolutions.
+        params: weights of the convolutions and linear layers; biases and normalisations apart.
+        macs: multiply-adds of these layers for one input.
+    """
 
     conv: int
     params: int
@@ -53,18 +59,22 @@ class Layer:
 
     @property
     def filters_prunable(self) -> bool:
+        """Whether filters can be cut out."""
         return not self.frozen_filters
 
     @property
     def columns_prunable(self) -> bool:
+        """Whether columns can be dropped."""
         return not self.frozen_columns
 
     @property
     def is_conv(self) -> bool:
+        """Whether it is a convolution."""
         return self.kind != "linear"
 
     @property
     def weights(self) -> int:
+        """Number of weights."""
         return math.prod(self.shape)
 
     @property
@@ -74,6 +84,7 @@ class Layer:
 
     @property
     def macs(self) -> int:
+        """Multiply-adds for one input."""
         return self.weights * self.outputs
 
 
@@ -85,14 +96,23 @@ class Report:
         model_name: class of the model.
         layers: in execution order.
         trace: the model as operators.
+        skipped: convolutions and linear operators that are no layer here, because their weight is shared, computed or
+            not that of a plain torch layer -> why. They are left as they are, and no size counts them.
     """
 
     model_name: str
     layers: tuple[Layer, ...]
     trace: Trace
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Layer:
+        if name not in self._by_name:
+            reason = f": {self.skipped[name]}" if name in self.skipped else ""
+            raise KeyError(f"{self.model_name} has no layer {name!r}{reason}; layers: {', '.join(self._by_name)}")
         return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
 
     @cached_property
     def _by_name(self) -> dict[str, Layer]:
@@ -162,6 +182,7 @@ class Report:
             "params": self.params,
             "conv_params": self.conv_params,
             "prunable_macs": self.prunable_macs,
+            "skipped": dict(self.skipped),
             "layers": [
                 {
                     "name": layer.name,
@@ -199,23 +220,37 @@ def inspect(model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch
         (108, 2448, {'2': 'filters: it is the output layer'})
     """
     traced = trace(model, example_input)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     nodes = [node for node in traced.nodes if node.op in LAYERS]
-    names = {}
+    names: dict[str, str] = {}  # of the weight -> of the layer
+    skipped: dict[str, str] = {}
     for node in nodes:
-        weight = node.args[1]
-        if isinstance(weight, Tensor) and _is_own(traced, weight.name, modules):
-            names[weight.name] = weight.name.removesuffix(".weight")
+        path = node.args[1].name.removesuffix(".weight") if isinstance(node.args[1], Tensor) else node.module
+        if reason := _why_no_layer(traced, node, modules):
+            skipped[path or node.name] = reason
+        else:
+            names[node.args[1].name] = path
     layers = tuple(_layer(traced, node, names) for node in nodes if getattr(node.args[1], "name", "") in names)
-    return Report(type(model).__name__, layers, traced)
+    return Report(type(model).__name__, layers, traced, skipped)
 
 
-def _is_own(traced: Trace, weight: str, modules: dict[str, torch.nn.Module]) -> bool:
-    """Whether the weight is a plain parameter of one module, used once."""
-    module = modules.get(weight.removesuffix(".weight"))
-    parameters = getattr(module, "_parameters", {})  # a parametrised weight is no entry of it
-    shared = weight in traced.aliases.values() or len(traced.users(weight)) != 1
-    return weight.endswith(".weight") and parameters.get("weight") is not None and not shared
+def _why_no_layer(traced: Trace, node: Node, modules: dict[str, torch.nn.Module]) -> str:
+    """Why the operator is not a torch layer with a weight and a bias of its own, used once; empty when it is."""
+    from torch import nn
+
+    for operand in node.args[1:3]:
+        if isinstance(operand, Tensor) and (
+            len(traced.users(operand.name)) != 1 or operand.name in traced.aliases.values()
+        ):
+            return f"its {operand.name.rpartition('.')[2]} is used more than once"
+    module = modules.get(node.module)
+    if not node.module or not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        where = f"{type(module).__name__} {node.module!r}" if node.module else "the model itself"
+        return f"the {node.op} is called by {where}, not by a convolution or linear layer in it"
+    for operand, name in zip(node.args[1:3], ("weight", "bias"), strict=True):
+        if operand is not None and operand != Tensor(f"{node.module}.{name}"):
+            return f"its {name} is computed, or belongs to another layer"
+    return ""
 
 
 def _layer(traced: Trace, node: Node, names: dict[str, str]) -> Layer:
