@@ -234,10 +234,13 @@ class Inspection(Document):
 
 
 class Outlook(Document):
-    """A dry run: what every round would keep of every layer, and how long that takes at most."""
+    """A dry run: what every round would keep of every layer, and how long that takes at most.
 
-    def __init__(self, dry_run: DryRun) -> None:
-        self._dry_run = dry_run
+    `base_epochs` are trained before it, if any.
+    """
+
+    def __init__(self, dry_run: DryRun, *, base_epochs: int = 0) -> None:
+        self._dry_run, self._base_epochs = dry_run, base_epochs
 
     def parts(self) -> Iterable[Table | str]:
         """The target, a table of the rounds, and the time."""
@@ -251,7 +254,8 @@ class Outlook(Document):
         header = (f"round {number}: {part}" for number, (part, _) in enumerate(run.rounds, 1))
         yield Table("", ("kept of layer", "filters x columns", *header), rows)
         later = ", later rounds decide anew from the weights they find" if len(run.rounds) > 1 else ""
-        yield f"{run.epochs} epochs, at most {_duration(run.seconds)}{later}"
+        before = f"after {self._base_epochs} epochs of training the dense network: " if self._base_epochs else ""
+        yield f"{before}{run.epochs} epochs of compression, at most {_duration(run.seconds)}{later}"
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain numbers and strings."""
@@ -260,6 +264,7 @@ class Outlook(Document):
             "model": run.report.model_name,
             "target": str(run.rounds[-1][0]),
             "can_be_met": True,
+            "base_epochs": self._base_epochs,
             "epochs": run.epochs,
             "seconds_at_most": round(run.seconds, 1),
             "rounds": [
@@ -343,7 +348,7 @@ def _plot_accuracy(history: Sequence[Mapping[str, Any]], base: float, title: str
     axes.axhline(max(100 - base, least), color="#555555", linewidth=1, linestyle="--", label=f"dense, {base:.2f}%")
     labelled: set[str] = set()
     for stage, first, last in _stretches(history):
-        is_admm = stage.endswith("admm")
+        is_admm = "admm" in stage
         kind = "ADMM training, nothing cut yet" if is_admm else "pruned, retraining"
         axes.plot(
             range(first + 1, last + 2),

@@ -8,7 +8,7 @@ from autocompress_fast.data._batches import Batches, BatchLoader, UserBatches, b
 from autocompress_fast.data._cifar import load_cifar10, load_cifar100
 from autocompress_fast.data._dataset import DataError, Dataset, Splits, from_arrays, split
 from autocompress_fast.data._digits import digits
-from autocompress_fast.data._folder import load_folder
+from autocompress_fast.data._folder import load_folder, read_image
 from autocompress_fast.data._load import load
 from autocompress_fast.data._mnist import load_fashion_mnist, load_mnist
 
@@ -29,5 +29,6 @@ __all__ = [
     "load_fashion_mnist",
     "load_folder",
     "load_mnist",
+    "read_image",
     "split",
 ]

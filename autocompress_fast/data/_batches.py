@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from autocompress_fast.data._augmentation import Augmentation
-from autocompress_fast.data._dataset import DataError, Dataset, shuffled
+from autocompress_fast.data._dataset import DataError, Dataset, Int64Array, shuffled
 
 if TYPE_CHECKING:
     import torch

@@ -148,12 +148,22 @@ def _common_shape(listed: Iterable[Path], size: tuple[int, int] | None) -> tuple
 def _read(listed: list[tuple[Path, int]], shape: tuple[int, int, int]) -> tuple[ImageArray, Int64Array]:
     images = np.empty((len(listed), *shape), np.uint8)
     for pixels, (path, _) in zip(images, listed, strict=True):
-        with _opened(path) as image:
-            plain = image.convert("L" if shape[0] == 1 else "RGB")
-            if plain.size != (shape[2], shape[1]):
-                plain = plain.resize((shape[2], shape[1]), resample=2)  # bilinear
-            pixels[:] = np.asarray(plain).reshape(shape[1], shape[2], shape[0]).transpose(2, 0, 1)
+        pixels[:] = read_image(path, shape)
     return images, np.array([label for _, label in listed], np.int64)
+
+
+def read_image(path: str | Path, shape: tuple[int, int, int]) -> ImageArray:
+    """The image in a file as uint8 (C, H, W): grey for one channel, else RGB, resized (bilinear) where it is not H x W.
+
+    Raises:
+        DataError: no readable image, or Pillow is not installed.
+    """
+    with _opened(Path(path)) as image:
+        plain = image.convert("L" if shape[0] == 1 else "RGB")
+        if plain.size != (shape[2], shape[1]):
+            plain = plain.resize((shape[2], shape[1]), resample=2)  # bilinear
+        pixels: ImageArray = np.asarray(plain).reshape(shape[1], shape[2], shape[0]).transpose(2, 0, 1)
+        return pixels
 
 
 @contextlib.contextmanager

@@ -1,0 +1,240 @@
+"""The commands and their options. Standard output carries results alone; progress and errors go to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from autocompress_fast.cli import missing_package
+
+__all__ = ["commands"]
+
+_STOPPED = 130  # what a shell reports after Ctrl-C
+
+
+class _Commands(TyperGroup):
+    """Turns errors into one line and an exit code: 2 for what the user can change, 1 for what went wrong."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("stopped")
+            raise typer.Exit(_STOPPED) from None
+        except (ValueError, OSError, ImportError, ArithmeticError, AssertionError, RuntimeError) as error:
+            code = _exit_code(error)
+            if code is None or ctx.params.get("debug"):
+                raise
+            text = (isinstance(error, ImportError) and missing_package(error)) or str(error)
+            _say(f"error: {' '.join(text.split())}")
+            raise typer.Exit(code) from None
+
+
+def _exit_code(error: Exception) -> int | None:
+    """None for errors that nobody foresaw: they keep their traceback."""
+    from autocompress_fast.engine import VerificationError
+
+    if isinstance(error, (ValueError, OSError)):
+        return 2
+    if isinstance(error, ImportError):
+        return None if missing_package(error) is None else 1
+    foreseen = isinstance(error, (ArithmeticError, VerificationError)) or (
+        isinstance(error, AssertionError) and bool(str(error))
+    )
+    return 1 if foreseen else None
+
+
+commands = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Makes trained convolutional networks many times smaller, and runs them without torch.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all by default.")]
+Model = Annotated[str, typer.Argument(help="A name such as lenet5, or package.module:callable of your own.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from autocompress_fast import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@commands.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@commands.command()
+def demo(
+    workdir: Annotated[Path | None, typer.Option(help="Keep the files here; a temporary folder by default.")] = None,
+    as_json: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Compress a small network on real handwritten digits, save it, and run it without torch: under a minute."""
+    from autocompress_fast.cli.demo import run_demo
+
+    if workdir is not None:
+        outcome = run_demo(workdir, seed)
+    else:
+        with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
+            outcome = run_demo(Path(folder), seed)
+    _show(outcome, as_json)
+
+
+@commands.command()
+def compress(
+    model: Model,
+    data: Annotated[str, typer.Option(help='Folder with a data set, or "digits" for those of scikit-learn.')],
+    target: Annotated[str, typer.Option(help="20x (all weights), conv=40, macs=4, or several with commas.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="mnist, fashion-mnist, cifar10, cifar100, folder; recognised by default.")
+    ] = None,
+    structure: Annotated[
+        str, typer.Option(help="What is pruned: filter+column, filter-then-column, filter, column or element.")
+    ] = "filter+column",
+    seed: Seed = 0,
+    workdir: Annotated[Path | None, typer.Option(help="For checkpoints and results; runs/... by default.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The compressed network; model.acf there by default.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of the trained network; without it, it is trained first.")
+    ] = None,
+    as_json: Json = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; train and write nothing.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How many times to prune and compact.")] = None,
+    admm_epochs: Annotated[int | None, typer.Option(min=1, help="Of ADMM training, every round.")] = None,
+    retrain_epochs: Annotated[int | None, typer.Option(min=0, help="After pruning, every round but the last.")] = None,
+    final_epochs: Annotated[int | None, typer.Option(min=1, help="After the last pruning.")] = None,
+    admm_lr: Annotated[float | None, typer.Option(help="Learning rate of ADMM training.")] = None,
+    retrain_lr: Annotated[float | None, typer.Option(help="Peak learning rate after pruning.")] = None,
+    final_lr: Annotated[float | None, typer.Option(help="Peak learning rate after the last pruning.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adam.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="While compressing.")] = None,
+    distillation: Annotated[
+        float | None, typer.Option(help="Share of the loss that compares with the dense network, 0 to 1.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Of every training.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    channels_last: Annotated[
+        bool | None, typer.Option("--channels-last/--channels-first", help="Memory layout of images while training.")
+    ] = None,
+    augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Vary images as usual for the set.")] = True,
+    base_epochs: Annotated[int | None, typer.Option(min=1, help="Of the training without --checkpoint.")] = None,
+    base_lr: Annotated[float | None, typer.Option(help="Its peak learning rate.")] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Training images that decide instead: a count, or a share; a tenth by default.")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Compress a network until it meets the target. The same command goes on where a stopped one was."""
+    from autocompress_fast.cli.job import Job, threads_set
+
+    recipe = {
+        "structure": structure,
+        "rounds": rounds,
+        "admm_epochs": admm_epochs,
+        "retrain_epochs": retrain_epochs,
+        "final_epochs": final_epochs,
+        "admm_lr": admm_lr,
+        "retrain_lr": retrain_lr,
+        "final_lr": final_lr,
+        "optimizer": optimizer,
+        "weight_decay": weight_decay,
+        "distillation": distillation,
+        "batch_size": batch_size,
+        "precision": precision,
+        "channels_last": channels_last,
+        "seed": seed,
+    }
+    with threads_set(threads):
+        job = Job.prepared(
+            model,
+            data,
+            target,
+            dataset=dataset,
+            validation=validation,
+            augment=augment,
+            recipe={name: value for name, value in recipe.items() if value is not None},
+            base={name: value for name, value in (("epochs", base_epochs), ("lr", base_lr)) if value is not None},
+            checkpoint=checkpoint,
+            workdir=workdir,
+        )
+        if dry_run:
+            outlook = job.outlook()
+            _show(outlook, as_json)
+            raise typer.Exit(0 if outlook.to_json()["can_be_met"] else 2)
+        try:
+            outcome = job.run(output)
+        except KeyboardInterrupt:
+            _say(f"stopped; the finished epochs are in {job.folder}: the same command goes on from there")
+            raise typer.Exit(_STOPPED) from None
+    _show(outcome, as_json)
+    _say(f"everything is in {job.folder}")
+
+
+@commands.command()
+def inspect(
+    model: Model,
+    input_shape: Annotated[
+        str | None, typer.Option(help="C,H,W of an image, such as 1,28,28; that of a named model by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a network's layers, what of them can be pruned, and what is frozen and why."""
+    from autocompress_fast.cli.job import inspected
+
+    _show(inspected(model, input_shape), as_json)
+
+
+@commands.command()
+def predict(
+    file: Annotated[Path, typer.Argument(help="A compressed network, .acf.")],
+    inputs: Annotated[list[Path] | None, typer.Argument(help="Images (read with Pillow) or .npy arrays.")] = None,
+    data: Annotated[str | None, typer.Option(help="A data set, whose test part is classified instead.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Which data set, where the folder holds several.")] = None,
+    as_json: Json = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the cut, for data without a test part of its own.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Classify images, or a data set's test part, with a compressed network; torch is not needed."""
+    from autocompress_fast.cli.prediction import classify_data, classify_files
+
+    if (data is None) == (not inputs):
+        raise ValueError("predict needs either INPUT files or --data with a data set")
+    if data is None:
+        _show(classify_files(file, inputs or [], threads), as_json)
+    else:
+        _show(classify_data(file, data, dataset, seed, threads), as_json)
+
+
+def _show(document: Any, as_json: bool) -> None:
+    """Print a `Document`, or its JSON."""
+    if as_json:
+        typer.echo(json.dumps(document.to_json(), indent=1, allow_nan=False))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console(highlight=False).print(document)
+    else:
+        typer.echo(str(document))
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
