@@ -23,6 +23,9 @@ def group_norms(weight: Array, structure: str, groups: int, threads: int) -> NDA
 def project(
     weight: Array, out: Array, structure: str, keep: int | tuple[int, int], groups: int, threads: int
 ) -> None: ...
+def admm_update(
+    weight: Array, z: Array, u: Array, structure: str, keep: int | tuple[int, int], groups: int, threads: int
+) -> tuple[float, float]: ...
 def admm_update_all(
     layers: Sequence[tuple[Array, Array, Array, str, int | tuple[int, int], int]], threads: int, names: Sequence[str]
 ) -> list[tuple[float, float]]: ...

@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,8 +33,7 @@ ArrayT = TypeVar("ArrayT")  # a numpy array or a torch tensor
 Keep = int | tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Residuals:
+class Residuals(NamedTuple):
     """How far an ADMM update is from rest.
 
     Attributes:
@@ -189,9 +188,9 @@ def project_levels(
     Without a scale, the one is found that minimises the squared error. With n weights and m boundaries between levels
     (the larger number of those on one side of zero) this takes O(n log n + n m log m): all assignments that any scale
     gives are visited, and the result is the global minimum. That holds up to n m = 2^25, and so for every layer with
-    binary (the scale is the mean of |w|) or ternary levels. Beyond, the error is evaluated exactly and improved by
-    alternation from 201 scales at 0.9 to 1.1 of max |w| / max |level| (the search of the papers) and 256 below: the
-    result is at least as good as both, and not proven to be the best.
+    binary (the scale is the mean of |w|) or ternary levels. Beyond, the squared error is computed for 201 scales at
+    0.9 to 1.1 of max |w| / max |level| (the search of the papers) and 256 below, and the 8 best are improved by
+    alternating assignment and scale: at least as good as the papers' search, and not proven to be the best.
 
     Args:
         weight: of any shape with at least one element; float32 or float64.
@@ -265,7 +264,9 @@ def admm_update(
     >>> z.tolist(), u.tolist()
     ([[3.0, 4.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]])
     """
-    return admm_update_all([(weight, z, u, structure, keep, groups)], threads=threads)[0]
+    if _on_device(weight) is not None:
+        return admm_update_all([(weight, z, u, structure, keep, groups)])[0]
+    return Residuals(*_core.admm_update(_readable(weight), z, u, structure, keep, groups, _count(threads)))
 
 
 def admm_update_all(
@@ -347,16 +348,15 @@ def _is_tensor(array: object) -> bool:
 
 def _on_device(weight: Any) -> Any:
     """The detached tensor if it is one and not in the memory of the CPU, else None."""
-    if isinstance(weight, np.ndarray) or not _is_tensor(weight) or weight.is_cpu:
-        return None
-    return weight.detach()
+    return weight.detach() if getattr(weight, "is_cpu", True) is False else None
 
 
 def _readable(weight: Any) -> Any:
     """The weight itself, or a contiguous copy."""
     if isinstance(weight, np.ndarray):
         return weight if weight.flags.c_contiguous else np.ascontiguousarray(weight)
-    return weight.detach().contiguous() if _is_tensor(weight) and not weight.is_contiguous() else weight
+    is_contiguous = getattr(weight, "is_contiguous", None)
+    return weight if is_contiguous is None or is_contiguous() else weight.detach().contiguous()
 
 
 def _empty(source: Any) -> Any:

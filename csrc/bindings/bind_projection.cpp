@@ -27,6 +27,8 @@ using projection::Structure;
 
 namespace {
 
+const std::string kWeight = "weight", kZ = "z", kU = "u";
+
 Structure structure_of(std::string_view name, bool with_joint) {
   if (name == "filter") return Structure::filter;
   if (name == "channel") return Structure::channel;
@@ -109,7 +111,7 @@ py::array_t<double> group_norms(py::handle weight, std::string_view structure_na
 
 void project(py::handle weight, py::handle out, std::string_view structure_name, py::handle keep, std::int64_t groups,
              int threads) {
-  static const std::string kWeight = "weight", kOut = "out";
+  static const std::string kOut = "out";
   const Structure structure = structure_of(structure_name, true);
   const Array w = as_array(weight, kWeight, false), result = as_array(out, kOut, true);
   const Shape shape = shape_of(w, groups);
@@ -128,73 +130,100 @@ void project(py::handle weight, py::handle out, std::string_view structure_name,
   });
 }
 
-struct Arrays {
+// An update as Python gives it, checked.
+struct Request {
   Array w, z, u;
+  Shape shape;
+  Structure structure = Structure::filter;
+  std::pair<std::int64_t, std::int64_t> keep;
+
+  Request(py::handle weight, py::handle z_, py::handle u_, std::string_view structure_name, py::handle keep_,
+          std::int64_t groups)
+      : w(as_array(weight, kWeight, false)), z(as_array(z_, kZ, true)), u(as_array(u_, kU, true)) {
+    check_same(z, w, kZ);
+    check_same(u, w, kU);
+    shape = shape_of(w, groups);
+    structure = structure_of(structure_name, true);
+    keep = keeps(keep_, shape, structure, structure_name);
+  }
+
+  template <class T>
+  Layer<T> layer() const {
+    Layer<T> result;
+    result.w = w.as<T>();
+    result.z = z.as<T>();
+    result.u = u.as<T>();
+    result.shape = shape;
+    result.structure = structure;
+    result.keep = keep.first;
+    result.keep_columns = keep.second;
+    return result;
+  }
 };
 
-template <class T>
-std::vector<std::pair<double, double>> update(const std::vector<Arrays>& arrays, std::vector<Layer<T>> layers,
-                                              const Options& options, const std::vector<std::string>& names) {
-  for (std::size_t i = 0; i < layers.size(); ++i) {
-    layers[i].w = arrays[i].w.as<T>();
-    layers[i].z = arrays[i].z.as<T>();
-    layers[i].u = arrays[i].u.as<T>();
+void check_apart(const std::vector<Request>& requests) {
+  std::vector<Range> ranges;
+  ranges.reserve(3 * requests.size());
+  for (const Request& request : requests) {
+    ranges.push_back(range_of(request.w, false, kWeight));
+    ranges.push_back(range_of(request.z, true, kZ));
+    ranges.push_back(range_of(request.u, true, kU));
   }
+  check_apart(ranges);
+}
+
+using Residuals = std::pair<double, double>;
+
+template <class T>
+std::vector<Residuals> update(const std::vector<Request>& requests, const Options& options,
+                              const std::vector<std::string>& names) {
+  std::vector<Layer<T>> layers;
+  layers.reserve(requests.size());
+  for (const Request& request : requests) layers.push_back(request.layer<T>());
   try {
     const py::gil_scoped_release release;
     projection::admm_update(layers.data(), static_cast<std::int64_t>(layers.size()), options);
   } catch (const NotFinite& error) {
     const auto layer = static_cast<std::size_t>(error.layer);
-    rethrow(error, arrays[layer].w.shape, names.empty() ? "" : " of " + names[layer]);
+    rethrow(error, requests[layer].w.shape, names.empty() ? "" : " of " + names[layer]);
   }
-  std::vector<std::pair<double, double>> residuals;
+  std::vector<Residuals> residuals;
+  residuals.reserve(layers.size());
   for (const Layer<T>& layer : layers) residuals.emplace_back(std::sqrt(layer.primal), std::sqrt(layer.dual));
   return residuals;
 }
 
+std::vector<Residuals> update(const std::vector<Request>& requests, int threads,
+                              const std::vector<std::string>& names) {
+  check_apart(requests);
+  const Options options = options_of(threads);
+  if (requests.empty()) return {};
+  return requests[0].w.dtype == DType::float32 ? update<float>(requests, options, names)
+                                               : update<double>(requests, options, names);
+}
+
+Residuals admm_update(py::handle weight, py::handle z, py::handle u, std::string_view structure, py::handle keep,
+                      std::int64_t groups, int threads) {
+  std::vector<Request> requests;
+  requests.emplace_back(weight, z, u, structure, keep, groups);
+  return update(requests, threads, {})[0];
+}
+
 // layers: (weight, z, u, structure, keep, groups) each.
-std::vector<std::pair<double, double>> admm_update_all(const std::vector<py::tuple>& layers, int threads,
-                                                       const std::vector<std::string>& names) {
-  static const std::string kWeight = "weight", kZ = "z", kU = "u";
+std::vector<Residuals> admm_update_all(const std::vector<py::tuple>& layers, int threads,
+                                       const std::vector<std::string>& names) {
   ACF_CHECK(names.empty() || names.size() == layers.size(), "names must have one name for each of the ", layers.size(),
             " layers, got ", names.size());
-  std::vector<Arrays> arrays;
-  std::vector<Layer<float>> parsed;
-  std::vector<Range> ranges;
+  std::vector<Request> requests;
+  requests.reserve(layers.size());
   for (const py::tuple& layer : layers) {
     ACF_CHECK_TYPE(layer.size() == 6, "a layer must be (weight, z, u, structure, keep, groups), got ", layer.size(),
                    " items");
-    const std::string structure_name = py::cast<std::string>(layer[3]);
-    Arrays a{as_array(layer[0], kWeight, false), as_array(layer[1], kZ, true), as_array(layer[2], kU, true)};
-    check_same(a.z, a.w, kZ);
-    check_same(a.u, a.w, kU);
-    ACF_CHECK_TYPE(arrays.empty() || arrays[0].w.dtype == a.w.dtype, "all layers must have the same dtype");
-    Layer<float> result;
-    result.shape = shape_of(a.w, py::cast<std::int64_t>(layer[5]));
-    result.structure = structure_of(structure_name, true);
-    const auto counts = keeps(layer[4], result.shape, result.structure, structure_name);
-    result.keep = counts.first;
-    result.keep_columns = counts.second;
-    ranges.push_back(range_of(a.w, false, kWeight));
-    ranges.push_back(range_of(a.z, true, kZ));
-    ranges.push_back(range_of(a.u, true, kU));
-    arrays.push_back(std::move(a));
-    parsed.push_back(result);
+    requests.emplace_back(layer[0], layer[1], layer[2], py::cast<std::string>(layer[3]), layer[4],
+                          py::cast<std::int64_t>(layer[5]));
+    ACF_CHECK_TYPE(requests.back().w.dtype == requests[0].w.dtype, "all layers must have the same dtype");
   }
-  check_apart(ranges);
-  const Options options = options_of(threads);
-  if (arrays.empty()) return {};
-  if (arrays[0].w.dtype == DType::float32) return update<float>(arrays, std::move(parsed), options, names);
-  std::vector<Layer<double>> doubles;
-  for (const Layer<float>& layer : parsed) {
-    Layer<double> same;
-    same.shape = layer.shape;
-    same.structure = layer.structure;
-    same.keep = layer.keep;
-    same.keep_columns = layer.keep_columns;
-    doubles.push_back(same);
-  }
-  return update<double>(arrays, std::move(doubles), options, names);
+  return update(requests, threads, names);
 }
 
 using Levels = py::array_t<double, py::array::c_style | py::array::forcecast>;
@@ -265,6 +294,8 @@ void register_projection(py::module_& module) {
              py::arg("threads"));
   module.def("project", &project, py::arg("weight"), py::arg("out"), py::arg("structure"), py::arg("keep"),
              py::arg("groups"), py::arg("threads"));
+  module.def("admm_update", &admm_update, py::arg("weight"), py::arg("z"), py::arg("u"), py::arg("structure"),
+             py::arg("keep"), py::arg("groups"), py::arg("threads"));
   module.def("admm_update_all", &admm_update_all, py::arg("layers"), py::arg("threads"), py::arg("names"));
   module.def("best_scale", &best_scale, py::arg("weight"), py::arg("levels"));
   module.def("project_levels", &project_levels, py::arg("weight"), py::arg("levels"), py::arg("scale"),

@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <queue>
+#include <utility>
 #include <vector>
 
 #include "core/parallel.h"
@@ -119,16 +121,17 @@ class ScaleSearch {
     return best.scale();
   }
 
-  // Alternates assignment and scale: the error falls until nothing moves.
+  // Alternates assignment and scale: the error falls until nothing moves, or so little that it is no longer worth it.
   double descend(double scale) const {
+    constexpr int kSteps = 100;
     double gain = -1;
-    for (;;) {
+    for (int step = 0; step < kSteps && scale > 0; ++step) {
       const Fit fit = at(scale);
       if (!(fit.gain() > gain)) return scale;
       gain = fit.gain();
       scale = fit.scale();
-      if (scale == 0) return 0;
     }
+    return scale;
   }
 
   // Lower is better; without the constant |w|^2.
@@ -137,8 +140,8 @@ class ScaleSearch {
     return scale * (scale * fit.qq - 2 * fit.wq);
   }
 
-  // Descends from a grid of scales: the papers' 0.9 to 1.1 of the scale that maps the largest weight to the largest
-  // level, and a geometric one below it.
+  // The best of a grid and of what the best few of it descend to. The grid: the papers' 0.9 to 1.1 of the scale that
+  // maps the largest weight to the largest level, and a geometric one below it.
   double search_grid() const {
     double largest = 0, top = 0;
     for (const Side& side : sides_) {
@@ -146,15 +149,14 @@ class ScaleSearch {
       for (double level : side.levels) top = std::max(top, std::abs(level));
     }
     if (largest == 0 || top == 0) return 0;
-    double best = 0;
-    const auto consider = [&](double start) {
-      for (const double scale : {start, descend(start)}) {
-        if (error(scale) < error(best)) best = scale;
-      }
-    };
+    std::vector<std::pair<double, double>> grid = {{0.0, 0.0}};  // (error, scale)
+    const auto consider = [&](double scale) { grid.emplace_back(error(scale), scale); };
     for (int step = -100; step <= 100; ++step) consider(largest / top * (1 + 0.001 * step));
     for (int step = 0; step < 256; ++step) consider(1.1 * largest / top * std::exp2(-step / 16.0));
-    return best;
+    std::sort(grid.begin(), grid.end());
+    constexpr std::size_t kDescents = 8;
+    for (std::size_t i = 0; i < kDescents; ++i) consider(descend(grid[i].second));
+    return std::min_element(grid.begin(), grid.end())->second;
   }
 
  private:
