@@ -71,17 +71,17 @@ class Recipe:
 
     structure: str = "filter+column"
     rounds: int | None = None
-    admm_epochs: int = 6
-    retrain_epochs: int = 3
-    final_epochs: int = 20
+    admm_epochs: int = 5
+    retrain_epochs: int = 2
+    final_epochs: int = 25
     admm_lr: float = 1e-3
     retrain_lr: float = 2e-3
-    final_lr: float = 4e-3
+    final_lr: float = 6e-3
     rho: RhoSchedule = field(default_factory=lambda: RhoSchedule(1e-2, 2.0, maximum=1.0))
     optimizer: str = "adam"
     weight_decay: float = 0.0
     momentum: float = 0.9
-    distillation: float = 0.5
+    distillation: float = 0.95
     temperature: float = 4.0
     batch_size: int = 128
     precision: str = "auto"
@@ -348,7 +348,7 @@ def _rounds(
     Returns the small network, whose dropped columns are still zeros in it, their masks, and where its weights were.
     """
     small, masks = copy.deepcopy(model), None
-    kept = {name: Kept(np.arange(p.shape[0]), np.arange(p.columns.size)) for name, p in Plan.dense(report).items()}
+    kept = {n.name: Kept(np.arange(n.shape[0]), np.arange(n.weights // n.shape[0])) for n in report.layers}
     for number in range(1, rounds + 1):
         part = goal.part(number / rounds)
         now = report if number == 1 else inspect(small, example)

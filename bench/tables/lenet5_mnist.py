@@ -69,7 +69,7 @@ def table(results: dict[str, list[dict[str, object]]], options: argparse.Namespa
         "5,000 training images decide everything; the test set is read once, at the end of each run. No augmentation. "
         "Wall time includes training the base. Weights are counted without biases; file is the saved .acf.",
         "",
-        "| pruned | base, test % | small, test % | drop, points | CONV weights | all weights | MACs | file, KB | minutes |",
+        "| pruned | base, test % | small, test % | drop, points | CONV weights | all weights | MACs | .acf, KB | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row, figures in results.items():
@@ -80,7 +80,7 @@ def table(results: dict[str, list[dict[str, object]]], options: argparse.Namespa
             f"| {spread([a['final_test'] for a in accuracy])} "
             f"| {spread([a['base_test'] - a['final_test'] for a in accuracy])} "
             + "".join(f"| {statistics.mean(rates[name]):.1f}x " for name in ("conv", "params", "macs"))
-            + f"| {statistics.mean([f['file_bytes'] for f in figures]) / 1e3:.1f} "
+            + f"| {statistics.mean([f['bytes'] for f in figures]) / 1e3:.1f} "
             f"| {statistics.mean([f['wall_seconds'] for f in figures]) / 60:.1f} |"
         )
     lines += ["", "Every run (base test % -> small test %, CONV rate, all rate):", ""]
@@ -89,7 +89,7 @@ def table(results: dict[str, list[dict[str, object]]], options: argparse.Namespa
             a, r = f["accuracy"], f["rates"]
             lines.append(
                 f"- {row}, seed {seed}: {a['base_test']:.2f} -> {a['final_test']:.2f}, {r['conv']:.1f}x, "
-                f"{r['params']:.1f}x, engine on the saved file {f['engine_test']:.2f}"
+                f"{r['params']:.1f}x, engine on the saved file {f['engine']['accuracy']:.2f}"
             )
     shown = argparse.Namespace(**{**vars(options), "data": "DIR", "runs": pathlib.Path("runs")})
     lines += ["", "Commands (seed 0):", "", "```"]
