@@ -112,6 +112,16 @@ def test_missing_native_module_gives_advice(run_python, tmp_path):
     assert "pip install" in result.stderr.splitlines()[-1]
 
 
+def test_command_without_its_extra_says_what_to_install(run_python):
+    result = run_python(
+        "import sys\nsys.modules['typer'] = None\nsys.argv = ['autocompress', 'demo']\n"
+        "from autocompress_fast.cli import app\napp()"
+    )
+    assert result.returncode != 0
+    assert "autocompress-fast[demo]" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 # ---- show_config
 
 
