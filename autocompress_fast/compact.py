@@ -1,15 +1,15 @@
 """Compaction: the masked network made physically small, computing the same.
 
-Dropped filters are cut out of their layer, of the normalisation behind it and of the layer that reads them. A layer that
-keeps only some of its columns becomes a `ColumnConv2d` or `ColumnLinear`: the weights that are left and their index.
+Dropped filters are cut out of their layer, of the normalisation behind it and of the layer that reads them. A layer
+that keeps only some of its columns becomes a `ColumnConv2d` or `ColumnLinear`: the weights that are left, their index.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from autocompress_fast.graph import Layer, Report, inspect
 from autocompress_fast.plan import LayerPlan, Plan, mask
-from autocompress_fast.purify import unused_paths
+from autocompress_fast.purify import unused_paths, whole, without_empty
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -38,6 +38,15 @@ class ColumnConv2d(nn.Module):
         index: (columns left,), where they lie in C * KH * KW.
         bias: (P,) or None.
         channels, kernel_size, stride, padding, dilation: of the convolution it stands for.
+
+    Raises:
+        ValueError: shapes that do not fit together, an index that does not rise or leaves the columns there are.
+
+    Example:
+        >>> index = torch.tensor([4, 13])  # the middle of the kernel, in both channels
+        >>> conv = ColumnConv2d(torch.ones(1, 2), index, None, channels=2, kernel_size=(3, 3), padding=(1, 1))
+        >>> conv(torch.ones(1, 2, 2, 2)).tolist()
+        [[[[2.0, 2.0], [2.0, 2.0]]]]
     """
 
     index: torch.Tensor
@@ -71,6 +80,7 @@ class ColumnConv2d(nn.Module):
         return dense.reshape(filters, self.channels, *self.kernel_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, P, H', W')."""
         return F.conv2d(x, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
 
     def extra_repr(self) -> str:
@@ -83,7 +93,18 @@ class ColumnLinear(nn.Module):
     """A linear layer that reads only some of its inputs; trainable, plain torch.
 
     Args:
-        weight: (P, inputs left); index: (inputs left,), which; bias: (P,) or None; features: number of all inputs.
+        weight: (P, inputs left).
+        index: (inputs left,), which.
+        bias: (P,) or None.
+        features: number of all inputs.
+
+    Raises:
+        ValueError: shapes that do not fit together, an index that does not rise or leaves the inputs there are.
+
+    Example:
+        >>> layer = ColumnLinear(torch.ones(1, 2), torch.tensor([0, 2]), None, features=3)
+        >>> layer(torch.tensor([[1.0, 10.0, 100.0]])).tolist()
+        [[101.0]]
     """
 
     index: torch.Tensor
@@ -97,6 +118,7 @@ class ColumnLinear(nn.Module):
         self.features = features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., features) -> (..., P)."""
         return F.linear(x.index_select(-1, self.index), self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -134,13 +156,36 @@ class Compacted:
 
 
 def restore(plan: Plan, kept: Mapping[str, Kept], report: Report) -> Plan:
-    """The plan of a compacted model as one for the model before, whose layers `report` has."""
+    """The plan of a compacted model as one for the model before, whose layers `report` has.
+
+    Args:
+        plan: what is kept of the compacted model.
+        kept: of the compaction, where its weights were.
+        report: on the model before.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> report = inspect(model, torch.zeros(1, 3))
+        >>> plan = Plan.uniform(report, filters=0.5)
+        >>> small = compact(model, plan, torch.zeros(1, 3))
+        >>> restored = restore(small.plan, small.kept, report)
+        >>> restored["0"] == plan["0"], restored.weights == small.plan.weights
+        (True, True)
+    """
     layers = {}
     for name, layer in plan.items():
-        before = report[name]
-        inside = np.zeros((before.shape[0], before.weights // before.shape[0]), bool)
-        inside[np.ix_(kept[name].filters, kept[name].columns)] = layer.mask().reshape(layer.shape[0], -1)
-        layers[name] = LayerPlan.from_mask(inside.reshape(before.shape), before.groups)
+        before, rows, columns = report[name], kept[name].filters, kept[name].columns
+        if layer.shape == before.shape:
+            layers[name] = layer
+            continue
+        whole_rows, whole_columns = np.zeros(before.shape[0], bool), np.zeros(before.columns, bool)
+        whole_rows[rows], whole_columns[columns] = layer.filters, layer.columns
+        if layer.elements is None:
+            layers[name] = LayerPlan(before.shape, whole_rows, whole_columns)
+        else:
+            elements = np.zeros((whole_rows.size, whole_columns.size), bool)
+            elements[np.ix_(rows, columns)] = layer.elements.reshape(len(rows), -1)
+            layers[name] = LayerPlan(before.shape, whole_rows, whole_columns, elements.reshape(before.shape))
     return Plan(layers).tied(report)
 
 
@@ -151,7 +196,7 @@ def compact(
     *,
     columns: bool = True,
 ) -> Compacted:
-    """Cut out of a copy of `model` what `plan` drops, and everything that is dead then; check that it computes the same.
+    """Cut out of a copy of `model` what `plan` drops, and all that is dead then; check that it computes the same.
 
     A dropped filter that puts out a constant (through a shift or an activation) has it folded into the bias of the
     layer that reads it; where zero padding makes that inexact, the filter stays.
@@ -164,7 +209,7 @@ def compact(
             in the returned plan, which suits further training.
 
     Raises:
-        ValueError: the plan does not fit the model, or leaves nothing of a layer.
+        ValueError: the plan does not fit the model, names a layer that `inspect` leaves out, or leaves nothing of one.
         AssertionError: masked and compacted network differ; nothing is returned.
 
     Example:
@@ -180,19 +225,33 @@ def compact(
     masked = mask(model, plan).eval()
     report = inspect(masked, inputs)
     # In float64 first: there the two must agree to rounding, whatever constants were folded into float32 biases.
-    _cut(copy.deepcopy(masked).double(), plan, report, _cast(inputs, torch.float64), columns, _FLOAT64_TOLERANCE)
-    small, alive, kept, difference = _cut(masked, plan, report, inputs, columns, _FLOAT32_TOLERANCE)
+    if (double := _in_float64(masked, inputs)) is not None:
+        _cut(*double, plan, report, columns, _FLOAT64_TOLERANCE)
+    small, alive, kept, difference = _cut(masked, inputs, plan, report, columns, _FLOAT32_TOLERANCE)
     for name, module in small.named_modules():
         module.training = model.get_submodule(name).training
-    return Compacted(small, _remaining(alive, kept, report), kept, difference)
+    return Compacted(small, _remaining(small, alive, kept, report), kept, difference)
+
+
+def _in_float64(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...]
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]] | None:
+    """A copy of the model and the inputs in float64; None for a model whose forward insists on another dtype."""
+    double, cast = copy.deepcopy(model).double(), _cast(inputs, torch.float64)
+    try:
+        with torch.no_grad():
+            double(*cast)
+    except RuntimeError:
+        return None
+    return double, cast
 
 
 def _cut(
-    masked: nn.Module, plan: Plan, report: Report, inputs: tuple[torch.Tensor, ...], columns: bool, tolerance: float
+    masked: nn.Module, inputs: tuple[torch.Tensor, ...], plan: Plan, report: Report, columns: bool, tolerance: float
 ) -> tuple[nn.Module, Plan, dict[str, Kept], float]:
     """The smaller network, the plan that was cut, where its weights were, and its largest relative difference."""
     small = copy.deepcopy(masked)
-    alive = unused_paths(_fold_constants(small, plan.tied(report), report, inputs), report)
+    alive = unused_paths(_fold_constants(small, plan, report, inputs), report)
     kept = {}
     for layer in report.layers:
         rows = np.flatnonzero(alive[layer.name].filters) if layer.link is not None else np.arange(layer.shape[0])
@@ -204,78 +263,103 @@ def _cut(
 
 
 def _fold_constants(model: nn.Module, plan: Plan, report: Report, inputs: tuple[torch.Tensor, ...]) -> Plan:
-    """Fold what dropped filters put out into the bias of the layer that reads it, in place; return the plan to cut.
+    """Fold what empty filters put out into the bias of the layer that reads it, in place; return the plan to cut.
 
-    What arrives at the reader is measured: an empty filter puts out the same number everywhere, for every input. Where
-    it does not (an average pooling that counts its padding) or where the reader pads with zeros, the filter is kept.
+    A filter is empty when the plan drops it, or when all it reads are channels of empty filters. It puts out the same
+    number everywhere, for every input, so what arrives at the reader is measured. Where it is not one number (an
+    average pooling that counts its padding), or where the reader pads with zeros beside it, the filter is kept.
     """
-    layers = dict(plan)
-    for producer in report.layers:
-        if producer.link is None or producer.name not in layers or layers[producer.name].filters.all():
+    layers = whole(plan, report)
+    arriving = _arriving(model, [layer.link.consumer for layer in report.layers if layer.link is not None], inputs)
+    for layer in report.layers:
+        name, kept = layer.name, without_empty(layer, layers[layer.name])
+        layers[name] = kept
+        if layer.link is None or kept.filters.all():
             continue
-        reader, consumer = model.get_submodule(producer.link.consumer), report[producer.link.consumer]
-        arriving = _input_of(model, reader, inputs)
-        values = arriving.reshape(len(arriving), producer.shape[0], -1)
-        low, high = values.amin(dim=(0, 2)), values.amax(dim=(0, 2))
-        dropped = torch.from_numpy(~layers[producer.name].filters)
-        exact = (low == high) & ((low == 0) | torch.tensor(not _pads(reader)))
-        if bool((dropped & ~exact).any()):
-            stays = layers[producer.name].filters | (dropped & ~exact).numpy()
-            layers[producer.name] = replace(layers[producer.name], filters=stays)
-        constant = torch.where(dropped & exact, low, 0.0)
+        consumer = report[layer.link.consumer]
+        reader, values = model.get_submodule(consumer.name), arriving[consumer.name].reshape(2, layer.shape[0], -1)
+        low, high = values[0].amin(dim=1), values[1].amax(dim=1)
+        read = torch.from_numpy(layers[consumer.name].columns.reshape(layer.shape[0], -1).any(axis=1))
+        rounding = 8 * torch.finfo(low.dtype).eps * torch.maximum(low.abs(), high.abs())
+        exact = (high - low <= rounding) & ((low == 0) | torch.tensor(not _pads_with_zeros(reader))) | ~read
+        empty = torch.from_numpy(~kept.filters)
+        layers[name] = _with_filters(kept, (empty & ~exact).numpy())
+        cut = empty & exact
+        weight = _tensor(reader, "weight").reshape(consumer.shape[0], layer.shape[0], -1)
+        constant = torch.where(cut & read, low, 0).double()
         if bool((constant != 0).any()):
-            weight = _tensor(reader, "weight")
-            columns = weight.detach().double().reshape(consumer.shape[0], producer.shape[0], -1).sum(dim=2)
-            _add_to_bias(reader, columns @ constant.double())
-    return Plan(layers)
+            _add_to_bias(reader, weight.double().sum(dim=2) @ constant)
+        columns = layers[consumer.name].columns & ~np.repeat(cut.numpy(), weight.shape[2])
+        layers[consumer.name] = replace(layers[consumer.name], columns=columns)
+    return Plan(layers).tied(report)
 
 
-def _input_of(model: nn.Module, reader: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """What `reader` gets when the model runs on `inputs`."""
-    seen: list[torch.Tensor] = []
-    handle = reader.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+def _with_filters(layer: LayerPlan, more: npt.NDArray[np.bool_]) -> LayerPlan:
+    """The plan with these filters, which have no weight left, in place."""
+    elements = layer.elements
+    if elements is not None:
+        elements = elements | more.reshape(-1, *[1] * (len(layer.shape) - 1))
+    return replace(layer, filters=layer.filters | more, elements=elements)
+
+
+def _arriving(model: nn.Module, readers: Iterable[str], inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    """(2, C, ...): least and largest value over the batch that each reader gets when the model runs on `inputs`."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            seen[name] = torch.stack(x.detach().aminmax(dim=0))
+
+        return measure
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in readers]
     try:
         with torch.no_grad():
             model(*inputs)
     finally:
-        handle.remove()
-    return seen[0]
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
-def _pads(module: nn.Module) -> bool:
-    padding = getattr(module, "padding", 0)
-    return padding not in (0, "valid") and any(p != 0 for p in (padding if isinstance(padding, tuple) else (1,)))
+def _pads_with_zeros(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or module.padding_mode != "zeros":
+        return False
+    return module.padding == "same" if isinstance(module.padding, str) else any(module.padding)
 
 
 def _add_to_bias(module: nn.Module, shift: torch.Tensor) -> None:
     weight, bias = _tensor(module, "weight"), getattr(module, "bias", None)
     old = 0.0 if bias is None else bias.detach().double()
-    module.bias = nn.Parameter((old + shift).to(weight.dtype))
+    trained = module.get_parameter("weight" if bias is None else "bias").requires_grad
+    module.register_parameter("bias", nn.Parameter((old + shift).to(weight.dtype), trained))
 
 
 def _read_columns(layer: Layer, alive: Plan, report: Report) -> IntArray:
     """The columns of the layer's weight whose input still exists: those of the producer's filters that are left."""
     producer = report.producer(layer.name)
     channels = np.ones(1, bool) if producer is None else alive[producer.name].filters
-    return np.flatnonzero(np.repeat(channels, layer.columns // channels.size))
+    return np.flatnonzero(np.repeat(channels, layer.weights // layer.shape[0] // channels.size))
 
 
 def _shrink(model: nn.Module, layer: Layer, kept: Kept, read: IntArray) -> None:
-    """Make the layer, and the normalisations behind it, smaller in place; `read` are the columns that still get input."""
+    """Make the layer, and the normalisations behind it, smaller in place; `read`: the columns that still get input."""
     module = model.get_submodule(layer.name)
-    if len(kept.filters) == layer.shape[0] and len(kept.columns) == layer.columns:
+    if len(kept.filters) * len(kept.columns) == layer.weights:
         return
     filters, columns = torch.from_numpy(kept.filters), torch.from_numpy(kept.columns)
-    weight, bias = _tensor(module, "weight"), getattr(module, "bias", None)
-    small = weight.reshape(layer.shape[0], -1)[filters][:, columns].clone()
+    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+    small = weight.detach().reshape(layer.shape[0], -1)[filters][:, columns].clone()
     small_bias = None if bias is None else bias.detach()[filters].clone()
     index = torch.from_numpy(np.searchsorted(read, kept.columns))
     if len(kept.columns) == len(read):
-        kernel = layer.shape[2:]
-        module.weight = nn.Parameter(small.reshape(len(filters), -1, *kernel) if kernel else small)
-        module.bias = None if small_bias is None else nn.Parameter(small_bias)
+        small = small.reshape(len(filters), -1, *layer.shape[2:])
+        _set_parameter(module, "weight", small)
+        if small_bias is not None:
+            _set_parameter(module, "bias", small_bias)
         inputs, outputs = ("in_features", "out_features") if layer.kind == "linear" else ("in_channels", "out_channels")
-        setattr(module, inputs, module.weight.shape[1])
+        setattr(module, inputs, small.shape[1])
         setattr(module, outputs, len(filters))
     elif isinstance(module, nn.Conv2d):
         replacement = ColumnConv2d(
@@ -297,10 +381,15 @@ def _shrink(model: nn.Module, layer: Layer, kept: Kept, read: IntArray) -> None:
 
 def _shrink_norm(norm: nn.Module, filters: torch.Tensor) -> None:
     for name, parameter in list(norm.named_parameters(recurse=False)):
-        setattr(norm, name, nn.Parameter(parameter.detach()[filters].clone()))
+        _set_parameter(norm, name, parameter.detach()[filters].clone())
     for name in ("running_mean", "running_var"):
-        setattr(norm, name, _tensor(norm, name)[filters].clone())
-    norm.num_features = len(filters)
+        norm.register_buffer(name, _tensor(norm, name)[filters].clone())
+    setattr(norm, "num_features", len(filters))  # noqa: B010 (a plain int, which nn.Module's types do not foresee)
+
+
+def _set_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Another parameter of that name, trained if the one before was."""
+    module.register_parameter(name, nn.Parameter(value, module.get_parameter(name).requires_grad))
 
 
 def _cuts_columns(module: nn.Module) -> bool:
@@ -308,15 +397,18 @@ def _cuts_columns(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.padding_mode == "zeros")
 
 
-def _remaining(alive: Plan, kept: dict[str, Kept], report: Report) -> Plan:
+def _remaining(small: nn.Module, alive: Plan, kept: dict[str, Kept], report: Report) -> Plan:
     """What is kept of the smaller layers: the masks that could not be cut out physically."""
     layers = {}
     for layer in report.layers:
-        rows, columns = kept[layer.name].filters, kept[layer.name].columns
-        inside = alive[layer.name].mask().reshape(layer.shape[0], -1)[np.ix_(rows, columns)]
-        if layer.groups > 1 or len(columns) % int(np.prod(layer.shape[2:])) == 0:
-            inside = inside.reshape(len(rows), -1, *layer.shape[2:])
-        layers[layer.name] = replace(LayerPlan.from_mask(inside, layer.groups), norms=alive[layer.name].norms)
+        rows, columns, plan = kept[layer.name].filters, kept[layer.name].columns, alive[layer.name]
+        shape = tuple(_tensor(small.get_submodule(layer.name), "weight").shape)
+        if shape != plan.shape:
+            elements = plan.elements
+            if elements is not None:
+                elements = elements.reshape(layer.shape[0], -1)[np.ix_(rows, columns)].reshape(shape)
+            plan = LayerPlan(shape, plan.filters[rows], plan.columns[columns], elements, norms=plan.norms)
+        layers[layer.name] = plan
     return Plan(layers)
 
 
