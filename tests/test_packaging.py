@@ -219,5 +219,5 @@ def test_sdist_holds_what_a_build_needs(monkeypatch, tmp_path):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "autocompress_fast").rglob("*.py")}
     fixed = {"pyproject.toml", "CMakeLists.txt", "cmake/isa.cmake", "README.md", "LICENSE", "constraints.txt"}
     assert sources | modules | fixed | {"autocompress_fast/_core.pyi", "autocompress_fast/py.typed"} <= names
-    built = re.compile(r"(^|/)(build|dist|runs|__pycache__|\.git|\.venv)/|\.(so|o|pyc|whl|acf)$")
+    built = re.compile(r"(^|/)(build|dist|runs|__pycache__|\.git|\.venv)/|\.(so|o|pyc|whl)$")
     assert not [name for name in names if built.search(name)]
