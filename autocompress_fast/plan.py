@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = ["LayerPlan", "Plan", "mask"]
 BoolArray = npt.NDArray[np.bool_]
 
 _FORMAT_VERSION = 1
+_MOST_SIZES = 2**26  # filters and columns of all layers of a file; more are no network's
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +184,15 @@ class Plan(Mapping[str, LayerPlan]):
             filters, columns: shares removed, 0 <= share < 1; at least one filter and one column stay.
 
         Raises:
-            ValueError: a share outside of the range.
+            ValueError: a share outside of the range, NaN or infinity in a weight.
+
+        Example:
+            >>> import torch
+            >>> from autocompress_fast.graph import inspect
+            >>> model = torch.nn.Sequential(torch.nn.Conv2d(2, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 5))
+            >>> plan = Plan.uniform(inspect(model, torch.zeros(1, 2, 8, 8)), filters=0.5, columns=0.25)
+            >>> [(int(layer.filters.sum()), int(layer.columns.sum())) for layer in plan.values()]
+            [(4, 14), (5, 216)]
         """
         from autocompress_fast import ops
 
@@ -200,11 +210,19 @@ class Plan(Mapping[str, LayerPlan]):
             else:
                 kept = ops.project(weight, "column", keep=kept_columns, groups=layer.groups)
             plan = LayerPlan.from_mask(kept != 0, layer.groups)
-            layers[layer.name] = replace(plan, elements=None)
+            layers[layer.name] = LayerPlan(
+                layer.shape,
+                _filled_up(plan.filters, kept_rows),
+                _filled_up(plan.columns, kept_columns),
+                groups=layer.groups,
+            )
         return cls(layers).tied(report)
 
     def tied(self, report: Report) -> Plan:
-        """The same plan with the normalisations that `report` finds behind each layer tied to its filters."""
+        """The same plan with the normalisations that `report` finds behind each layer tied to its filters.
+
+        Layers that the report does not have stay as they are.
+        """
         links = {layer.name: layer.link for layer in report.layers}
         return Plan(
             {
@@ -215,7 +233,11 @@ class Plan(Mapping[str, LayerPlan]):
 
     @classmethod
     def from_masks(cls, masks: Mapping[str, Any], *, groups: Mapping[str, int] | None = None) -> Plan:
-        """The plan of 0/1 masks (numpy or torch) in the shapes of the layers' weights; `groups` of grouped layers."""
+        """The plan of 0/1 masks (numpy or torch) in the shapes of the layers' weights; `groups` of grouped layers.
+
+        Raises:
+            ValueError: a mask without two dimensions, or with filters that the groups do not divide.
+        """
         arrays = {name: np.asarray(m.detach().cpu() if hasattr(m, "detach") else m) for name, m in masks.items()}
         return cls({name: LayerPlan.from_mask(m, (groups or {}).get(name, 1)) for name, m in arrays.items()})
 
@@ -224,7 +246,11 @@ class Plan(Mapping[str, LayerPlan]):
         return {name: layer.mask() for name, layer in self.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON: kept filters and columns as indices, elements as packed bits in base64."""
+        """Write the plan as JSON: kept filters and columns as indices, elements as packed bits in base64.
+
+        Raises:
+            OSError: the file cannot be written; one that was there stays as it was.
+        """
         layers = {name: _to_json(layer) for name, layer in self.items()}
         text = json.dumps({"autocompress_fast.plan": _FORMAT_VERSION, "layers": layers}, indent=1)
         write_atomically(path, text.encode())
@@ -235,14 +261,23 @@ class Plan(Mapping[str, LayerPlan]):
 
         Raises:
             ValueError: the file is no plan; the message names the file and the fault.
+            OSError: the file cannot be read.
         """
+        text = Path(path).read_bytes()
         try:
-            content = json.loads(Path(path).read_bytes())
+            content = json.loads(text)
             if not isinstance(content, dict) or content.get("autocompress_fast.plan") != _FORMAT_VERSION:
                 raise ValueError(f'expected "autocompress_fast.plan": {_FORMAT_VERSION} at the top level')
-            return cls({name: _from_json(name, layer) for name, layer in content["layers"].items()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls(_layers_from_json(content.get("layers")))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a plan: {error}") from error
+
+
+def _filled_up(kept: BoolArray, count: int) -> BoolArray:
+    """Exactly `count` of them: those kept, then the first others (whose weights are all zero)."""
+    chosen = np.zeros(kept.size, bool)
+    chosen[np.argsort(~kept, kind="stable")[:count]] = True
+    return chosen
 
 
 def mask(model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
@@ -251,7 +286,14 @@ def mask(model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
     A dropped filter also loses its bias and its scale and shift in the normalisations that the plan ties to it.
 
     Raises:
-        ValueError: the plan names a layer that the model does not have, or has in another shape.
+        ValueError: the plan names a layer that the model does not have, has in another shape, or computes.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3))
+        >>> masked = mask(model, Plan.from_masks({"0": np.array([[1, 0], [0, 0], [1, 0]])}))
+        >>> (masked[0].weight != 0).tolist(), (masked[0].bias != 0).tolist()
+        ([[True, False], [False, False], [True, False]], [True, False, True])
     """
     import copy
 
@@ -268,6 +310,8 @@ def check_fits(model: torch.nn.Module, plan: Plan) -> None:
         weight = getattr(modules.get(name), "weight", None)
         if weight is None:
             raise ValueError(f"the plan names {name!r}, which is no layer with a weight; layers: {_weighted(modules)}")
+        if "weight" not in modules[name]._parameters:
+            raise ValueError(f"the plan names {name!r}, whose weight is no parameter but computed")
         if tuple(weight.shape) != layer.shape:
             raise ValueError(
                 f"the plan of {name!r} is for a weight {layer.shape}, the model's has {tuple(weight.shape)}"
@@ -298,6 +342,22 @@ class MaskedParameters:
         model: trained in place by the caller's loop.
         plan: what is kept.
         optimizer: the optimizer that trains the model.
+
+    Raises:
+        ValueError: the plan does not fit the model; nothing is changed then.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> net = torch.nn.Sequential(model)
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        >>> with MaskedParameters(net, Plan.from_masks({"0": np.array([[1, 0]])}), optimizer):
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         net(torch.ones(4, 2)).sum().backward()
+        ...         optimizer.step()
+        >>> (model.weight != 0).tolist()
+        [[True, False]]
     """
 
     def __init__(self, model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
@@ -311,10 +371,10 @@ class MaskedParameters:
             for parameter, kept in _parameter_masks(model, name, layer)
             if not bool(kept.all())
         ]
-        self._parameters = [parameter for parameter, _ in pairs]
+        self._parameters: list[torch.Tensor] = [parameter for parameter, _ in pairs]
         self._factors = [kept.to(parameter.dtype) for parameter, kept in pairs]
         gradient = [
-            parameter.register_post_accumulate_grad_hook(_Multiply(factor))
+            parameter.register_post_accumulate_grad_hook(_Multiply(factor))  # type: ignore[no-untyped-call]
             for parameter, factor in zip(self._parameters, self._factors, strict=True)
         ]
 
@@ -383,26 +443,47 @@ def _to_json(layer: LayerPlan) -> dict[str, Any]:
     return content
 
 
+def _layers_from_json(content: Any) -> dict[str, LayerPlan]:
+    """The layers of a file; every size is checked before anything of that size is made."""
+    if not isinstance(content, dict):
+        raise ValueError(f'"layers" must be an object, got {type(content).__name__}')
+    total = 0
+    for name, layer in content.items():
+        if not isinstance(layer, dict):
+            raise ValueError(f"layer {name!r} must be an object, got {type(layer).__name__}")
+        total += sum(_sizes(name, layer).values())
+        if total > _MOST_SIZES:
+            raise ValueError(f"the layers up to {name!r} have {total} filters and columns, allowed are {_MOST_SIZES}")
+    return {name: _from_json(name, layer) for name, layer in content.items()}
+
+
+def _sizes(name: str, content: Mapping[str, Any]) -> dict[str, int]:
+    """Number of filters and of columns, after checking shape and groups."""
+    shape, groups = content.get("shape"), content.get("groups")
+    if not isinstance(shape, list) or not 2 <= len(shape) <= 16 or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(f"shape of layer {name!r} must be 2 to 16 positive ints, got {shape!r:.100}")
+    if type(groups) is not int or groups < 1 or shape[0] % groups:
+        raise ValueError(f"groups of layer {name!r} must divide its {shape[0]} filters, got {groups!r:.100}")
+    return {"filters": shape[0], "columns": groups * math.prod(shape[1:])}
+
+
 def _from_json(name: str, content: Mapping[str, Any]) -> LayerPlan:
-    shape = tuple(content["shape"])
-    if not shape or not all(isinstance(n, int) and 0 < n < 2**24 for n in shape):
-        raise ValueError(f"layer {name!r} has shape {shape}")
-    groups = content["groups"]
-    size = int(np.prod(shape, dtype=object))
-    if size > 2**34 or not isinstance(groups, int) or not 1 <= groups <= shape[0]:
-        raise ValueError(f"layer {name!r} has shape {shape} and groups {groups!r}")
-    sizes = {"filters": shape[0], "columns": groups * size // shape[0]}
+    shape, norms = tuple(content["shape"]), content.get("norms")
     kept = {}
-    for field, length in sizes.items():
-        index = content[field]
-        if not all(isinstance(i, int) and 0 <= i < length for i in index):
-            raise ValueError(f"{field} of layer {name!r} must be indices from 0 to {length - 1}")
+    for field, length in _sizes(name, content).items():
+        index = content.get(field)
+        if not isinstance(index, list) or not all(type(i) is int and 0 <= i < length for i in index):
+            raise ValueError(f"{field} of layer {name!r} must be a list of indices from 0 to {length - 1}")
         kept[field] = np.zeros(length, bool)
         kept[field][index] = True
+    if not isinstance(norms, list) or not all(isinstance(norm, str) for norm in norms):
+        raise ValueError(f"norms of layer {name!r} must be a list of module paths, got {norms!r:.100}")
     elements = None
     if "elements" in content:
-        bits = np.frombuffer(base64.b64decode(content["elements"], validate=True), np.uint8)
+        size = math.prod(shape)
+        text = content["elements"]
+        bits = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
         if len(bits) != (size + 7) // 8:
-            raise ValueError(f"elements of layer {name!r} must be {size} bits, got {len(bits)} bytes")
-        elements = np.unpackbits(bits, count=size).astype(bool).reshape(shape)
-    return LayerPlan(shape, kept["filters"], kept["columns"], elements, groups, tuple(map(str, content["norms"])))
+            raise ValueError(f"elements of layer {name!r} must be {size} bits in base64, got {len(bits)} bytes")
+        elements = np.unpackbits(np.frombuffer(bits, np.uint8), count=size).astype(bool).reshape(shape)
+    return LayerPlan(shape, kept["filters"], kept["columns"], elements, content["groups"], tuple(norms))
