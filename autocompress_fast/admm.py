@@ -12,7 +12,7 @@ is split into W, trained by any optimizer, and Z in S, with the scaled dual U:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,12 @@ class Constraint:
     Raises:
         ValueError: an unknown structure or a count below 1.
         TypeError: counts that are no ints, or no pair for "filter+column".
+
+    Example:
+        >>> import numpy as np
+        >>> Constraint("filter+column", (1, 1)).project(np.array([[3.0, 1.0], [2.0, 2.5]]))
+        array([[3., 0.],
+               [0., 0.]])
     """
 
     structure: str
@@ -58,9 +64,18 @@ class Constraint:
                 raise TypeError(f"keep of {self.structure!r} must be {_keep_form(self.structure)}, got {self.keep!r}")
             if count < 1:
                 raise ValueError(f"keep must be at least 1, got {self.keep!r}")
+        if isinstance(self.groups, bool) or not isinstance(self.groups, (int, np.integer)) or self.groups < 1:
+            raise ValueError(f"groups must be an int, 1 or more, got {self.groups!r}")
+        pair = self.structure == "filter+column"
+        object.__setattr__(self, "keep", tuple(map(int, counts)) if pair else int(counts[0]))
+        object.__setattr__(self, "groups", int(self.groups))
 
     def project(self, weight: Any) -> Any:
-        """The nearest point to `weight` (numpy or torch) that meets the constraint."""
+        """The nearest point to `weight` (numpy or torch) that meets the constraint.
+
+        Raises:
+            ValueError: counts that do not fit the weight, NaN or infinity in it.
+        """
         if isinstance(self.keep, int):
             return ops.project(weight, self.structure, keep=self.keep, groups=self.groups)
         filters, columns = self.keep
@@ -75,6 +90,10 @@ class RhoSchedule:
 
     Raises:
         ValueError: rho not positive, factor below 1 (rho must not fall), every below 1, maximum below initial.
+
+    Example:
+        >>> [RhoSchedule(1e-4, factor=10, every=2, maximum=1e-2).at(updates) for updates in (0, 1, 2, 4, 99)]
+        [0.0001, 0.0001, 0.001, 0.01, 0.01]
     """
 
     initial: float = 1e-3
@@ -85,8 +104,8 @@ class RhoSchedule:
     def __post_init__(self) -> None:
         if not (0 < self.initial < math.inf and 1 <= self.factor < math.inf and self.every >= 1):
             raise ValueError(f"rho needs initial > 0, factor >= 1 and every >= 1, got {self}")
-        if not self.maximum >= self.initial:
-            raise ValueError(f"maximum of rho must be at least the initial {self.initial}, got {self.maximum}")
+        if not self.initial <= self.maximum < math.inf:
+            raise ValueError(f"maximum of rho must be finite and {self.initial} or more, got {self.maximum}")
 
     def at(self, updates: int) -> float:
         """Rho after that many updates."""
@@ -115,7 +134,7 @@ class ADMM:
         constraints: per layer (module path) what may stay non-zero.
         rho: strength of the penalty over the updates; a number for a constant one.
         links: layer -> the layer whose filters are its channels (`Report.links`). A dropped filter leaves a channel
-            that carries nothing; columns are then kept on living channels alone. Layers in execution order.
+            that carries nothing; columns are then kept on living channels alone.
 
     Raises:
         ValueError: no constraint, an unknown layer, counts that do not fit its weight, NaN or infinity in a weight.
@@ -154,7 +173,8 @@ class ADMM:
         if rho is None:
             rho = RhoSchedule()
         self.rho_schedule = rho if isinstance(rho, RhoSchedule) else RhoSchedule(rho, factor=1.0, maximum=rho)
-        self.constraints = dict(constraints)
+        self.links = {c: p for c, p in (links or {}).items() if c in constraints and p in constraints}
+        self.constraints = {name: constraints[name] for name in _producers_first(constraints, self.links)}
         self.model = model
         self.updates = 0
         self._weights: dict[str, torch.nn.Parameter] = {}
@@ -164,7 +184,7 @@ class ADMM:
             if not isinstance(weight, torch.nn.Parameter) or weight.ndim < 2:
                 raise ValueError(f"constraints names {name!r}, which is no layer of the model with a weight matrix")
             self._weights[name] = weight
-        self.links = {c: p for c, p in (links or {}).items() if c in self.constraints and p in self.constraints}
+        self._check_links()
         self.z: dict[str, torch.Tensor] = {}
         self._project_weights(self.z)
         self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
@@ -198,13 +218,15 @@ class ADMM:
         residuals = {}
         for name, constraint in self.constraints.items():
             weight, z, u = _plain(self._weights[name]), self.z[name], self.u[name]
+            norm, outside = float(weight.norm()) or 1.0, 0.0
             dead = self._dead_columns(name, self.z)
             if dead is not None:
-                weight = weight.masked_fill(dead, 0)
+                alive = weight.masked_fill(dead, 0)
+                outside = float((weight - alive).norm())
+                weight = alive
                 u.masked_fill_(dead, 0)
             result = ops.admm_update(weight, z, u, constraint.structure, keep=constraint.keep, groups=constraint.groups)
-            norm = float(weight.norm()) or 1.0
-            residuals[name] = Residuals(result.primal / norm, result.dual / norm)
+            residuals[name] = Residuals(math.hypot(result.primal, outside) / norm, result.dual / norm)
         before = self.rho
         self.updates += 1
         if self.rho != before:
@@ -217,6 +239,9 @@ class ADMM:
         """Project the weights themselves, W <- P(W), and return what is kept.
 
         A dropped filter loses its bias, too. Continue with masked retraining (`MaskedParameters`).
+
+        Raises:
+            ValueError: NaN or infinity in a weight; nothing is changed then.
         """
         projected: dict[str, torch.Tensor] = {}
         self._project_weights(projected)
@@ -243,7 +268,7 @@ class ADMM:
             ValueError: another set of layers or other shapes; nothing is changed then.
         """
         for part in ("z", "u"):
-            shapes = {name: tuple(value.shape) for name, value in state[part].items()}
+            shapes = {name: tuple(value.shape) for name, value in state.get(part, {}).items()}
             expected = {name: tuple(value.shape) for name, value in self.z.items()}
             if shapes != expected:
                 raise ValueError(f"the state's {part} has layers {shapes}, expected {expected}")
@@ -252,6 +277,14 @@ class ADMM:
             self.z[name].copy_(state["z"][name])
             self.u[name].copy_(state["u"][name])
         self._set_targets()
+
+    def _check_links(self) -> None:
+        for consumer, producer in self.links.items():
+            inputs, filters = self._weights[consumer].shape[1], self._weights[producer].shape[0]
+            if inputs % filters:
+                raise ValueError(
+                    f"links: the {inputs} channels of {consumer!r} are not {filters} filters of {producer!r}"
+                )
 
     def _check_finite(self) -> None:
         for name, weight in self._weights.items():
@@ -291,6 +324,19 @@ class ADMM:
             name: torch.empty_like(weight).copy_(self.z[name] - self.u[name]).detach()
             for name, weight in self._weights.items()
         }
+
+
+def _producers_first(names: Iterable[str], links: Mapping[str, str]) -> list[str]:
+    """The names, each behind the layer that makes its channels, and otherwise in their order."""
+    order: list[str] = []
+    for name in names:
+        chain = [name]
+        while chain[-1] in links and links[chain[-1]] not in order:
+            if links[chain[-1]] in chain:
+                raise ValueError(f"links form a circle: {' <- '.join([*chain, links[chain[-1]]])}")
+            chain.append(links[chain[-1]])
+        order += [link for link in reversed(chain) if link not in order]
+    return order
 
 
 def _plain(weight: torch.Tensor) -> torch.Tensor:
