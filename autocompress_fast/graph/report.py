@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from autocompress_fast.graph.links import LAYERS, Frozen, Link, follow
 from autocompress_fast.trace import Node, Tensor, Trace, trace
@@ -14,9 +14,17 @@ from autocompress_fast.trace import Node, Tensor, Trace, trace
 if TYPE_CHECKING:
     import torch
 
-    from autocompress_fast.plan import Plan
 
 __all__ = ["Counts", "Layer", "Report", "inspect"]
+
+
+class Sized(Protocol):
+    """A layer's part of a plan."""
+
+    @property
+    def weights(self) -> int:
+        """Number of weights kept."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,7 @@ class Report:
         """The weight of a layer, sharing the model's memory."""
         return self.trace.tensors[f"{name}.weight"].detach()
 
-    def counts(self, plan: Plan | None = None) -> Counts:
+    def counts(self, plan: Mapping[str, Sized] | None = None) -> Counts:
         """Sizes of the network, of what `plan` keeps when one is given."""
         conv = params = macs = 0
         for layer in self.layers:
