@@ -73,20 +73,25 @@ class RichProgress(Progress):
         self._bars.__exit__(kind, error, trace)
 
     def note(self, text: str) -> None:
+        """Print a line."""
         self._console.print(text, highlight=False)
 
     def start(self, what: str, total: int, done: int = 0) -> None:
+        """Show a new bar."""
         self._what, self._text, self._begun = what, "", time.monotonic()
         self._task = self._bars.add_task(what, total=total, completed=done, text="")
 
     def advance(self) -> None:
+        """Move the bar."""
         self._bars.update(self._task, advance=1)
 
     def tell(self, text: str) -> None:
+        """Write beside the bar."""
         self._text = text
         self._bars.update(self._task, text=text)
 
     def finish(self) -> None:
+        """Replace the bar by a line that stays."""
         self._bars.remove_task(self._task)
         self.note(f"{self._what}: {self._text} ({time.monotonic() - self._begun:.0f} s)")
 

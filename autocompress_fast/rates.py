@@ -1,8 +1,8 @@
 """How much of every layer stays: a budget for the network turned into a constraint for each layer.
 
-Larger layers bear higher rates (the experience that AutoCompress builds on, arXiv 1907.03141): a layer of n weights keeps
-s * n^(1 - alpha) of them, with one s for the network that meets the budget exactly. How many of a layer's weights are
-filters and how many columns is then chosen by the energy (squared norm) that the nearest such pattern keeps.
+Larger layers bear higher rates (the experience that AutoCompress builds on, arXiv 1907.03141): a layer of n weights
+keeps s * n^(1 - alpha) of them, with one s for the network that meets the budget exactly. How many of a layer's weights
+are filters and how many columns is then chosen by the energy (squared norm) that the nearest such pattern keeps.
 """
 
 from __future__ import annotations
@@ -245,4 +245,5 @@ def _best_filters(report: Report, layer: Layer, weights: int, least: int) -> int
         kept = ops.project_filters_and_columns(weight, filters=filters, columns=min(width, weights // filters))
         return float((kept**2).sum())
 
-    return max(candidates, key=energy)
+    best: int = max(candidates, key=energy)
+    return best

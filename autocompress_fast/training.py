@@ -133,7 +133,7 @@ def evaluate(model: nn.Module, batches: Batches) -> Evaluation:
 
 
 def best_precision() -> str:
-    """ "bfloat16" where the CPU has instructions for it, "float32" elsewhere."""
+    """The precision to train in: "bfloat16" where the CPU has instructions for it, "float32" elsewhere."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bfloat16" if bool(supported()) else "float32"
 
@@ -199,9 +199,9 @@ class Trainer:
             return self.history
         self._known_logits = None if self.teacher is None else _known_logits(self.teacher, self.train)
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        self.model.to(memory_format=layout)
+        _lay_out(self.model, layout)
         if self.teacher is not None:
-            self.teacher.to(memory_format=layout).eval()
+            _lay_out(self.teacher.eval(), layout)
         self.progress.start(self.name, self.config.epochs * batches, done * batches)
         masks = None if self.plan is None else MaskedParameters(self.model, self.plan, self.optimizer)
         try:
@@ -210,7 +210,7 @@ class Trainer:
         finally:
             if masks is not None:
                 masks.remove()
-            self.model.to(memory_format=torch.contiguous_format)
+            _lay_out(self.model, torch.contiguous_format)
         self.progress.finish()
         return self.history
 
@@ -273,7 +273,7 @@ class Trainer:
             loss = (1 - share) * loss + share * _distance(logits.float(), expected.float(), self.config.temperature)
         whole = loss if self.admm is None else loss + self.admm.penalty()
         self.optimizer.zero_grad(set_to_none=True)
-        whole.backward()
+        whole.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss.detach()
 
@@ -348,6 +348,10 @@ class Trainer:
         if self.log is not None:
             with self.log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
 
 
 def _known_logits(teacher: nn.Module, train: Batches) -> torch.Tensor | None:

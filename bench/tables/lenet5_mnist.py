@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 # name -> (what it is, target, further options)
 ROWS = {
-    "structured-40x": ("filters + columns, CONV 40x", "conv=40", ["--final-epochs", "40"]),
+    "structured-40x": ("filters + columns, CONV 40x", "conv=40", []),
     "structured-88x": ("filters + columns, CONV 88x", "conv=88", ["--final-epochs", "40"]),
     "irregular-100x": ("single weights, all 100x", "params=100", ["--structure", "element", "--final-epochs", "30"]),
 }
