@@ -33,7 +33,7 @@ from autocompress_fast.graph import Counts, Report, inspect
 from autocompress_fast.plan import Plan
 from autocompress_fast.progress import Progress, default_progress
 from autocompress_fast.rates import STRUCTURES, Target, allocate
-from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate
+from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
 
 if TYPE_CHECKING:
     from autocompress_fast.report import Summary
@@ -309,10 +309,8 @@ def compress(
         accuracy = {"base": base.accuracy, "final": evaluate(final.model, validation).accuracy}
         if test_part is not None:
             test = batches(test_part, _EVALUATION_BATCH)
-            accuracy |= {
-                "base_test": evaluate(model, test).accuracy,
-                "final_test": evaluate(final.model, test).accuracy,
-            }
+            before, after = evaluate_together([model, final.model], test)
+            accuracy |= {"base_test": before.accuracy, "final_test": after.accuracy}
     plan = restore(masks, kept, report)
     result = Result(
         model=final.model.eval(),
@@ -470,7 +468,10 @@ def _claimed(folder: Path, model: nn.Module, goal: Target, recipe: Recipe) -> Pa
     path = folder / "run.json"
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        found = json.loads(path.read_text())
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} does not say what the run in {folder} is: {error}") from error
         if found != settings:
             differing = ", ".join(key for key in settings if found.get(key) != settings[key])
             raise ValueError(f"{folder} holds a run with another {differing}; choose another work directory")

@@ -7,15 +7,19 @@ same weights as one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,7 +30,7 @@ from autocompress_fast.data import Batches, BatchLoader
 from autocompress_fast.plan import MaskedParameters, Plan
 from autocompress_fast.progress import Progress
 
-__all__ = ["Evaluation", "Trainer", "TrainingConfig", "best_precision", "evaluate"]
+__all__ = ["Evaluation", "Trainer", "TrainingConfig", "best_precision", "evaluate", "evaluate_together"]
 
 _CHECKPOINT_VERSION = 1
 _TEACHER_BATCH = 500
@@ -55,6 +59,11 @@ class TrainingConfig:
 
     Raises:
         ValueError: a value out of range.
+
+    Example:
+        >>> config = TrainingConfig(epochs=2, lr=1.0, warmup=0.2)
+        >>> [round(config.rate(step, 10), 3) for step in range(10)]
+        [0.5, 1.0, 1.0, 0.962, 0.854, 0.691, 0.5, 0.309, 0.146, 0.038]
     """
 
     epochs: int
@@ -83,17 +92,25 @@ class TrainingConfig:
         for field, values in allowed.items():
             if getattr(self, field) not in values:
                 raise ValueError(f"{field} must be one of {', '.join(values)}, got {getattr(self, field)!r}")
-        if self.epochs < 0 or not 0 < self.lr < math.inf or self.temperature <= 0 or self.weight_decay < 0:
-            raise ValueError(f"epochs and weight_decay must not be negative, lr and temperature positive, got {self}")
-        for field in ("warmup", "momentum", "label_smoothing", "distillation"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"{field} must be from 0 to 1, got {getattr(self, field)}")
+        for field, value in (("epochs", self.epochs), ("seed", self.seed)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{field} must be an int, 0 or more, got {value!r}")
+        for field in ("lr", "temperature"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(f"{field} must be positive and finite, got {getattr(self, field)}")
+        for field in ("weight_decay", "gamma"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field} must be finite and not negative, got {getattr(self, field)}")
+        shares = [(field, getattr(self, field)) for field in ("warmup", "momentum", "label_smoothing", "distillation")]
+        for field, value in (*shares, *(("milestones", share) for share in self.milestones)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{field} must be from 0 to 1, got {value}")
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step `step` of `steps`."""
+        """The learning rate of step `step`, counted from 0, of `steps`."""
         share = step / max(1, steps)
         if share < self.warmup:
-            return self.lr * (step + 1) / (self.warmup * steps)
+            return self.lr * min(1.0, (step + 1) / (self.warmup * steps))
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * (share - self.warmup) / max(1e-9, 1 - self.warmup)))
         if self.schedule == "step":
@@ -114,22 +131,34 @@ def evaluate(model: nn.Module, batches: Batches) -> Evaluation:
     """Accuracy (percent) and mean cross entropy of `model` on one epoch of `batches`, in eval mode and float32.
 
     The model's training mode is as before afterwards.
+
+    Raises:
+        ValueError: there is no batch.
+
+    Example:
+        >>> from autocompress_fast.data import UserBatches
+        >>> points = torch.tensor([[2.0, 0.0], [0.0, 2.0], [3.0, 1.0], [1.0, 0.0]])
+        >>> evaluate(nn.Identity(), UserBatches([(points, torch.tensor([0, 1, 0, 1]))])).accuracy
+        75.0
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    correct = samples = 0
-    loss = 0.0
-    try:
-        with torch.no_grad():
-            for x, y in batches.epoch(0):
+    return evaluate_together([model], batches)[0]
+
+
+def evaluate_together(models: Sequence[nn.Module], batches: Batches) -> list[Evaluation]:
+    """`evaluate` for several models that see the same batches, which are read once."""
+    correct, losses, samples = [0] * len(models), [0.0] * len(models), 0
+    with _modes_put_back(models), torch.no_grad():
+        for model in models:
+            model.eval()
+        for x, y in batches.epoch(0):
+            for index, model in enumerate(models):
                 logits = model(x)
-                correct += int((logits.argmax(dim=1) == y).sum())
-                loss += float(F.cross_entropy(logits, y, reduction="sum"))
-                samples += len(y)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return Evaluation(100.0 * correct / samples, loss / samples, samples)
+                correct[index] += int((logits.argmax(dim=1) == y).sum())
+                losses[index] += float(F.cross_entropy(logits, y, reduction="sum"))
+            samples += len(y)
+    if samples == 0:
+        raise ValueError("there is no batch to evaluate on")
+    return [Evaluation(100.0 * c / samples, loss / samples, samples) for c, loss in zip(correct, losses, strict=True)]
 
 
 def best_precision() -> str:
@@ -140,6 +169,8 @@ def best_precision() -> str:
 
 class Trainer:
     """Trains a model in place, with a checkpoint after every epoch.
+
+    The model's modes and memory layout are as before afterwards, and the global random generators are not touched.
 
     Args:
         model: trained in place.
@@ -155,7 +186,17 @@ class Trainer:
         progress: told about every batch.
 
     Raises:
-        ValueError: distillation without a teacher, a checkpoint of another run.
+        ValueError: distillation without a teacher, admm_every below 1.
+
+    Example:
+        >>> from autocompress_fast.data import UserBatches
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(64, 2)
+        >>> train = UserBatches([(x, (x[:, 0] > 0).long())])
+        >>> model = nn.Linear(2, 2)
+        >>> rows = Trainer(model, train, TrainingConfig(epochs=20, lr=1.0)).run()
+        >>> rows[-1]["epoch"], evaluate(model, train).accuracy > 90
+        (20, True)
     """
 
     def __init__(
@@ -176,6 +217,8 @@ class Trainer:
     ) -> None:
         if config.distillation > 0 and teacher is None:
             raise ValueError(f"distillation={config.distillation} needs a teacher, got none")
+        if admm_every < 1:
+            raise ValueError(f"admm_every must be 1 or more, got {admm_every}")
         self.model, self.train, self.config, self.validation = model, train, config, validation
         self.teacher = teacher if config.distillation > 0 else None
         self.admm, self.admm_every, self.plan = admm, admm_every, plan
@@ -189,28 +232,24 @@ class Trainer:
         """Train to the end; return a row of metrics per epoch. Ctrl-C loses no more than the epoch under way.
 
         Raises:
-            FloatingPointError: the loss is NaN or infinite.
+            FloatingPointError: the loss or a weight is NaN or infinite.
+            ValueError: the checkpoint is damaged or of another run; nothing is changed then.
         """
-        if self.checkpoint is not None and self.checkpoint.exists():
-            self._load(self.checkpoint)
-        self._rewrite_log()
-        done, batches = len(self.history), len(self.train)
-        if done == self.config.epochs:
-            return self.history
-        self._known_logits = None if self.teacher is None else _known_logits(self.teacher, self.train)
-        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        _lay_out(self.model, layout)
-        if self.teacher is not None:
-            _lay_out(self.teacher.eval(), layout)
-        self.progress.start(self.name, self.config.epochs * batches, done * batches)
-        masks = None if self.plan is None else MaskedParameters(self.model, self.plan, self.optimizer)
-        try:
-            for epoch in range(done, self.config.epochs):
-                self._epoch(epoch)
-        finally:
-            if masks is not None:
-                masks.remove()
-            _lay_out(self.model, torch.contiguous_format)
+        models = [self.model] if self.teacher is None else [self.model, self.teacher]
+        with _modes_put_back(models), _laid_out(models, channels_last=self.config.channels_last):
+            if self.checkpoint is not None and self.checkpoint.exists():
+                self._load(self.checkpoint)
+            self._rewrite_log()
+            done, batches = len(self.history), len(self.train)
+            if done == self.config.epochs:
+                return self.history
+            if self.teacher is not None:
+                self._known_logits = _known_logits(self.teacher.eval(), self.train)
+            self.progress.start(self.name, self.config.epochs * batches, done * batches)
+            masks = nullcontext() if self.plan is None else MaskedParameters(self.model, self.plan, self.optimizer)
+            with masks:
+                for epoch in range(done, self.config.epochs):
+                    self._epoch(epoch)
         self.progress.finish()
         return self.history
 
@@ -219,17 +258,18 @@ class Trainer:
         self.model.train()
         total = torch.zeros(())
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed * 1_000_003 + epoch)
+            torch.default_generator.manual_seed(self.config.seed * 1_000_003 + epoch)
             for number, ((x, y), expected) in enumerate(
                 zip(self.train.epoch(epoch), self._expected(epoch), strict=False)
             ):
                 total += self._step(x, y, expected, epoch * len(self.train) + number)
                 self.progress.advance()
         row: dict[str, Any] = {"stage": self.name, "epoch": epoch + 1, "loss": float(total) / len(self.train)}
-        if not math.isfinite(row["loss"]):
+        if not math.isfinite(row["loss"]) or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise FloatingPointError(
-                f"{self.name}: the loss of epoch {epoch + 1} is {row['loss']}; a lower learning rate than "
-                f"{self.config.lr:g} may help. The checkpoint of the epoch before is kept."
+                f"{self.name}: training diverged in epoch {epoch + 1} (loss {row['loss']:g}, or a weight, is NaN or "
+                f"infinite); a learning rate below {self.config.lr:g} may help. "
+                "The checkpoint of the epoch before is kept."
             )
         if self.admm is not None and (epoch + 1) % self.admm_every == 0:
             residuals = self.admm.update().values()
@@ -298,50 +338,81 @@ class Trainer:
         described = {
             "version": _CHECKPOINT_VERSION,
             "name": self.name,
-            "config": asdict(self.config),
+            "run": self._described(),
             "history": self.history,
             "optimizer": numbers,
             "updates": updates,
         }
         # clone: parameters that share memory, and strided views, are no business of the file
         tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
-        write_atomically(self.checkpoint, save(tensors, {"trainer": json.dumps(described)}))
+        text = json.dumps(described)
+        write_atomically(self.checkpoint, save(tensors, {"trainer": text, "crc32": _checksum(text, tensors)}))
+
+    def _described(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with this run, as JSON gives it back."""
+        described: dict[str, Any] = {**asdict(self.config), "batches": len(self.train)}
+        if self.admm is not None:
+            described["constraints"] = {name: asdict(c) for name, c in self.admm.constraints.items()}
+            described["rho"] = asdict(self.admm.rho_schedule)
+            described["admm_every"] = self.admm_every
+        if self.plan is not None:
+            digest = hashlib.sha256()
+            for name, layer in self.plan.items():
+                for part in (layer.mask(), layer.filters):
+                    digest.update(name.encode() + np.packbits(part).tobytes())
+            described["plan"] = digest.hexdigest()
+        decoded: dict[str, Any] = json.loads(json.dumps(described))
+        return decoded
 
     def _load(self, path: Path) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, "pt") as file:
-                described = json.loads(file.metadata()["trainer"])
+                metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except Exception as error:
-            raise ValueError(f"{path} is not a checkpoint of a training: {error}") from error
-        expected = json.loads(json.dumps(asdict(self.config)))
+            text = metadata["trainer"]
+            if metadata["crc32"] != _checksum(text, tensors):
+                raise ValueError("its checksum is wrong")
+            described = json.loads(text)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, or no checkpoint of a training: {error}") from error
         if described["version"] != _CHECKPOINT_VERSION or described["name"] != self.name:
             raise ValueError(f"{path} is of {described['name']!r}, version {described['version']}, not {self.name!r}")
-        if described["config"] != expected:
-            differing = [key for key in expected if described["config"].get(key) != expected[key]]
+        found, expected = described["run"], self._described()
+        if found != expected:
+            differing = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
             raise ValueError(f"{path} is of a run with another {', '.join(differing)}; delete it or use its settings")
         part = _parts(tensors)
-        self.model.load_state_dict(part("model."))
-        states: dict[int, dict[str, Any]] = {}
-        entries: Mapping[str, Any] = {**part("optimizer."), **described["optimizer"]}
-        for name, value in entries.items():
-            index, _, key = name.partition(".")
-            states.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
+        shapes = {name: (tuple(value.shape), value.dtype) for name, value in part("model.").items()}
+        for name, value in self.model.state_dict().items():
+            if shapes.pop(name, None) != (tuple(value.shape), value.dtype):
+                raise ValueError(f"{path} is of another model: {name} is {tuple(value.shape)}, {value.dtype} here")
+        if shapes:
+            raise ValueError(f"{path} is of another model: it has {', '.join(shapes)}, which is not here")
         if self.admm is not None:
             self.admm.load_state_dict({"updates": described["updates"], "z": part("admm.z."), "u": part("admm.u.")})
+        self.model.load_state_dict(part("model."))
+        self._load_optimizer({**part("optimizer."), **described["optimizer"]})
         self.history = described["history"]
+
+    def _load_optimizer(self, entries: Mapping[str, Any]) -> None:
+        """Set the optimizer's state from entries "index.key", laid out in memory as the parameters are."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states: dict[int, dict[str, Any]] = {}
+        for name, value in entries.items():
+            index, _, key = name.partition(".")
+            like = parameters[int(index)]
+            if isinstance(value, torch.Tensor) and value.shape == like.shape:
+                value = torch.empty_like(like, requires_grad=False).copy_(value)
+            states.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
 
     def _rewrite_log(self) -> None:
         """The log as the checkpoint has it: an epoch that was logged twice, or not at all, stands there once."""
         if self.log is None:
             return
-        rows = []
-        if self.log.exists():
-            rows = [json.loads(line) for line in self.log.read_text().splitlines()]
-        rows = [row for row in rows if row["stage"] != self.name] + self.history
+        rows = [row for row in _read_log(self.log) if row.get("stage") != self.name] + self.history
         write_atomically(self.log, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _append_log(self, row: dict[str, Any]) -> None:
@@ -350,8 +421,47 @@ class Trainer:
                 file.write(json.dumps(row) + "\n")
 
 
-def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
-    model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; a line that was cut off when the machine stopped is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+@contextmanager
+def _modes_put_back(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Every module trains or not, after the context, as it did before."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _laid_out(models: Iterable[nn.Module], *, channels_last: bool) -> Iterator[None]:
+    """Weights of four dimensions lie in memory as wanted inside the context, and as they did before after it."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    strides = {p: p.stride() for model in models for p in model.parameters() if p.ndim == 4}
+    try:
+        for parameter in strides:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+        yield
+    finally:
+        for parameter, stride in strides.items():
+            if parameter.stride() != stride:
+                before = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
+                parameter.data = before.copy_(parameter.data)
+
+
+def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    total = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), total))
+    return str(total)
 
 
 def _known_logits(teacher: nn.Module, train: Batches) -> torch.Tensor | None:
