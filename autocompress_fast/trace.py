@@ -272,7 +272,10 @@ class _Reader:
                 shape, dtype = _meta(node)
                 inputs.append(Input(self._name(node), shape, dtype))
             elif node.op == "output":
-                outputs = self._value(node.args[0])
+                # Changes of the model's own buffers come back as outputs too.
+                kinds = [spec.kind.name for spec in self.exported.graph_signature.output_specs]
+                results = zip(self._value(node.args[0]), kinds, strict=True)
+                outputs = tuple(value for value, kind in results if kind == "USER_OUTPUT")
             elif node.op == "get_attr":
                 raise TraceError(f"the model branches on data or calls a nested graph ({node.target}): not supported")
             elif _is_number(node):

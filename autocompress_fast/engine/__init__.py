@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -115,11 +115,11 @@ class Engine:
         threads: how many parts of a batch are computed at the same time; results do not depend on it.
     """
 
-    def __init__(self, program: Program, *, threads: int | None = None, info: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, program: Program, *, threads: int | None = None, info: dict[str, Any] | None = None) -> None:
         self._infos = validate(program)
         self.program = program
         self.threads = _thread_count(threads)
-        self.info = dict(info or {})
+        self.info = {} if info is None else info
         self._executor = Executor(program, self._infos, self.threads)
 
     @property
@@ -132,7 +132,7 @@ class Engine:
         return self._info
 
     @info.setter
-    def info(self, value: Mapping[str, Any]) -> None:
+    def info(self, value: dict[str, Any]) -> None:
         check_info(value, self.program, self._infos)
         self._info = dict(value)
 
@@ -222,7 +222,7 @@ def compile(  # noqa: A001  the name users see is acf.compile
     example_input: torch.Tensor | Sequence[torch.Tensor],
     *,
     threads: int | None = None,
-    info: Mapping[str, Any] | None = None,
+    info: dict[str, Any] | None = None,
 ) -> Engine:
     """Turn a torch model, compressed or dense, into an `Engine`.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,9 +26,9 @@ from autocompress_fast.engine.program import (
     validate,
 )
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "FileFormatError", "check_info", "read", "write"]
+__all__ = ["FORMAT_VERSION", "METADATA_KEY", "FileFormatError", "check_info", "read", "write"]
 
-FORMAT: Final = "autocompress_fast"
+METADATA_KEY: Final = "autocompress_fast"
 FORMAT_VERSION: Final = 1
 
 MAX_INFO_BYTES: Final = 2**20
@@ -44,7 +44,7 @@ class FileFormatError(ValueError):
     """A file is no valid program; the message names the file and the fault."""
 
 
-def write(path: str | Path, program: Program, info: Mapping[str, Any]) -> None:
+def write(path: str | Path, program: Program, info: dict[str, Any]) -> None:
     """Write `program` and `info` to `path` in one step: a reader sees the old file or the whole new one.
 
     Raises:
@@ -52,13 +52,10 @@ def write(path: str | Path, program: Program, info: Mapping[str, Any]) -> None:
     """
     infos = validate(program)
     check_info(info, program, infos)
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "program": json.dumps(program_to_json(program), allow_nan=False),
-        "info": json.dumps(info, allow_nan=False),
-    }
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in program.tensors.items()}
+    content = {"format_version": FORMAT_VERSION, "program": program_to_json(program), "info": info}
+    # One key: safetensors writes several in any order, and the same program should be the same file.
+    metadata = {METADATA_KEY: json.dumps(content, allow_nan=False)}
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in program.tensors.items()}
     write_atomically(path, safetensors.numpy.save(tensors, metadata))
 
 
@@ -77,18 +74,17 @@ def read(path: str | Path) -> tuple[Program, tuple[StepInfo, ...], dict[str, Any
         raise FileFormatError(f"{path}: not a regular file")
     content = path.read_bytes()
     try:
-        metadata = _metadata(content)
-        tensors = _tensors(content)
-        program = program_from_json(_json(metadata["program"], "program"), tensors)
+        written, info = _metadata(content)
+        program = program_from_json(written, _tensors(content))
         infos = validate(program)
-        info = _json(metadata["info"], "info")
         check_info(info, program, infos)
     except (ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise FileFormatError(f"{path}: {error}") from error
     return program, infos, info
 
 
-def _metadata(content: bytes) -> dict[str, str]:
+def _metadata(content: bytes) -> tuple[object, Any]:
+    """The program and the information in the header of a file."""
     if len(content) < 8:
         raise ValueError(f"{len(content)} bytes are too few for a safetensors file")
     length = int.from_bytes(content[:8], "little")
@@ -96,15 +92,17 @@ def _metadata(content: bytes) -> dict[str, str]:
         raise ValueError(f"the header is said to have {length} bytes, but only {len(content) - 8} follow")
     header = _json(content[8 : 8 + length], "header")
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
         raise ValueError("a safetensors file at best, but not one of autocompress_fast")
-    version = metadata.get("format_version")
-    if version != str(FORMAT_VERSION):
+    written = _json(text, "metadata")
+    version = written.get("format_version") if isinstance(written, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"format version {version!r:.20} is unknown; this release reads version {FORMAT_VERSION}")
-    expected = {"format", "format_version", "program", "info"}
-    if metadata.keys() != expected or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"the metadata must be the texts {', '.join(sorted(expected))}, not {sorted(metadata)!r:.80}")
-    return metadata
+    expected = {"format_version", "program", "info"}
+    if written.keys() != expected:
+        raise ValueError(f"the metadata must be {', '.join(sorted(expected))}, not {sorted(written)!r:.80}")
+    return written["program"], written["info"]
 
 
 def _tensors(content: bytes) -> dict[str, np.ndarray[Any, Any]]:

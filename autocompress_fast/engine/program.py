@@ -253,9 +253,9 @@ def _shape(value: object, what: str) -> Shape:
 
 
 def _number(value: object, what: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 3e38:  # type: ignore[arg-type]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= np.finfo(np.float32).max:
         raise ProgramError(f"{what} must be a finite float32, not {value!r:.80}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _one_of(*allowed: object) -> Check:

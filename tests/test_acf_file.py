@@ -1,0 +1,485 @@
+"""Files of format .acf: what is written is read back, and a damaged or hostile file is one clear error."""
+
+import copy
+import json
+import os
+import random
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import autocompress_fast as acf
+from autocompress_fast.engine import FORMAT_VERSION, Engine, FileFormatError
+from autocompress_fast.engine.file import write
+from autocompress_fast.engine.program import (
+    _OPERATIONS,
+    Input,
+    Program,
+    Step,
+    peak_live,
+    program_from_json,
+    program_to_json,
+    validate,
+)
+
+VERSION_1 = Path(__file__).parent / "data" / "version_1.acf"
+
+
+class Builder:
+    """Adds steps one after the other; weights are small, seeded numbers."""
+
+    def __init__(self, *shape):
+        self.inputs, self.steps, self.tensors = (Input("x", shape),), [], {}
+        self.generator = np.random.default_rng(0)
+
+    def floats(self, *shape):
+        return (self.generator.integers(-8, 9, shape) / 16).astype(np.float32)
+
+    def add(self, op, *inputs, arrays=None, **attributes):
+        names = {role: f"{len(self.steps)}.{role}" for role in arrays or {}}
+        self.tensors.update((names[role], array) for role, array in (arrays or {}).items())
+        self.steps.append(Step(op, inputs, len(self.steps) + 1, attributes, names, f"layer.{len(self.steps)}"))
+        return len(self.steps)
+
+    def program(self, *outputs):
+        return Program(self.inputs, tuple(self.steps), outputs, self.tensors)
+
+
+def every_operation():
+    """A program with every operation of version 1, every storage, and more than one output."""
+    b = Builder(2, 8, 9)
+    conv = {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1, 1, 1), "dilation": (1, 1), "groups": 1, "filters": 3}
+    columns = {
+        "weight": b.floats(2, 4), "filters": np.array([0, 2], np.uint16),
+        "columns": np.array([0, 4, 9, 17], np.uint16), "bias": b.floats(3),
+    }  # fmt: skip
+    x = b.add("conv", 0, arrays=columns, **conv, storage="columns", activation="silu")
+    depthwise = {**conv, "kernel": (2, 3), "padding": (2, 0, 0, 1), "dilation": (2, 1), "groups": 3}
+    x = b.add("conv", x, arrays={"weight": b.floats(3, 6)}, **depthwise, storage="dense", activation="hardswish")
+    sparse = {
+        "values": b.floats(5) * 16, "indices": np.array([0, 5, 26, 3, 4], np.uint32),
+        "offsets": np.array([0, 3, 3, 5, 5], np.uint16), "bias": b.floats(4) + 2,
+    }  # fmt: skip
+    x = b.add("conv", x, arrays=sparse, **{**conv, "filters": 4}, storage="sparse", activation="relu6")
+    x = b.add("max_pool", x, kernel=(2, 3), stride=(1, 2), padding=(1, 1), dilation=(1, 1), ceil=True)
+    x = b.add("avg_pool", x, kernel=(2, 2), stride=(2, 1), padding=(0, 1), ceil=False, count_padding=False)
+    x = b.add("adaptive_avg_pool", x, output=(3, 2))
+    x = b.add("add", x, arrays={"constant": b.floats(4, 1, 1)}, activation="sigmoid")
+    pooled = b.add("global_avg_pool", x)
+    x = b.add("mul", x, pooled, activation="none")
+    x = b.add("sub", x, arrays={"constant": np.array(0.25, np.float32)}, activation="tanh")
+    x = b.add("div", x, arrays={"constant": np.full((2,), 2, np.float32)}, activation="none")
+    x = b.add("activation", x, activation="hardsigmoid")
+    x = b.add("leaky_relu", x, slope=0.1)
+    x = b.add("clip", x, low=-0.5, high=0.75)
+    x = b.add("pad", x, before=(0, 1, 0), after=(1, 0, 2), value=0.5)
+    x = b.add("slice", x, axis=1, start=0, stop=4, step=2)
+    x = b.add("transpose", x, order=(1, 0, 2))
+    x = b.add("take", x, arrays={"indices": np.array([4, 0, 0], np.uint16)}, axis=1)
+    y = b.add("mean", x, axes=(0, 2), keep=False)
+    x = b.add("reshape", x, shape=(24,))
+    x = b.add("concat", x, y, axis=0)
+    x = b.add("softmax", x, axis=0)
+    x = b.add("linear", x, arrays={"weight": b.floats(3, 27) * 64}, filters=3, storage="dense", activation="relu")
+    x = b.add("log_softmax", x, axis=0)
+    return b.program(x, y)
+
+
+INFO = {
+    "classes": ["cat", "dog", "cow"],
+    "mean": [0.5, 0.25],
+    "std": [1, 0.5],
+    "accuracy": 0.75,
+    "original": {"weights": 1000, "conv_weights": 600, "macs": 12345},
+    "provenance": {"data": "none", "seed": 0},
+    "anything": [None, True, 1.5, "text", {"nested": []}],
+}
+
+
+def example(samples=3):
+    return np.sin(np.arange(samples * 2 * 8 * 9) * 1.7).astype(np.float32).reshape(samples, 2, 8, 9)
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "net.acf"
+    write(path, every_operation(), INFO)
+    return path
+
+
+def contents(path):
+    with safetensors.safe_open(path, "np") as file:
+        return json.loads(file.metadata()["autocompress_fast"]), safetensors.numpy.load_file(path)
+
+
+def packed(metadata, tensors):
+    text = metadata if isinstance(metadata, str) else json.dumps(metadata)
+    return safetensors.numpy.save(tensors, {"autocompress_fast": text})
+
+
+def rewritten(path, change_metadata=None, change_tensors=None):
+    """Write the file again with other metadata or tensors, as a hostile author would."""
+    metadata, tensors = contents(path)
+    if change_metadata is not None:
+        change_metadata(metadata)
+    if change_tensors is not None:
+        change_tensors(tensors)
+    path.write_bytes(packed(metadata, tensors))
+    return path
+
+
+# --- round trip
+
+
+def test_every_operation_is_in_the_program():
+    assert {step.op for step in every_operation().steps} == set(_OPERATIONS)
+    assert {step.attributes["storage"] for step in every_operation().steps if "storage" in step.attributes} == {
+        "dense", "columns", "sparse"
+    }  # fmt: skip
+
+
+def test_what_is_written_is_read_back(path):
+    before, after = Engine(every_operation(), info=INFO), acf.load(path)
+    assert after.program.steps == before.program.steps
+    assert after.program.inputs == before.program.inputs
+    assert after.info == INFO
+    assert after.program.tensors.keys() == before.program.tensors.keys()
+    for name, tensor in before.program.tensors.items():
+        read = after.program.tensors[name]
+        assert read.dtype == tensor.dtype
+        assert read.shape == tensor.shape
+        assert read.tobytes() == tensor.tobytes()
+    for y, z in zip(before(example()), after(example()), strict=True):
+        assert np.array_equal(y, z)
+    again = path.with_name("again.acf")
+    after.save(again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_program_is_its_json():
+    program = every_operation()
+    text = json.dumps(program_to_json(program))
+    assert program_from_json(json.loads(text), program.tensors) == program
+
+
+def test_a_batch_size_is_kept(tmp_path):
+    b = Builder(2)
+    b.add("activation", 0, activation="relu")
+    program = Program(b.inputs, tuple(b.steps), (1,), {}, batch=7)
+    write(tmp_path / "net.acf", program, {})
+    assert acf.load(tmp_path / "net.acf").program.batch == 7
+
+
+def test_the_file_of_version_1_is_read_forever():
+    """Written once by the first release from `every_operation`; it must never be written again."""
+    engine = acf.load(VERSION_1, threads=1)
+    assert FORMAT_VERSION == 1
+    assert {"conv", "linear", "take", "log_softmax"} <= {step.op for step in engine.program.steps}
+    expected = engine.info.pop("expected")  # for example(2), from the release that wrote the file
+    for y, wanted in zip(engine(example(2)), expected, strict=True):
+        np.testing.assert_allclose(y, np.float32(wanted), rtol=1e-5, atol=1e-6)
+    assert engine.info == INFO
+
+
+def test_a_file_is_read_and_run_without_torch(path, run_python):
+    np.save(path.with_name("x.npy"), example())
+    program = f"""
+import sys
+sys.modules["torch"] = None  # any import of torch fails
+import numpy as np
+import autocompress_fast as acf
+engine = acf.load({str(path)!r})
+scores, _ = engine(np.load("x.npy"))
+np.save("y.npy", scores)
+engine.info = {{**engine.info, "accuracy": 0.5}}
+engine.save("copy.acf")
+print(engine.summary())
+"""
+    done = run_python(program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("total")
+    assert np.array_equal(np.load(path.with_name("y.npy")), acf.load(path)(example())[0])
+    assert acf.load(path.with_name("copy.acf")).info["accuracy"] == 0.5
+
+
+def test_loading_imports_neither_torch_nor_safetensors_torch(path, run_python):
+    done = run_python(f"import autocompress_fast as acf, sys; acf.load({str(path)!r}); print('torch' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
+
+
+# --- information
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"classes": ["a", "b"]}, r"info\['classes'\] must be a list of 3 names, not \['a', 'b'\]"),
+        ({"classes": [1, 2, 3]}, "must be a list of 3 names"),
+        ({"mean": [1, 2, 3]}, r"info\['mean'\] must be a list of 1 or 2 numbers"),
+        ({"mean": 0.5}, "must be a list of 1 or 2 numbers"),
+        ({"std": [0.0]}, r"info\['std'\] must be above 0"),
+        ({"std": [True]}, "must be a list of 1 or 2 numbers"),
+        ({"accuracy": 97.5}, r"info\['accuracy'\] must be a number from 0 to 1, not 97.5"),
+        ({"original": {"weights": -1}}, r"info\['original'\] must be counts of weights, conv_weights, macs"),
+        ({"original": {"bytes": 1}}, "must be counts of"),
+        ({"provenance": "here"}, r"info\['provenance'\] must be a dict"),
+        ({"x": float("nan")}, r"info\['x'\] is nan"),
+        ({"x": (1, 2)}, r"info\['x'\] is \(1, 2\)"),
+        ({"x": np.float32(1)}, r"info\['x'\] is np.float32\(1.0\)"),
+        ({1: 2}, "has the key 1; keys must be strings"),
+        ({"x": "a" * 2**20}, "at most 1048576 are allowed"),
+        ([], "info must be a dict, not list"),
+    ],
+)
+def test_information_is_checked(info, message, path):
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        Engine(every_operation(), info=info)
+    engine = acf.load(path)
+    with pytest.raises(ValueError, match=message):
+        engine.info = info
+    assert engine.info == INFO
+    if info and isinstance(info, dict):
+        engine.info.update(info)  # changed behind the check: found when it is saved
+        with pytest.raises(ValueError, match=message):
+            engine.save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_deep_information_is_refused():
+    deep = {}
+    for _ in range(20):
+        deep = {"x": deep}
+    with pytest.raises(ValueError, match="nested more than 16 deep"):
+        Engine(every_operation(), info=deep)
+
+
+# --- damaged files
+
+
+def test_what_is_no_file_of_ours(tmp_path):
+    path = tmp_path / "net.acf"
+    with pytest.raises(FileNotFoundError):
+        acf.load(path)
+    with pytest.raises(FileFormatError, match="not a regular file"):
+        acf.load(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileFormatError, match="not a regular file"):
+        acf.load(tmp_path / "pipe")
+    for content in (b"", b"\0" * 7, b"\0" * 64, b"\xff" * 64, b"PK\x03\x04" + b"\0" * 60, b"[" * 10**5):
+        path.write_bytes(content)
+        with pytest.raises(FileFormatError, match=r"net\.acf: "):
+            acf.load(path)
+    path.write_bytes(safetensors.numpy.save({"a": np.zeros(3)}))
+    with pytest.raises(FileFormatError, match="not one of autocompress_fast"):
+        acf.load(path)
+
+
+def test_json_that_cannot_be_parsed_is_refused(path):
+    header = b'{"__metadata__":' + b"[" * 10**5 + b"]" * 10**5 + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(FileFormatError, match="header is not valid JSON"):
+        acf.load(path)
+    for text in ("[" * 10**5, "{", '{"program": NaN}', '{"program": 1' + "0" * 10**5 + "}"):
+        path.write_bytes(packed(text, {}))
+        with pytest.raises(FileFormatError, match="metadata is not valid JSON"):
+            acf.load(path)
+
+
+def test_every_truncation_is_found(path):
+    content = path.read_bytes()
+    for length in [*range(0, 200, 7), *range(200, len(content), 97), len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(FileFormatError):
+            acf.load(path)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(FileFormatError):
+        acf.load(path)
+
+
+def dtype_f64(tensors):
+    tensors["22.weight"] = tensors["22.weight"].astype(np.float64)
+
+
+def nan(tensors):
+    tensors["22.weight"] = tensors["22.weight"] * np.float32(np.nan)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "message"),
+    [
+        (lambda m: m.update(format_version=2), None, "version 2 is unknown; this release reads version 1"),
+        (lambda m: m.update(format_version="1"), None, "version '1' is unknown"),
+        (lambda m: m.update(format_version=True), None, "version True is unknown"),
+        (lambda m: m.update(more="x"), None, "the metadata must be format_version, info, program, not"),
+        (lambda m: m.pop("program"), None, "the metadata must be"),
+        (lambda m: m.update(program=[]), None, "program must have the fields batch, inputs, steps, outputs"),
+        (lambda m: m.update(info=3), None, "info must be a dict, not int"),
+        (lambda m: m.update(info={"accuracy": 2}), None, "must be a number from 0 to 1"),
+        (None, dtype_f64, r"tensor '22\.weight' has dtype F64; allowed are F32, U16, U32"),
+        (None, nan, r"tensor '22\.weight' holds NaN or infinity"),
+        (None, lambda t: t.pop("22.weight"), r"its weight '22\.weight' is not in the file"),
+        (None, lambda t: t.update(more=np.zeros(1, np.float32)), "tensor 'more' is used by 0 steps"),
+    ],
+)
+def test_faults_are_named(metadata, tensors, message, path):
+    with pytest.raises(FileFormatError, match=message) as caught:
+        acf.load(rewritten(path, metadata, tensors))
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", {}),
+        ("inputs", None),
+        ("outputs", 3),
+        ("batch", "x"),
+        ("batch", 1.5),
+        ("batch", True),
+        ("outputs", ["x"]),
+    ],
+)
+def test_fields_of_the_wrong_type(field, value, path):
+    def change(metadata):
+        metadata["program"][field] = value
+
+    with pytest.raises(FileFormatError, match=r"must not be|must be an integer"):
+        acf.load(rewritten(path, change))
+
+
+# --- fuzzing
+
+NASTY = (
+    0, 1, -1, 2, 3, 7, 2**16, 2**31 - 1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, True, False, None, "", "relu", "dense",
+    "columns", "sparse", "conv", [], {}, [0], [1, 1], [-1, 0], [2**31 - 1] * 2, [0] * 4, [2**20] * 4, [[]], [None],
+    {"x": 1},
+)  # fmt: skip
+
+
+def places(value, found):
+    """Every (container, key) inside a JSON value."""
+    if isinstance(value, dict | list):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            found.append((value, key))
+            places(value[key], found)
+    return found
+
+
+def damage_json(draw, metadata):
+    for _ in range(draw.choice([1, 1, 1, 2, 4])):
+        container, key = draw.choice(places(metadata, []))
+        action = draw.random()
+        if action < 0.15:
+            del container[key]
+        elif action < 0.3 and isinstance(container, list):
+            container.insert(key, copy.deepcopy(draw.choice([container[key], draw.choice(NASTY)])))
+        elif action < 0.45 and isinstance(container[key], int):
+            container[key] += draw.choice([-1, 1])
+        else:
+            container[key] = copy.deepcopy(draw.choice(NASTY))
+
+
+def damage_tensor(draw, tensors):
+    name = draw.choice(sorted(tensors))
+    tensor = tensors[name]
+    action = draw.randrange(6)
+    if action == 0:
+        del tensors[name]
+    elif action == 1:
+        tensors[name] = tensor[..., : draw.randrange(4)] if tensor.ndim else tensor.reshape(1)
+    elif action == 2:
+        tensors[name] = tensor.astype(draw.choice([np.float32, np.uint16, np.uint32, np.int64, np.float16, np.bool_]))
+    elif action == 3:
+        tensors[name] = tensor.reshape(draw.choice([(-1,), (1, -1), (-1, 1), (1, 1, -1)]))
+    elif action == 4 and tensor.size:
+        tensor.flat[draw.randrange(tensor.size)] = draw.choice([0, 1, 2, 26, 27, 65535])
+    else:
+        tensors[f"copy {draw.randrange(9)}"] = tensor
+
+
+def damage_bytes(draw, content):
+    content = bytearray(content)
+    header = int.from_bytes(content[:8], "little")
+    for _ in range(draw.choice([1, 1, 2, 8])):
+        place = draw.choice([draw.randrange(8), 8 + draw.randrange(header), draw.randrange(len(content))])
+        action = draw.random()
+        if action < 0.5:
+            content[place] = draw.randrange(256)
+        elif action < 0.7:
+            content[place] ^= 1 << draw.randrange(8)
+        elif action < 0.85:
+            content[place:place] = bytes(draw.choice(b'0123456789[]{}",:-e') for _ in range(draw.randrange(1, 4)))
+        else:
+            del content[place : place + draw.randrange(1, 5)]
+    return bytes(content)
+
+
+def outcome(path):
+    """Load; what loads must run. "refused", "runs", or "large" where running it would take long."""
+    try:
+        engine = acf.load(path, threads=1)
+    except FileFormatError:
+        return "refused"
+    infos = validate(engine.program)
+    if engine.summary().macs > 10**7 or peak_live(engine.program, infos) > 10**6:
+        return "large"
+    samples = engine.program.batch or 2
+    if samples > 100:
+        return "large"
+    inputs = [np.ones((samples, *given.shape), np.float32) for given in engine.inputs]
+    outputs = engine(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert [y.shape for y in outputs] == [(samples, *shape) for shape in engine.output_shapes]
+    return "runs"
+
+
+@pytest.mark.parametrize("kind", ["json", "tensors", "bytes"])
+def test_mutated_files_are_refused_or_run(kind, path):
+    draw = random.Random(kind)
+    whole = path.read_bytes()
+    metadata, tensors = contents(path)
+    seen = dict.fromkeys(("refused", "runs", "large"), 0)
+    for _ in range(1200):
+        if kind == "bytes":
+            content = damage_bytes(draw, whole)
+        else:
+            changed, arrays = copy.deepcopy(metadata), {name: tensor.copy() for name, tensor in tensors.items()}
+            damage_json(draw, changed) if kind == "json" else damage_tensor(draw, arrays)
+            content = packed(changed, arrays)
+        path.write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            seen[outcome(path)] += 1
+    assert seen["refused"] > 300  # the mutations do damage,
+    assert seen["runs"] > 15  # and not so much that only the first check is ever reached
+
+
+# --- writing
+
+
+def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
+    before = path.read_bytes()
+    engine = acf.load(path)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        engine.save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_the_program_lives_on_when_its_file_is_gone(path):
+    engine = acf.load(path)
+    wanted = engine(example())
+    shutil.rmtree(path.parent)
+    for y, z in zip(engine(example()), wanted, strict=True):
+        assert np.array_equal(y, z)
