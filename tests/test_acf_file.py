@@ -445,7 +445,7 @@ def test_mutated_files_are_refused_or_run(kind, path):
     whole = path.read_bytes()
     metadata, tensors = contents(path)
     seen = dict.fromkeys(("refused", "runs", "large"), 0)
-    for _ in range(1200):
+    for _ in range(1000):
         if kind == "bytes":
             content = damage_bytes(draw, whole)
         else:
@@ -456,8 +456,8 @@ def test_mutated_files_are_refused_or_run(kind, path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             seen[outcome(path)] += 1
-    assert seen["refused"] > 300  # the mutations do damage,
-    assert seen["runs"] > 15  # and not so much that only the first check is ever reached
+    assert seen["refused"] > 250  # the mutations do damage,
+    assert seen["runs"] > 12  # and not so much that only the first check is ever reached
 
 
 # --- writing

@@ -384,11 +384,22 @@ def test_the_model_is_left_as_it_is():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout()).train()
     model[1].eval()
     before = copy.deepcopy(model.state_dict())
+    x = torch.randn(4, 1, 5, 5)
     state = torch.random.get_rng_state()
-    acf.compile(model, torch.randn(4, 1, 5, 5))
+    acf.compile(model, x)
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert [m.training for m in model.modules()] == [True, True, False, True]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    torch.random.set_rng_state(state)
+
+
+def test_further_training_does_not_reach_the_engine():
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), torch.randn(2, 1, 5, 5)
+    engine = acf.compile(model, x)
+    before = engine(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    assert torch.equal(engine(x), before)
 
 
 def test_in_place_constants_leave_the_weights_alone():
