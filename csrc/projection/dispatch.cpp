@@ -38,13 +38,17 @@ const Kernels<double>& kernels<double>(Isa isa) {
   ACF_PICK(f64, isa)
 }
 
-double sum_lanes(const double (&lanes)[kBlock]) {
+template <class T>
+double sum_lanes(const double (&lanes)[kBlock], const T (&run)[kBlock]) {
   double sums[kBlock];
-  for (int i = 0; i < kBlock; ++i) sums[i] = lanes[i];
+  for (int i = 0; i < kBlock; ++i) sums[i] = lanes[i] + static_cast<double>(run[i]);
   for (int half = kBlock / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
   }
   return sums[0];
 }
+
+template double sum_lanes<float>(const double (&)[kBlock], const float (&)[kBlock]);
+template double sum_lanes<double>(const double (&)[kBlock], const double (&)[kBlock]);
 
 }  // namespace acf::projection

@@ -82,8 +82,8 @@ void ElementSelection<T>::bracket_by_sample() {
   const std::int64_t part = n_ / blocks, size = blocks * kBlock;
   std::vector<Key<T>> sample(index(size)), scratch(index(size + kBlock));
   for (std::int64_t block = 0; block < blocks; ++block) {
-    const std::uint64_t hash = (static_cast<std::uint64_t>(block) + 1) * 0x9e3779b97f4a7c15u;
-    const std::int64_t shift = static_cast<std::int64_t>((hash >> 32) % static_cast<std::uint64_t>(part - kBlock + 1));
+    const std::uint64_t hash = ((static_cast<std::uint64_t>(block) + 1) * 0x9e3779b97f4a7c15u) >> 32;
+    const auto shift = static_cast<std::int64_t>((hash * static_cast<std::uint64_t>(part - kBlock + 1)) >> 32);
     const std::int64_t offset = block * part + shift;
     kernels_.keys(w_ + offset, u_at(offset), kBlock, sample.data() + block * kBlock);
   }
@@ -208,7 +208,7 @@ void ElementSelection<T>::find_cut(std::int64_t ties, std::int64_t ties_kept) {
 }
 
 template <class T>
-void ElementSelection<T>::write(std::int64_t task, T* out, T* u, Residuals* residuals) const {
+void ElementSelection<T>::write(std::int64_t task, T* out, T* u, Residuals<T>* residuals) const {
   const std::int64_t first = task * kUnit, end = first + unit_size(task), cut = std::clamp(cut_, first, end);
   const auto part = [&](std::int64_t begin, std::int64_t stop, Key<T> above) {
     if (begin == stop) return;

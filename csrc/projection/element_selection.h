@@ -28,7 +28,7 @@ inline bool squares_in_range(double size) { return size > 1e-12 && size < 1e12; 
 // An update in plain C++ with residuals in double throughout, for elements near the ends of the range of float.
 // kept(i, v) says whether element i, v = w[i] + u[i], is kept.
 template <class T, class Kept>
-void update_plain(const T* w, T* u, T* z, std::int64_t n, Residuals* residuals, const Kept& kept) {
+void update_plain(const T* w, T* u, T* z, std::int64_t n, Residuals<T>* residuals, const Kept& kept) {
   for (std::int64_t i = 0; i < n; ++i) {
     const T v = w[i] + u[i], after = kept(i, v) ? v : T{0};
     const double primal = static_cast<double>(w[i]) - after, dual = static_cast<double>(after) - z[i];
@@ -47,7 +47,7 @@ class ElementSelection {
   std::int64_t tasks() const { return (n_ + kUnit - 1) / kUnit; }
   void measure(std::int64_t task);
   void choose();  // throws NotFinite
-  void write(std::int64_t task, T* out, T* u, Residuals* residuals) const;
+  void write(std::int64_t task, T* out, T* u, Residuals<T>* residuals) const;
 
  private:
   void bracket_by_sample();

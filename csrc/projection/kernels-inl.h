@@ -11,7 +11,7 @@
 //   mask_of(keys), keep(m, r), drop(m, r), and_mask(a, b), not_mask(a)
 //   count_lanes(counts, m)           counts + 1 where the mask is set
 //   compress(out, keys, m) -> count  may write kLanes keys
-//   load_doubles, store_doubles, add_squares(Double*, Reg)
+//   load_doubles, store_doubles, add_doubles, add_squares(Double*, Reg)
 //
 // and includes no header with templates of the standard library: an inline function compiled here with wide
 // instructions could be the copy that the linker keeps for everyone.
@@ -33,6 +33,9 @@ struct Sums {
   typename N::Double r[kBlock / N::kDoubles];
 };
 
+// What takes a body is inlined by force: out of line, the body's captures are read from memory in every step.
+#define ACF_INLINE __attribute__((always_inline)) inline
+
 // body(0), ..., body(count - 1) with constant arguments. A loop over the registers of a block would be unrolled too
 // late for the compiler to keep them in registers.
 template <int i>
@@ -40,7 +43,7 @@ struct Constant {
   constexpr operator int() const { return i; }
 };
 template <int count, int i = 0, class Body>
-__attribute__((always_inline)) inline void unrolled(const Body& body) {
+ACF_INLINE void unrolled(const Body& body) {
   if constexpr (i < count) {
     body(Constant<i>{});
     unrolled<count, i + 1>(body);
@@ -228,7 +231,7 @@ struct First {
 
 // body(first element, Whole or First) over the blocks of n elements.
 template <class Body>
-inline void for_blocks(std::int64_t n, const Body& body) {
+ACF_INLINE void for_blocks(std::int64_t n, const Body& body) {
   std::int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) body(i, Whole{});
   if (i < n) body(i, First{static_cast<int>(n - i)});
@@ -240,20 +243,19 @@ inline Vec<N> load_v(const Access& access, const typename N::Scalar* w, const ty
   return u == nullptr ? v : add(v, access.template load<N>(u + i));
 }
 
-inline double sum_tree(const double (&lanes)[kBlock]) {
-  double s[kBlock];
-  for (int i = 0; i < kBlock; ++i) s[i] = lanes[i];
-  for (int half = kBlock / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) s[i] += s[i + half];
-  }
-  return s[0];
-}
-
+// The lanes added as a tree: i and i + 8, then i and i + 4, i and i + 2, i and i + 1.
 template <class N>
-double sum_of(const Sums<N>& sums) {
-  double lanes[kBlock];
-  store_sums(lanes, sums);
-  return sum_tree(lanes);
+inline double sum_of(Sums<N> sums) {
+  constexpr int kSumRegs = kBlock / N::kDoubles;
+  for (int half = kSumRegs / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums.r[i] = N::add_doubles(sums.r[i], sums.r[i + half]);
+  }
+  double lanes[N::kDoubles];
+  N::store_doubles(lanes, sums.r[0]);
+  for (int half = N::kDoubles / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 template <class N>
@@ -265,7 +267,7 @@ Sums<N> no_sums() {
 // squares[r] = sum of |load(access, r, i)|^2 for r = 0, 1: two rows at a time, because the additions to one sum wait
 // for each other.
 template <class N, class Load>
-inline void two_rows(std::int64_t columns, double* squares, const Load& load) {
+ACF_INLINE void two_rows(std::int64_t columns, double* squares, const Load& load) {
   Sums<N> first = no_sums<N>(), second = no_sums<N>();
   for_blocks(columns, [&](std::int64_t i, auto access) {
     add_squares(first, load(access, 0, i));
@@ -276,7 +278,7 @@ inline void two_rows(std::int64_t columns, double* squares, const Load& load) {
 }
 
 template <class N, class Load>
-inline void all_rows(std::int64_t rows, std::int64_t columns, double* squares, const Load& load) {
+ACF_INLINE void all_rows(std::int64_t rows, std::int64_t columns, double* squares, const Load& load) {
   std::int64_t row = 0;
   for (; row + 2 <= rows; row += 2) {
     two_rows<N>(columns, squares + row,
@@ -476,11 +478,6 @@ void project_above(const typename N::Scalar* w, typename N::Scalar* out, std::in
   });
 }
 
-// Squares of residuals are added in the type of the elements for this many blocks and then in double: for float that
-// halves the work of an update, at a relative error of at most 2^-19 and in practice 2^-23. The caller keeps elements
-// away from the ends of the range of float.
-constexpr std::int64_t kResidualRun = 32 * kBlock;
-
 template <class N>
 inline Vec<N> add_square(const Vec<N>& sum, Vec<N> v) {
   unrolled<kRegs<N>>([&](auto i) { v.r[i] = N::add(sum.r[i], N::mul(v.r[i], v.r[i])); });
@@ -496,19 +493,29 @@ inline void add_lanes(double* lanes, const Vec<N>& sums) {
 
 // body(i, access, primal, dual) over all blocks; body adds its squares to primal and dual.
 template <class N, class Body>
-inline void with_residuals(std::int64_t n, Residuals* residuals, const Body& body) {
-  for (std::int64_t start = 0; start < n; start += kResidualRun) {
-    Vec<N> primal = zero<N>(), dual = zero<N>();
-    for_blocks(n - start < kResidualRun ? n - start : kResidualRun,
-               [&](std::int64_t i, auto access) { body(start + i, access, primal, dual); });
-    add_lanes(residuals->primal, primal);
-    add_lanes(residuals->dual, dual);
+ACF_INLINE void with_residuals(std::int64_t n, Residuals<typename N::Scalar>* residuals, const Body& body) {
+  Vec<N> primal = Whole{}.template load<N>(residuals->primal_run), dual = Whole{}.template load<N>(residuals->dual_run);
+  std::int64_t run = residuals->run;
+  for (std::int64_t start = 0; start < n;) {
+    const std::int64_t step = n - start < kResidualRun - run ? n - start : kResidualRun - run;
+    for_blocks(step, [&](std::int64_t i, auto access) { body(start + i, access, primal, dual); });
+    start += step;
+    run += (step + kBlock - 1) / kBlock * kBlock;
+    if (run == kResidualRun) {
+      add_lanes(residuals->primal, primal);
+      add_lanes(residuals->dual, dual);
+      primal = dual = zero<N>();
+      run = 0;
+    }
   }
+  Whole{}.template store<N>(residuals->primal_run, primal);
+  Whole{}.template store<N>(residuals->dual_run, dual);
+  residuals->run = run;
 }
 
 template <class N>
 void update_kept(const typename N::Scalar* w, typename N::Scalar* u, typename N::Scalar* z, std::int64_t n,
-                 Residuals* residuals) {
+                 Residuals<typename N::Scalar>* residuals) {
   with_residuals<N>(n, residuals, [&](std::int64_t i, auto access, Vec<N>& primal, Vec<N>& dual) {
     const Vec<N> weight = access.template load<N>(w + i);
     const Vec<N> v = add(weight, access.template load<N>(u + i));
@@ -520,7 +527,8 @@ void update_kept(const typename N::Scalar* w, typename N::Scalar* u, typename N:
 }
 
 template <class N>
-void update_kept_u_zero(const typename N::Scalar* w, typename N::Scalar* z, std::int64_t n, Residuals* residuals) {
+void update_kept_u_zero(const typename N::Scalar* w, typename N::Scalar* z, std::int64_t n,
+                        Residuals<typename N::Scalar>* residuals) {
   with_residuals<N>(n, residuals, [&](std::int64_t i, auto access, Vec<N>&, Vec<N>& dual) {
     const Vec<N> v = add(access.template load<N>(w + i), zero<N>());  // -0 + 0 is 0, as everywhere else
     dual = add_square(dual, sub(v, access.template load<N>(z + i)));
@@ -530,7 +538,7 @@ void update_kept_u_zero(const typename N::Scalar* w, typename N::Scalar* z, std:
 
 template <class N>
 void update_dropped(const typename N::Scalar* w, typename N::Scalar* u, typename N::Scalar* z, std::int64_t n,
-                    Residuals* residuals) {
+                    Residuals<typename N::Scalar>* residuals) {
   with_residuals<N>(n, residuals, [&](std::int64_t i, auto access, Vec<N>& primal, Vec<N>& dual) {
     const Vec<N> weight = access.template load<N>(w + i);
     const Vec<N> before = access.template load<N>(z + i);
@@ -556,7 +564,7 @@ inline void update_block(const Access& access, typename N::Scalar* u, typename N
 
 template <class N>
 void update_masked(const typename N::Scalar* w, typename N::Scalar* u, typename N::Scalar* z, std::int64_t n,
-                   const typename N::Key* mask, Residuals* residuals) {
+                   const typename N::Key* mask, Residuals<typename N::Scalar>* residuals) {
   with_residuals<N>(n, residuals, [&](std::int64_t i, auto access, Vec<N>& primal, Vec<N>& dual) {
     const Vec<N> weight = access.template load<N>(w + i);
     const Vec<N> v = add(weight, access.template load<N>(u + i));
@@ -567,7 +575,7 @@ void update_masked(const typename N::Scalar* w, typename N::Scalar* u, typename 
 
 template <class N>
 void update_above(const typename N::Scalar* w, typename N::Scalar* u, typename N::Scalar* z, std::int64_t n,
-                  typename N::Key above, Residuals* residuals) {
+                  typename N::Key above, Residuals<typename N::Scalar>* residuals) {
   const Ints<N> threshold = set_key<N>(above);
   with_residuals<N>(n, residuals, [&](std::int64_t i, auto access, Vec<N>& primal, Vec<N>& dual) {
     const Vec<N> weight = access.template load<N>(w + i);

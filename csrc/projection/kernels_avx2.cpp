@@ -76,6 +76,7 @@ struct F32 {
   }
   static Double load_doubles(const double* p) { return _mm256_loadu_pd(p); }
   static void store_doubles(double* p, Double d) { _mm256_storeu_pd(p, d); }
+  static Double add_doubles(Double a, Double b) { return _mm256_add_pd(a, b); }
   static void add_squares(Double* sums, Reg r) {
     const Double low = _mm256_cvtps_pd(_mm256_castps256_ps128(r));
     const Double high = _mm256_cvtps_pd(_mm256_extractf128_ps(r, 1));
@@ -129,6 +130,7 @@ struct F64 {
   }
   static Double load_doubles(const double* p) { return _mm256_loadu_pd(p); }
   static void store_doubles(double* p, Double d) { _mm256_storeu_pd(p, d); }
+  static Double add_doubles(Double a, Double b) { return _mm256_add_pd(a, b); }
   static void add_squares(Double* sums, Reg r) { *sums = _mm256_add_pd(*sums, _mm256_mul_pd(r, r)); }
 };
 

@@ -53,6 +53,7 @@ struct F32 {
   }
   static Double load_doubles(const double* p) { return _mm512_loadu_pd(p); }
   static void store_doubles(double* p, Double d) { _mm512_storeu_pd(p, d); }
+  static Double add_doubles(Double a, Double b) { return _mm512_add_pd(a, b); }
   static void add_squares(Double* sums, Reg r) {
     const Double low = _mm512_cvtps_pd(_mm512_castps512_ps256(r));
     const Double high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(r, 1));
@@ -102,6 +103,7 @@ struct F64 {
   }
   static Double load_doubles(const double* p) { return _mm512_loadu_pd(p); }
   static void store_doubles(double* p, Double d) { _mm512_storeu_pd(p, d); }
+  static Double add_doubles(Double a, Double b) { return _mm512_add_pd(a, b); }
   static void add_squares(Double* sums, Reg r) { *sums = _mm512_add_pd(*sums, _mm512_mul_pd(r, r)); }
 };
 

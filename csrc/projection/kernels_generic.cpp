@@ -146,6 +146,11 @@ struct Native {
   static void store_doubles(double* p, const Double& d) {
     for (int i = 0; i < kBlock; ++i) p[i] = d.v[i];
   }
+  static Double add_doubles(const Double& a, const Double& b) {
+    Double d;
+    for (int i = 0; i < kBlock; ++i) d.v[i] = a.v[i] + b.v[i];
+    return d;
+  }
   static void add_squares(Double* sums, const Reg& r) {
     for (int i = 0; i < kBlock; ++i) sums->v[i] += static_cast<double>(r.v[i]) * static_cast<double>(r.v[i]);
   }

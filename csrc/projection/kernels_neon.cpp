@@ -65,6 +65,7 @@ struct F32 {
   }
   static Double load_doubles(const double* p) { return vld1q_f64(p); }
   static void store_doubles(double* p, Double d) { vst1q_f64(p, d); }
+  static Double add_doubles(Double a, Double b) { return vaddq_f64(a, b); }
   static void add_squares(Double* sums, Reg r) {
     const Double low = vcvt_f64_f32(vget_low_f32(r)), high = vcvt_high_f64_f32(r);
     sums[0] = vfmaq_f64(sums[0], low, low);
@@ -127,6 +128,7 @@ struct F64 {
   }
   static Double load_doubles(const double* p) { return vld1q_f64(p); }
   static void store_doubles(double* p, Double d) { vst1q_f64(p, d); }
+  static Double add_doubles(Double a, Double b) { return vaddq_f64(a, b); }
   static void add_squares(Double* sums, Reg r) { *sums = vaddq_f64(*sums, vmulq_f64(r, r)); }
 };
 

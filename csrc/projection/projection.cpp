@@ -18,9 +18,16 @@ namespace {
 
 std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
 
-bool all_finite(const std::vector<double>& values) {
-  // inf - inf and NaN - NaN are NaN, so one sum of differences would do; a loop that can stop is as fast and plainer.
-  return std::all_of(values.begin(), values.end(), [](double value) { return std::isfinite(value); });
+// The sum of non-negative values, in an order that lets several additions go on at once. It is finite exactly when all
+// values are, but for an overflow.
+double total(const std::vector<double>& values) {
+  double lanes[kBlock] = {};
+  std::size_t i = 0;
+  for (; i + kBlock <= values.size(); i += kBlock) {
+    for (std::size_t lane = 0; lane < kBlock; ++lane) lanes[lane] += values[i + lane];
+  }
+  for (std::size_t lane = 0; i < values.size(); ++i, ++lane) lanes[lane] += values[i];
+  return std::accumulate(lanes, lanes + kBlock, 0.0);
 }
 
 // Marks the `keep` largest values; among equals the lowest index wins.
@@ -131,15 +138,15 @@ class Job {
 
   void write(std::int64_t task) {
     const std::int64_t unit = static_cast<std::int64_t>(primal_.size()) - 1 - task;
-    Residuals residuals;
+    Residuals<T> residuals;
     if (elements_) {
       elements_->write(unit, out_, u_, &residuals);
     } else {
       const std::int64_t first = unit * rows_per_unit(), end = std::min(shape_.rows, first + rows_per_unit());
       for (std::int64_t row = end - 1; row >= first; --row) write_row(row, &residuals);
     }
-    primal_[index(unit)] = sum_lanes(residuals.primal);
-    dual_[index(unit)] = sum_lanes(residuals.dual);
+    primal_[index(unit)] = sum_lanes(residuals.primal, residuals.primal_run);
+    dual_[index(unit)] = sum_lanes(residuals.dual, residuals.dual_run);
   }
 
   double primal() const { return std::accumulate(primal_.begin(), primal_.end(), 0.0); }
@@ -219,14 +226,14 @@ class Job {
   void check_and_scale() {
     const std::vector<double>& squares = row_squares_.empty() ? column_squares_ : row_squares_;
     constexpr double kSmall = 1e-200;
-    const bool finite = all_finite(squares);
+    const double energy = total(squares);
+    const bool finite = std::isfinite(energy);
     if (!finite) check_finite(w_, u_, shape_.size());
     if (sizeof(T) == sizeof(float)) {
-      const double energy = std::accumulate(squares.begin(), squares.end(), 0.0);
       in_range_ = squares_in_range(std::sqrt(energy / static_cast<double>(shape_.size())));
       return;
     }
-    if (finite && *std::max_element(squares.begin(), squares.end()) >= kSmall) return;
+    if (finite && energy >= kSmall) return;
     double largest = 0;
     for (std::int64_t i = 0; i < shape_.size(); ++i) {
       largest = std::max(largest, std::abs(static_cast<double>(u_ == nullptr ? w_[i] : w_[i] + u_[i])));
@@ -289,7 +296,7 @@ class Job {
     mark_largest(squares, keep_, group_kernels_, rows);
   }
 
-  void write_row(std::int64_t row, Residuals* residuals) const {
+  void write_row(std::int64_t row, Residuals<T>* residuals) const {
     const std::int64_t n = shape_.columns, offset = row * n;
     const bool kept = rows_kept_.empty() || rows_kept_[index(row)] != 0;
     const Key<T>* mask = column_mask_.empty() ? nullptr : column_mask_.data() + row / rows_per_block() * n;
