@@ -349,12 +349,12 @@ def _plot_accuracy(history: Sequence[Mapping[str, Any]], base: float, title: str
     labelled: set[str] = set()
     for stage, first, last in _stretches(history):
         is_admm = "admm" in stage
-        kind = "ADMM training, nothing cut yet" if is_admm else "pruned, retraining"
+        kind = "ADMM training, before pruning" if is_admm else "pruned, retraining"
         axes.plot(
             range(first + 1, last + 2),
             [max(error, least) for error in errors[first : last + 1]],
             color=_ADMM if is_admm else _SMALL,
-            marker="o",
+            marker="o" if len(history) <= 60 else None,
             markersize=3,
             linewidth=1.6,
             label=None if kind in labelled else kind,

@@ -24,6 +24,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # who reads the output has seen enough
+            raise
         except KeyboardInterrupt:
             _say("stopped")
             raise typer.Exit(_STOPPED) from None
@@ -137,9 +139,13 @@ def compress(
     ] = None,
     augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Vary images as usual for the set.")] = True,
     base_epochs: Annotated[int | None, typer.Option(min=1, help="Of the training without --checkpoint.")] = None,
+    base_augment: Annotated[
+        bool, typer.Option("--base-augment/--no-base-augment", help="Vary images in that training, too.")
+    ] = True,
     base_lr: Annotated[float | None, typer.Option(help="Its peak learning rate.")] = None,
     validation: Annotated[
-        str | None, typer.Option(help="Training images that decide instead: a count, or a share; a tenth by default.")
+        str | None,
+        typer.Option(help="Training images that decide instead: count or share; a tenth, at most 5000, by default."),
     ] = None,
     threads: Threads = None,
 ) -> None:
@@ -171,6 +177,7 @@ def compress(
             dataset=dataset,
             validation=validation,
             augment=augment,
+            base_augment=base_augment,
             recipe={name: value for name, value in recipe.items() if value is not None},
             base={name: value for name, value in (("epochs", base_epochs), ("lr", base_lr)) if value is not None},
             checkpoint=checkpoint,

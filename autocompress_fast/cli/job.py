@@ -33,6 +33,7 @@ from autocompress_fast.report import Document, Inspection, Outlook, Table
 from autocompress_fast.training import TrainingConfig
 
 _BATCH = 500  # images that go through the engine at once
+_MOST_VALIDATION = 5000  # unless the user says otherwise
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,14 @@ class Base:
 
     config: TrainingConfig
     batch_size: int = 128
+    augment: bool = True
 
 
 _SMALL_BASE = Base(TrainingConfig(8, "adam", 2e-3, weight_decay=1e-2))
 _BASES = {
     "lenet5": _SMALL_BASE,
     "lenet300": Base(TrainingConfig(15, "adam", 2e-3, weight_decay=1e-2)),
-    "lenet_digits": Base(TrainingConfig(60, "adam", 3e-3, weight_decay=1e-2), batch_size=64),
+    "lenet_digits": Base(TrainingConfig(40, "adam", 3e-3, weight_decay=0.1, label_smoothing=0.05), batch_size=64),
 }
 _CIFAR_BASE = Base(TrainingConfig(60, "sgd", 0.1, weight_decay=5e-4, warmup=0.05))
 
@@ -73,6 +75,7 @@ class Job:
         dataset: str | None,
         validation: str | None,
         augment: bool,
+        base_augment: bool = True,
         recipe: Mapping[str, Any],
         base: Mapping[str, Any],
         checkpoint: Path | None,
@@ -84,16 +87,19 @@ class Job:
             model, data, target: as the user wrote them.
             recipe, base: fields of `Recipe` and `TrainingConfig` that differ from the defaults.
             augment: vary the training images as usual for the data set.
+            base_augment: also while the base is trained.
         """
         goal = Target.parse(target)
         whole = Recipe(**recipe)
         splits = datasets.load(data, dataset=dataset, validation=_size(validation), seed=whole.seed)
+        if validation is None and len(splits.validation) > _MOST_VALIDATION:
+            splits = datasets.load(data, dataset=dataset, validation=_MOST_VALIDATION, seed=whole.seed)
         if not augment:
             splits = dataclasses.replace(splits, augmentation=None)
         network = build(model, splits, whole.seed)
         given: Base | None = None
         if checkpoint is None:
-            given = base_recipe(model, whole, base)
+            given = dataclasses.replace(base_recipe(model, whole, base), augment=base_augment)
         else:
             if base:
                 raise ValueError("--base-epochs and --base-lr train the network that --checkpoint gives already")
@@ -103,10 +109,8 @@ class Job:
 
     def outlook(self) -> Outlook | Impossible:
         """What would happen."""
-        example = torch.from_numpy(self.data.validation.normalized(slice(2)))
-        report = inspect(self.model, example)
         try:
-            allocate(report, self.target, report.counts(), self.recipe.structure)
+            self._check_target()
         except ValueError as error:
             return Impossible(str(error))
         dry_run = compress(self.model, self.data, target=self.target, recipe=self.recipe, dry_run=True)
@@ -115,12 +119,13 @@ class Job:
 
     def run(self, output: Path | None = None) -> Outcome:
         """Train the base if need be, compress it, and leave everything in the folder."""
+        self._check_target()
         network = self.model
         if self.base is not None:
             with default_progress() as told:
                 network = train(
                     network,
-                    self.data,
+                    self.data if self.base.augment else dataclasses.replace(self.data, augmentation=None),
                     self.base.config,
                     batch_size=self.base.batch_size,
                     workdir=self.folder,
@@ -130,6 +135,11 @@ class Job:
         result = compress(network, self.data, target=self.target, recipe=self.recipe, workdir=self.folder)
         assert isinstance(result, Result)
         return finished(result, self.data.test, self.folder, output)
+
+    def _check_target(self) -> None:
+        """Raise ValueError if no network of this shape can be as small as the target."""
+        report = inspect(self.model, torch.from_numpy(self.data.validation.normalized(slice(2))))
+        allocate(report, self.target, report.counts(), self.recipe.structure)
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,7 @@ class Outcome(Document):
         engine: what the engine, which does not use torch, makes of it on the test set: "accuracy" (percent), "samples",
             "different_classes" (images to which it gives another class than the torch model).
         dense_bytes, bytes: of the dense weights as float32; of the file.
+        config: of this installation, see `show_config`.
     """
 
     result: Result
@@ -164,6 +175,7 @@ class Outcome(Document):
     engine: Mapping[str, float]
     dense_bytes: int
     bytes: int
+    config: Mapping[str, object]
 
     @property
     def agrees(self) -> bool:
@@ -190,7 +202,7 @@ class Outcome(Document):
             "bytes": self.bytes,
             "dense_bytes": self.dense_bytes,
             "engine": {**self.engine, "agrees": self.agrees},
-            "config": {key: list(v) if isinstance(v, tuple) else v for key, v in show_config().items()},
+            "config": {key: list(v) if isinstance(v, tuple) else v for key, v in self.config.items()},
         }
 
 
@@ -199,7 +211,9 @@ def finished(result: Result, test: Dataset, folder: Path, output: Path | None = 
     file = folder / "model.acf" if output is None else output
     file.parent.mkdir(parents=True, exist_ok=True)
     result.save(file)
-    outcome = Outcome(result, file, _compared(result.model, file, test), 4 * result.dense.params, file.stat().st_size)
+    outcome = Outcome(
+        result, file, _compared(result.model, file, test), 4 * result.dense.params, file.stat().st_size, show_config()
+    )
     write_atomically(folder / "result.json", json.dumps(outcome.to_json(), indent=1).encode())
     write_atomically(folder / "report.txt", f"{outcome}\n".encode())
     result.report().save_plots(folder / "plots")

@@ -56,7 +56,7 @@ def _load_idx(name: str, folder: str | Path, validation: Size, seed: int) -> Spl
         raise DataError(f"{folder}: expected {name} IDX files (train-images-idx3-ubyte, ...), found none")
     train, test = (_read_part(place, prefix, name) for prefix in ("train", "t10k"))
     rest, cut = split(train, validation, seed=seed)
-    augmentation = Augmentation(shift=2) if name == "mnist" else Augmentation(shift=2, flip=True)
+    augmentation = Augmentation(shift=1) if name == "mnist" else Augmentation(shift=2, flip=True)
     return Splits(rest, cut, test, name, augmentation)
 
 
