@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from autocompress_fast.trace import BATCH, Node, Ref, Tensor, Trace
+from autocompress_fast.trace import Node, Ref, Tensor, Trace
 
 __all__ = ["LAYERS", "Frozen", "Link", "follow"]
 
@@ -103,7 +103,8 @@ def follow(trace: Trace, layer: Node, names: dict[str, str]) -> Link | Frozen:
             norms.append(user.module)
         elif user.op in _RESHAPES:
             before, after = value.shape, user.shape
-            if len(after) != 2 or after[0] != before[0] or (before[0] != BATCH and before[0] < 1):
+            # BATCH stands for any multiple of the batch size too, so the other dimension decides.
+            if len(after) != 2 or after[1] != math.prod(before[1:]):
                 return Frozen(f"{user.where} reshapes {before} to {after}")
             positions *= math.prod(before[2:])
         elif user.op not in _PER_CHANNEL and user.op not in _RANKS:

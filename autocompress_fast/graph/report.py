@@ -250,7 +250,7 @@ def _why_no_layer(traced: Trace, node: Node, modules: dict[str, torch.nn.Module]
         if isinstance(operand, Tensor) and (
             len(traced.users(operand.name)) != 1 or operand.name in traced.aliases.values()
         ):
-            return f"its {operand.name.rpartition('.')[2]} is used more than once"
+            return f"its {operand.name.rpartition('.')[2]} is used more than once, or has several names"
     module = modules.get(node.module)
     if not node.module or not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
         where = f"{type(module).__name__} {node.module!r}" if node.module else "the model itself"
