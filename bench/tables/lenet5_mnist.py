@@ -22,9 +22,17 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 # name -> (what it is, target, further options)
 ROWS = {
-    "structured-40x": ("filters + columns, CONV 40x", "conv=40", []),
-    "structured-88x": ("filters + columns, CONV 88x", "conv=88", ["--final-epochs", "40"]),
-    "irregular-100x": ("single weights, all 100x", "params=100", ["--structure", "element", "--final-epochs", "30"]),
+    "structured-40x": ("filters + columns, CONV 40x", "conv=40", ["--no-base-augment", "--final-epochs", "20"]),
+    "structured-88x": (
+        "filters + columns, CONV 88x",
+        "conv=88,params=12",
+        ["--admm-epochs", "6", "--final-epochs", "30"],
+    ),
+    "irregular-100x": (
+        "single weights, all 100x",
+        "params=100",
+        ["--structure", "element", "--rounds", "2", "--admm-epochs", "4", "--final-epochs", "10"],
+    ),
 }
 
 
@@ -32,7 +40,7 @@ def command(row: str, seed: int, options: argparse.Namespace) -> list[str]:
     _, target, further = ROWS[row]
     return [
         *("autocompress", "compress", "lenet5", "--data", options.data, "--dataset", "mnist", "--target", target),
-        *("--no-augment", *further, "--seed", str(seed), "--threads", str(options.threads)),
+        *(*further, "--seed", str(seed), "--threads", str(options.threads)),
         *("--workdir", str(options.runs / f"{row}-seed{seed}"), "--json"),
     ]
 
@@ -66,10 +74,10 @@ def table(results: dict[str, list[dict[str, object]]], options: argparse.Namespa
         f"Measured {datetime.date.today()} on {options.machine}, {options.threads} thread a run, "
         f"{options.jobs} runs at a time; autocompress_fast {autocompress_fast.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}. Seeds {', '.join(map(str, options.seeds))}: mean ± standard deviation. "
-        "5,000 training images decide everything; the test set is read once, at the end of each run. No augmentation. "
-        "Wall time includes training the base. Weights are counted without biases; file is the saved .acf.",
+        "5,000 training images decide everything; the test set is read once, at the end of each run. Augmentation: moved "
+        "by up to one pixel; the base of the first row is trained without (--no-base-augment). Wall time includes training the base. Weights are counted without biases; file is the saved .acf.",
         "",
-        "| pruned | base, test % | small, test % | drop, points | CONV weights | all weights | MACs | .acf, KB | minutes |",
+        "| pruned | base, test % | small, test % | drop, points | CONV | all weights | MACs | .acf, KB | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row, figures in results.items():
