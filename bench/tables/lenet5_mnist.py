@@ -73,9 +73,10 @@ def table(results: dict[str, list[dict[str, object]]], options: argparse.Namespa
         "",
         f"Measured {datetime.date.today()} on {options.machine}, {options.threads} thread a run, "
         f"{options.jobs} runs at a time; autocompress_fast {autocompress_fast.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}. Seeds {', '.join(map(str, options.seeds))}: mean ± standard deviation. "
-        "5,000 training images decide everything; the test set is read once, at the end of each run. Augmentation: moved "
-        "by up to one pixel; the base of the first row is trained without (--no-base-augment). Wall time includes training the base. Weights are counted without biases; file is the saved .acf.",
+        f"Python {platform.python_version()}. Seeds {', '.join(map(str, options.seeds))}: mean ± standard deviation.",
+        "5,000 training images decide everything; the test set is read once, at the end of each run. Training images",
+        "are moved by up to one pixel, but for the base of the first row (--no-base-augment). Weights are counted",
+        "without biases. Minutes are of the whole command, the training of the base included.",
         "",
         "| pruned | base, test % | small, test % | drop, points | CONV | all weights | MACs | .acf, KB | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
