@@ -1,0 +1,501 @@
+import json
+import re
+import struct
+
+import numpy as np
+import PIL.Image
+import pytest
+from typer.testing import CliRunner
+
+import autocompress_fast as acf
+from autocompress_fast.cli import job as jobs
+from autocompress_fast.cli.commands import commands
+from autocompress_fast.pipeline import Recipe
+from autocompress_fast.rates import Target
+from autocompress_fast.training import Trainer
+
+SHORT = ["--admm-epochs", "1", "--retrain-epochs", "0", "--final-epochs", "1", "--rounds", "1"]
+QUICK = [*SHORT, "--base-epochs", "2", "--batch-size", "128", "--precision", "float32", "--threads", "1"]
+DIGITS = ["compress", "lenet_digits", "--data", "digits", "--target", "3x"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(commands, [str(a) for a in arguments])
+
+
+def fails(result, message, code=2):
+    """The run ended with one line on standard error, and nothing else anywhere."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0]), lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run on the digits: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    result = run(*DIGITS, *QUICK, "--workdir", folder, "--json")
+    assert result.exit_code == 0, result.output
+    return folder, result
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    """A folder like MNIST's, of a few hundred digits enlarged to 28 x 28."""
+    folder = tmp_path_factory.mktemp("mnist")
+    digits = acf.data.digits()
+    for prefix, part in (("train", digits.train.subset(slice(600))), ("t10k", digits.test.subset(slice(100)))):
+        images = np.zeros((len(part), 28, 28), np.uint8)
+        images[:, 2:26, 2:26] = (part.images[:, 0] * 255).astype(np.uint8).repeat(3, axis=1).repeat(3, axis=2)
+        for kind, array in (("images-idx3", images), ("labels-idx1", part.labels.astype(np.uint8))):
+            header = struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
+            (folder / f"{prefix}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    return folder
+
+
+# ---- compress
+
+
+def test_compress_prints_one_json_object_and_leaves_everything_in_the_folder(finished):
+    folder, result = finished
+    printed = json.loads(result.stdout)
+    assert printed == json.loads((folder / "result.json").read_text())
+    assert printed["rates"]["params"] >= 3
+    assert printed["engine"]["agrees"]
+    assert printed["engine"]["accuracy"] == printed["accuracy"]["final_test"]
+    assert printed["engine"]["samples"] == 449
+    assert printed["bytes"] == (folder / "model.acf").stat().st_size < printed["dense_bytes"]
+    assert "all weights" in (folder / "report.txt").read_text()
+    assert {"weights.png", "accuracy.png"} == {path.name for path in (folder / "plots").iterdir()}
+    plan = acf.Plan.load(folder / "plan.json")
+    assert {name: layer["weights"] for name, layer in printed["layers"].items()} == {
+        name: layer.weights for name, layer in plan.items()
+    }
+    assert "round1.admm" in result.stderr, "progress goes to standard error"
+
+
+def test_the_saved_file_says_what_predict_needs(finished):
+    folder, result = finished
+    info = acf.load(folder / "model.acf").info
+    data = acf.data.digits()
+    assert info["classes"] == list(data.classes)
+    assert (info["mean"], info["std"]) == (list(data.train.mean), list(data.train.std))
+    assert info["accuracy"] == pytest.approx(json.loads(result.stdout)["accuracy"]["final_test"] / 100)
+
+
+def test_the_same_command_again_trains_nothing_and_says_the_same(finished, monkeypatch):
+    folder, result = finished
+    monkeypatch.setattr(Trainer, "_epoch", lambda *_: pytest.fail("it trained again"))
+    again = run(*DIGITS, *QUICK, "--workdir", folder, "--json")
+    assert json.loads(again.stdout) == json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("stage", ["base", "round1.final"])
+def test_a_stopped_run_is_continued_by_the_same_command(finished, monkeypatch, tmp_path, stage):
+    command = [*DIGITS, *QUICK, "--workdir", tmp_path, "--json"]
+
+    def interrupted(trainer, epoch, train=Trainer._epoch):
+        if trainer.name == stage:
+            raise KeyboardInterrupt
+        train(trainer, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_epoch", interrupted)
+        stopped = run(*command)
+    assert stopped.exit_code == 130
+    assert stopped.stdout == ""
+    assert f"stopped; the finished epochs are in {tmp_path}" in stopped.stderr
+    assert not (tmp_path / "model.acf").exists()
+
+    assert run(*command).exit_code == 0
+    folder, _ = finished
+    for name in ("model.acf", "plan.json", "base.safetensors"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_ctrl_c_elsewhere_stops_quietly(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "inspected", interrupted)
+    result = run("inspect", "lenet5")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "stopped\n")
+
+
+def test_another_recipe_does_not_continue_a_run(finished):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    fails(run(*DIGITS, *QUICK, "--final-lr", "0.5", "--workdir", folder), "another recipe; choose another work")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path in before}.keys() == before.keys()
+
+
+def test_compress_prints_tables_and_takes_a_trained_network(finished, tmp_path):
+    folder, _ = finished
+    output = tmp_path / "else" / "small.acf"
+    result = run(
+        *DIGITS, *QUICK[: QUICK.index("--base-epochs")], "--batch-size", "128", "--precision", "float32",
+        "--checkpoint", folder / "base.safetensors", "--workdir", tmp_path / "run", "--output", output,
+        "--structure", "element", "--threads", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "run" / "base.ckpt").exists()
+    assert re.search(r"all weights +13,584 -> [\d,]+ +3\.0x", result.stdout)
+    assert "the same class as in torch for all 449 test images" in result.stdout
+    assert acf.load(output).weights.kept <= 13584 / 3
+
+
+def test_mnist_files_with_lenet5_in_the_usual_folder(mnist, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--data", mnist, "--dataset", "mnist", "--target", "conv=4", "--no-augment", "--validation", "0.2"]
+    result = run("compress", "lenet5", *options, *QUICK, "--json")
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "runs" / "lenet5-mnist-conv4-seed0"
+    printed = json.loads(result.stdout)
+    assert printed["file"] == "runs/lenet5-mnist-conv4-seed0/model.acf"
+    assert printed["rates"]["conv"] >= 4
+    checked = json.loads(run("predict", folder / "model.acf", "--data", mnist, "--json").stdout)
+    assert checked["accuracy"] == pytest.approx(printed["accuracy"]["final_test"])
+    assert (checked["samples"], checked["data"]) == (100, "mnist")
+    assert checked["recorded_accuracy"] == pytest.approx(checked["accuracy"])
+
+
+def test_names_of_runs():
+    def name(target, model="lenet5", **recipe):
+        return jobs.run_name(model, "mnist", Target.parse(target), Recipe(**recipe))
+
+    assert name("conv=40") == "lenet5-mnist-conv40-seed0"
+    assert name("2.5x", seed=3) == "lenet5-mnist-params2.5-seed3"
+    assert name("conv=40,macs=4", structure="element") == "lenet5-mnist-conv40-macs4-element-seed0"
+    assert name("conv=2", "my.nets:Small") == "Small-mnist-conv2-seed0"
+
+
+def test_at_most_5000_images_decide_unless_told(monkeypatch):
+    asked = []
+    digits = acf.data.digits()
+
+    def load(*_, validation, **__):
+        asked.append(validation)
+        return digits
+
+    monkeypatch.setattr(jobs.datasets, "load", load)
+    monkeypatch.setattr(jobs, "_MOST_VALIDATION", 100)
+    common = {"dataset": None, "augment": True, "recipe": {}, "base": {}, "checkpoint": None, "workdir": None}
+    for given in (None, "300", "0.25"):
+        jobs.Job.prepared("lenet_digits", "digits", "2x", validation=given, **common)
+    assert asked == [None, 100, 300, 0.25]
+
+
+# ---- compress: a network of one's own
+
+NETWORKS = """
+import torch
+
+def small():
+    layers = torch.nn.Conv2d(1, 6, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(6 * 36, 10)
+    return torch.nn.Sequential(*layers)
+
+def nothing():
+    return "a network"
+
+def three_classes():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+
+def large_images():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+
+text = "a network"
+"""
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+    (tmp_path / "my_networks.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "my_networks", raising=False)
+
+
+@pytest.mark.usefixtures("networks")
+def test_own_network(tmp_path):
+    result = run("compress", "my_networks:small", "--data", "digits", "--target", "2x", *QUICK, "--json")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "runs" / "small-digits-params2-seed0" / "model.acf").exists()
+
+
+@pytest.mark.usefixtures("networks")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_network:small", "there is no module 'my_network'"),
+        ("my_networks:smal", "nothing callable named 'smal'"),
+        ("my_networks:text", "nothing callable named 'text'"),
+        ("my_networks:nothing", "must return a torch.nn.Module, got str"),
+        ("my_networks:three_classes", r"must put out \(2, 10\) for 2 images of digits, got \(2, 3\)"),
+        ("my_networks:large_images", "does not take the 1x8x8 images of digits"),
+    ],
+)
+def test_own_network_that_does_not_fit(tmp_path, name, message):
+    fails(run("compress", name, "--data", "digits", "--target", "2x", *QUICK), message)
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- compress: dry run
+
+
+def test_dry_run_says_what_would_happen_and_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [*DIGITS, "--dry-run", "--rounds", "2", "--threads", "1", "--base-epochs", "7"]
+    printed = json.loads(run(*command, "--json").stdout)
+    assert printed["can_be_met"]
+    assert [part["target"] for part in printed["rounds"]] == ["params 1.73205x", "params 3x"]
+    recipe = Recipe()
+    assert printed["epochs"] == 2 * recipe.admm_epochs + recipe.retrain_epochs + recipe.final_epochs
+    assert printed["base_epochs"] == 7
+    assert printed["seconds_at_most"] > 0
+    filters, columns = printed["rounds"][-1]["layers"]["fc1"]["keep"]
+    text = run(*command)
+    assert text.exit_code == 0
+    assert "the target params 3x can be met" in text.stdout
+    assert f"{filters} x {columns}" in text.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_of_what_cannot_be_met(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["compress", "lenet_digits", "--data", "digits", "--target", "conv=100000", "--dry-run"]
+    result = run(*command, "--json")
+    assert result.exit_code == 2
+    printed = json.loads(result.stdout)
+    assert not printed["can_be_met"]
+    assert re.search(r"conv 100000x cannot be met .* at most conv", printed["reason"])
+    text = run(*command)
+    assert (text.exit_code, text.stdout) == (2, printed["reason"] + "\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["compress", "lenet6", "--data", "digits", "--target", "2x"], "unknown model 'lenet6'; known are lenet5"),
+        (["compress", "lenet5", "--data", "digits", "--target", "2x"], "image_size must be 16 or more, got 8"),
+        ([*DIGITS[:-1], "twice"], "a target is like 20x or conv=40,macs=4, got 'twice'"),
+        ([*DIGITS[:-1], "conv=1e9"], "cannot be met"),
+        ([*DIGITS, "--structure", "row"], "structure must be one of .*, got 'row'"),
+        ([*DIGITS, "--precision", "int8"], "precision must be .*, got 'int8'"),
+        ([*DIGITS, "--validation", "some"], "--validation must be a count .*, got 'some'"),
+        ([*DIGITS, "--validation", "1.5"], "--validation must be a count .*, got '1.5'"),
+        ([*DIGITS, "--dataset", "letters"], "unknown dataset 'letters'"),
+        ([*DIGITS, "--base-lr", "-1"], "lr and temperature positive"),
+        ([*DIGITS, "--checkpoint", "nowhere.pt"], "nowhere.pt: expected a checkpoint file, found none"),
+        ([*DIGITS, "--checkpoint", "nowhere.pt", "--base-lr", "1"], "--checkpoint gives already"),
+        (["compress", "lenet5", "--data", "nowhere", "--target", "2x"], "nowhere: expected a folder .* found nothing"),
+        (["inspect", "lenet6"], "unknown model 'lenet6'"),
+        (["inspect", "torch.nn:ReLU"], "say what images it takes"),
+        (["inspect", "lenet5", "--input-shape", "1x28x28"], "--input-shape must be numbers .*, got '1x28x28'"),
+        (["inspect", "lenet5", "--input-shape", "0,28,28"], "--input-shape must be numbers"),
+        (["predict", "nowhere.acf", "1.png"], "No such file .*nowhere.acf"),
+        (["predict", "nowhere.acf"], "either INPUT files or --data"),
+        (["predict", "nowhere.acf", "1.png", "--data", "digits"], "either INPUT files or --data"),
+    ],
+)
+def test_errors_are_one_line(command, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(run(*command), message)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_debug_shows_where_an_error_came_from():
+    result = run("--debug", "inspect", "lenet6")
+    assert isinstance(result.exception, ValueError)
+
+
+def test_errors_that_nobody_foresaw_keep_their_traceback(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(jobs, "inspected", broken)
+    assert isinstance(run("inspect", "lenet5").exception, RuntimeError)
+
+
+def test_a_run_that_diverges_says_so(tmp_path):
+    result = run(*DIGITS, *QUICK, "--base-lr", "1e30", "--workdir", tmp_path)
+    assert result.exit_code == 1
+    assert re.search("^error: base: the loss of epoch .* a lower learning rate", result.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("absent", "arguments", "advice"),
+    [
+        ("typer", ["--version"], "typer: pip install 'autocompress-fast[demo]'"),
+        (
+            "torch",
+            ["inspect", "vgg16"],
+            "this needs torch, which is not installed: pip install 'autocompress-fast[torch]'",
+        ),
+    ],
+)
+def test_missing_extras_are_named(run_python, absent, arguments, advice):
+    result = run_python(
+        f"import sys; sys.modules[{absent!r}] = None; sys.argv[1:] = {arguments!r}\n"
+        "from autocompress_fast.cli import app; app()"
+    )
+    package, _, command = advice.partition(": ")
+    advice = f"error: this needs {package}, which is not installed: {command}\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", advice)
+
+
+def test_version():
+    assert run("--version").stdout == f"{acf.__version__}\n"
+
+
+# ---- inspect
+
+
+def test_inspect_shows_layers_reasons_and_effects():
+    text = run("inspect", "lenet5")
+    assert text.exit_code == 0
+    assert "430,500 weights, 25,500 of them in convolutions" in text.stdout
+    assert "fc2: filters: it is the output layer" in text.stdout
+    printed = json.loads(run("inspect", "lenet5", "--json").stdout)
+    assert [layer["name"] for layer in printed["layers"]] == ["conv1", "conv2", "fc1", "fc2"]
+    assert printed["frozen"] == {"fc2": "filters: it is the output layer"}
+    half = printed["uniform"][0]
+    assert (half["filters"], half["columns"]) == (0.5, 0.0)
+    assert half["conv"] == pytest.approx(25500 / (10 * 25 + 25 * 250), abs=1e-3)
+
+
+def test_inspect_takes_other_images():
+    printed = json.loads(run("inspect", "resnet20", "--input-shape", "1,20,20", "--json").stdout)
+    assert printed["layers"][0]["shape"] == [16, 1, 3, 3]
+    assert printed["layers"][0]["macs"] == 9 * 16 * 20 * 20
+
+
+# ---- predict
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Raw test images (float32, 0 to 1) and the classes that the torch-free engine gives them."""
+    return acf.data.digits().test.subset(slice(12))
+
+
+def expected_classes(finished, digits):
+    engine = acf.load(finished[0] / "model.acf")
+    return [str(c) for c in engine(digits.normalized()).argmax(axis=1)]
+
+
+def predicted(*arguments):
+    result = run("predict", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["predictions"]
+
+
+def test_predict_arrays_of_every_form(finished, digits, tmp_path):
+    expected = expected_classes(finished, digits)
+    forms = {
+        "batch": digits.images,
+        "doubles": digits.images.astype(np.float64),
+        "grey": digits.images[:, 0],
+        "one": digits.images[0],
+        "one-grey": digits.images[0, 0],
+    }
+    for name, array in forms.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    got = predicted(finished[0] / "model.acf", *(tmp_path / f"{name}.npy" for name in forms))
+    for name, array in forms.items():
+        rows = [row for row in got if row["input"] == str(tmp_path / f"{name}.npy")]
+        count = len(array) if name in ("batch", "doubles", "grey") else 1
+        assert [row["class"] for row in rows] == expected[:count], name
+        assert [row["index"] for row in rows] == list(range(count))
+    for row in got:
+        assert row["top"][0] == [row["class"], row["probability"]]
+        probabilities = [share for _, share in row["top"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert 0.1 <= probabilities[0] <= 1
+
+
+def test_predict_pictures(finished, digits, tmp_path):
+    pixels = (digits.images[:, 0] * 255).round().astype(np.uint8)
+    paths = [tmp_path / f"{i}.png" for i in range(len(pixels))]
+    for path, image in zip(paths, pixels, strict=True):
+        PIL.Image.fromarray(image).save(path)
+    PIL.Image.fromarray(pixels[0].repeat(4, axis=0).repeat(4, axis=1)).convert("RGB").save(tmp_path / "large.png")
+    np.save(tmp_path / "bytes.npy", pixels)
+    got = predicted(finished[0] / "model.acf", *paths, tmp_path / "large.png", tmp_path / "bytes.npy")
+    assert [row["top"] for row in got[:12]] == [row["top"] for row in got[13:]], "a picture is its pixels"
+    assert [row["class"] for row in got[:12]] == expected_classes(finished, digits)
+    assert got[12]["class"] == got[0]["class"]
+    table = run("predict", finished[0] / "model.acf", paths[0])
+    assert re.search(rf"0\.png +{got[0]['class']} .* \d+\.\d%$", table.stdout.strip())
+
+
+def test_predict_data(finished):
+    _, result = finished
+    text = run("predict", finished[0] / "model.acf", "--data", "digits")
+    accuracy = json.loads(result.stdout)["accuracy"]["final_test"]
+    assert text.stdout == f"{accuracy:.2f}% of 449 test images of digits; {accuracy:.2f}% when it was saved\n"
+
+
+def test_predict_without_anything_about_the_data(tmp_path, digits):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    acf.compile(model, torch.zeros(2, 1, 8, 8)).save(tmp_path / "plain.acf")
+    np.save(tmp_path / "x.npy", digits.images)
+    got = predicted(tmp_path / "plain.acf", tmp_path / "x.npy")
+    expected = model(torch.from_numpy(digits.images)).argmax(dim=1).tolist()
+    assert [row["class"] for row in got] == [str(c) for c in expected]
+
+
+def test_predict_wrong_inputs(finished, mnist, digits, tmp_path):
+    file = finished[0] / "model.acf"
+    arrays = {
+        "shape": (np.zeros((3, 1, 9, 9), np.float32), r"one or more samples of shape \(1, 8, 8\), found .*9"),
+        "empty": (np.zeros((0, 1, 8, 8), np.float32), "one or more samples"),
+        "dtype": (np.zeros((1, 8, 8), np.int64), "expected uint8 or floating-point numbers, found int64"),
+        "nan": (np.full((1, 8, 8), np.nan), "NaN or infinity"),
+        "pickle": (np.array([{}]), r"expected a \.npy array of numbers"),
+    }
+    np.save(tmp_path / "good.npy", digits.images)
+    for name, (array, message) in arrays.items():
+        path = tmp_path / f"{name}.npy"
+        np.save(path, array, allow_pickle=True)
+        fails(run("predict", file, tmp_path / "good.npy", path), rf"{name}\.npy: .*{message}")
+    (tmp_path / "text.png").write_text("no picture")
+    fails(run("predict", file, tmp_path / "text.png"), r"text\.png: expected a readable image")
+    (tmp_path / "text.acf").write_text("no network, whatever it is named")
+    fails(run("predict", tmp_path / "text.acf", tmp_path / "good.npy"), r"text\.acf: ")
+    fails(run("predict", file, "--data", mnist), r"takes inputs \(1, 8, 8\), the images of .* are \(1, 28, 28\)")
+
+
+def test_predict_needs_no_torch(finished, digits, run_python, tmp_path):
+    np.save(tmp_path / "x.npy", digits.images)
+    arguments = ["predict", str(finished[0] / "model.acf"), str(tmp_path / "x.npy"), "--json"]
+    result = run_python(
+        "import sys\nfor absent in ('torch', 'sklearn', 'scipy', 'PIL', 'matplotlib'): sys.modules[absent] = None\n"
+        f"sys.argv[1:] = {arguments!r}\nfrom autocompress_fast.cli import app; app()"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == run(*arguments).stdout
+
+
+# ---- demo
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    result = run("demo", "--workdir", tmp_path / "demo", "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed["rates"]["params"] >= 8
+    assert printed["max_difference"] < 1e-4
+    assert printed["engine"]["agrees"]
+    assert printed["accuracy"]["base_test"] > 97
+    assert printed["accuracy"]["final_test"] > printed["accuracy"]["base_test"] - 1.5
+    assert acf.load(tmp_path / "demo" / "model.acf").weights.kept <= 13584 / 8
