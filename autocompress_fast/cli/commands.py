@@ -137,11 +137,12 @@ def compress(
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--channels-first", help="Memory layout of images while training.")
     ] = None,
-    augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Vary images as usual for the set.")] = True,
+    augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Vary images while compressing.")] = True,
     base_epochs: Annotated[int | None, typer.Option(min=1, help="Of the training without --checkpoint.")] = None,
     base_augment: Annotated[
-        bool, typer.Option("--base-augment/--no-base-augment", help="Vary images in that training, too.")
-    ] = True,
+        bool | None,
+        typer.Option("--base-augment/--no-base-augment", help="In that training; like --augment by default."),
+    ] = None,
     base_lr: Annotated[float | None, typer.Option(help="Its peak learning rate.")] = None,
     validation: Annotated[
         str | None,
@@ -177,7 +178,7 @@ def compress(
             dataset=dataset,
             validation=validation,
             augment=augment,
-            base_augment=base_augment,
+            base_augment=augment if base_augment is None else base_augment,
             recipe={name: value for name, value in recipe.items() if value is not None},
             base={name: value for name, value in (("epochs", base_epochs), ("lr", base_lr)) if value is not None},
             checkpoint=checkpoint,

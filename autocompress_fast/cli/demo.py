@@ -40,4 +40,5 @@ def run_demo(folder: Path, seed: int) -> Outcome:
             checkpoint=None,
             workdir=folder,
         )
-        return dataclasses.replace(job, data=dataclasses.replace(job.data, augmentation=_AUGMENTATION)).run()
+        varied = dataclasses.replace(job.data, augmentation=_AUGMENTATION)
+        return dataclasses.replace(job, data=varied, base_data=varied).run()

@@ -42,7 +42,6 @@ class Base:
 
     config: TrainingConfig
     batch_size: int = 128
-    augment: bool = True
 
 
 _SMALL_BASE = Base(TrainingConfig(8, "adam", 2e-3, weight_decay=1e-2))
@@ -60,6 +59,7 @@ class Job:
 
     model: nn.Module
     data: Splits
+    base_data: Splits  # the same images, varied or not while the base is trained
     target: Target
     recipe: Recipe
     base: Base | None  # None: the model comes trained
@@ -86,26 +86,25 @@ class Job:
         Args:
             model, data, target: as the user wrote them.
             recipe, base: fields of `Recipe` and `TrainingConfig` that differ from the defaults.
-            augment: vary the training images as usual for the data set.
-            base_augment: also while the base is trained.
+            augment, base_augment: vary the training images as usual for the data set, while compressing and while the
+                base is trained.
         """
         goal = Target.parse(target)
         whole = Recipe(**recipe)
         splits = datasets.load(data, dataset=dataset, validation=_size(validation), seed=whole.seed)
         if validation is None and len(splits.validation) > _MOST_VALIDATION:
             splits = datasets.load(data, dataset=dataset, validation=_MOST_VALIDATION, seed=whole.seed)
-        if not augment:
-            splits = dataclasses.replace(splits, augmentation=None)
+        still = dataclasses.replace(splits, augmentation=None)
         network = build(model, splits, whole.seed)
         given: Base | None = None
         if checkpoint is None:
-            given = dataclasses.replace(base_recipe(model, whole, base), augment=base_augment)
+            given = base_recipe(model, whole, base)
         else:
             if base:
                 raise ValueError("--base-epochs and --base-lr train the network that --checkpoint gives already")
             load_pretrained(network, checkpoint)
         folder = Path("runs", run_name(model, splits.name, goal, whole)) if workdir is None else workdir
-        return cls(network, splits, goal, whole, given, folder)
+        return cls(network, splits if augment else still, splits if base_augment else still, goal, whole, given, folder)
 
     def outlook(self) -> Outlook | Impossible:
         """What would happen."""
@@ -125,7 +124,7 @@ class Job:
             with default_progress() as told:
                 network = train(
                     network,
-                    self.data if self.base.augment else dataclasses.replace(self.data, augmentation=None),
+                    self.base_data,
                     self.base.config,
                     batch_size=self.base.batch_size,
                     workdir=self.folder,
