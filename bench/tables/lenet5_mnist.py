@@ -31,7 +31,7 @@ ROWS = {
     "irregular-100x": (
         "single weights, all 100x",
         "params=100",
-        ["--structure", "element", "--rounds", "2", "--admm-epochs", "4", "--final-epochs", "10"],
+        ["--structure", "element", "--no-augment", "--base-augment", "--rounds", "2", "--final-epochs", "12"],
     ),
 }
 
@@ -75,8 +75,8 @@ def table(results: dict[str, list[dict[str, object]]], options: argparse.Namespa
         f"{options.jobs} runs at a time; autocompress_fast {autocompress_fast.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}. Seeds {', '.join(map(str, options.seeds))}: mean ± standard deviation.",
         "5,000 training images decide everything; the test set is read once, at the end of each run. Training images",
-        "are moved by up to one pixel, but for the base of the first row (--no-base-augment). Weights are counted",
-        "without biases. Minutes are of the whole command, the training of the base included.",
+        "are moved by up to one pixel, except where a command says --no-augment (compression) or --no-base-augment",
+        "(base). Weights are counted without biases. Minutes are of the whole command, base training included.",
         "",
         "| pruned | base, test % | small, test % | drop, points | CONV | all weights | MACs | .acf, KB | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
