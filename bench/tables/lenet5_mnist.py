@@ -16,7 +16,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -50,12 +49,12 @@ def run(row: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
     workdir = options.runs / f"{row}-seed{seed}"
     kept = workdir / "table.json"
     if not kept.exists():
-        begun = time.monotonic()
         done = subprocess.run(command(row, seed, options), check=True, stdout=subprocess.PIPE, text=True)
-        figures = json.loads(done.stdout) | {"wall_seconds": round(time.monotonic() - begun, 1)}
-        kept.write_text(json.dumps(figures, indent=1))
-    figures = json.loads(kept.read_text())
-    print(row, seed, figures["accuracy"], figures["rates"], f"{figures['wall_seconds']:.0f} s", file=sys.stderr)
+        kept.write_text(json.dumps(json.loads(done.stdout), indent=1))
+    epochs = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    figures = json.loads(kept.read_text()) | {"training_seconds": sum(epoch["seconds"] for epoch in epochs)}
+    figures.pop("history"), figures.pop("file")
+    print(row, seed, figures["accuracy"], figures["rates"], f"{figures['training_seconds']:.0f} s", file=sys.stderr)
     return figures
 
 
@@ -76,7 +75,7 @@ def table(results: dict[str, list[dict[str, object]]], options: argparse.Namespa
         f"Python {platform.python_version()}. Seeds {', '.join(map(str, options.seeds))}: mean ± standard deviation.",
         "5,000 training images decide everything; the test set is read once, at the end of each run. Training images",
         "are moved by up to one pixel, except where a command says --no-augment (compression) or --no-base-augment",
-        "(base). Weights are counted without biases. Minutes are of the whole command, base training included.",
+        "(base). Weights are counted without biases. Minutes are of all trainings, that of the base included.",
         "",
         "| pruned | base, test % | small, test % | drop, points | CONV | all weights | MACs | .acf, KB | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -90,7 +89,7 @@ def table(results: dict[str, list[dict[str, object]]], options: argparse.Namespa
             f"| {spread([a['base_test'] - a['final_test'] for a in accuracy])} "
             + "".join(f"| {statistics.mean(rates[name]):.1f}x " for name in ("conv", "params", "macs"))
             + f"| {statistics.mean([f['bytes'] for f in figures]) / 1e3:.1f} "
-            f"| {statistics.mean([f['wall_seconds'] for f in figures]) / 60:.1f} |"
+            f"| {statistics.mean([f['training_seconds'] for f in figures]) / 60:.1f} |"
         )
     lines += ["", "Every run (base test % -> small test %, CONV rate, all rate):", ""]
     for row, figures in results.items():
