@@ -182,7 +182,8 @@ def test_at_most_5000_images_decide_unless_told(monkeypatch):
 
     monkeypatch.setattr(jobs.datasets, "load", load)
     monkeypatch.setattr(jobs, "_MOST_VALIDATION", 100)
-    common = {"dataset": None, "augment": True, "recipe": {}, "base": {}, "checkpoint": None, "workdir": None}
+    common = {"dataset": None, "augment": True, "base_augment": True, "recipe": {}, "base": {}}
+    common |= {"checkpoint": None, "workdir": None}
     for given in (None, "300", "0.25"):
         jobs.Job.prepared("lenet_digits", "digits", "2x", validation=given, **common)
     assert asked == [None, 100, 300, 0.25]

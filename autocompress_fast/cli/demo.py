@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from autocompress_fast.cli.job import Job, Outcome, threads_set
-from autocompress_fast.data import Augmentation
 
 _TARGET = "8x"
 _RECIPE = {
@@ -22,7 +20,6 @@ _RECIPE = {
     "precision": "float32",
     "channels_last": False,
 }
-_AUGMENTATION = Augmentation(rotation=5, scale=0.05)  # 1,146 images are few
 
 
 def run_demo(folder: Path, seed: int) -> Outcome:
@@ -35,10 +32,10 @@ def run_demo(folder: Path, seed: int) -> Outcome:
             dataset=None,
             validation=None,
             augment=True,
+            base_augment=True,
             recipe={**_RECIPE, "seed": seed},
             base={},
             checkpoint=None,
             workdir=folder,
         )
-        varied = dataclasses.replace(job.data, augmentation=_AUGMENTATION)
-        return dataclasses.replace(job, data=varied, base_data=varied).run()
+        return job.run()
