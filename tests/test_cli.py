@@ -292,7 +292,7 @@ def test_dry_run_of_what_cannot_be_met(tmp_path, monkeypatch):
         ([*DIGITS, "--validation", "some"], "--validation must be a count .*, got 'some'"),
         ([*DIGITS, "--validation", "1.5"], "--validation must be a count .*, got '1.5'"),
         ([*DIGITS, "--dataset", "letters"], "unknown dataset 'letters'"),
-        ([*DIGITS, "--base-lr", "-1"], "lr and temperature positive"),
+        ([*DIGITS, "--base-lr", "-1"], "lr must be positive and finite, got -1.0"),
         ([*DIGITS, "--checkpoint", "nowhere.pt"], "nowhere.pt: expected a checkpoint file, found none"),
         ([*DIGITS, "--checkpoint", "nowhere.pt", "--base-lr", "1"], "--checkpoint gives already"),
         (["compress", "lenet5", "--data", "nowhere", "--target", "2x"], "nowhere: expected a folder .* found nothing"),
