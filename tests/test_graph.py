@@ -192,6 +192,8 @@ TRANSPARENT = {
     "dropout of channels": nn.Dropout2d(),
     "batch norm": nn.BatchNorm2d(8),
     "batch norm without affine": nn.BatchNorm2d(8, affine=False),
+    "reflection": nn.ReflectionPad2d(1),
+    "replication": nn.ReplicationPad2d((1, 2, 0, 1)),
     "several": nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout()),
 }
 

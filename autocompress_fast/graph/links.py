@@ -107,9 +107,14 @@ def follow(trace: Trace, layer: Node, names: dict[str, str]) -> Link | Frozen:
             if len(after) != 2 or after[1] != math.prod(before[1:]):
                 return Frozen(f"{user.where} reshapes {before} to {after}")
             positions *= math.prod(before[2:])
-        elif user.op not in _PER_CHANNEL and user.op not in _RANKS:
+        elif user.op not in _PER_CHANNEL and user.op not in _RANKS and not _pads_with_values(user):
             return Frozen(f"its output goes into {user.where}")
         value = user
+
+
+def _pads_with_values(pad: Node) -> bool:
+    """Whether it pads positions by reflection, repetition or wrapping: a constant channel stays constant."""
+    return pad.op == "pad" and pad.args[2] != "constant" and len(pad.args[1]) <= 2 * (len(pad.shape) - 2)
 
 
 def _owns_its_state(trace: Trace, norm: Node) -> bool:
