@@ -110,13 +110,28 @@ def allocate(
         alpha: how much more larger layers lose; 0 for the same rate everywhere.
 
     Raises:
-        ValueError: the target cannot be met: even one weight per filter of every layer is too much.
+        ValueError: the target cannot be met: even one weight per filter of every layer is too much; or there is no
+            layer, or no convolution, to which it could apply.
+
+    Example:
+        >>> import torch
+        >>> from autocompress_fast.graph import inspect
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(100, 50), torch.nn.ReLU(), torch.nn.Linear(50, 10))
+        >>> report = inspect(model, torch.zeros(1, 100))
+        >>> constraints = allocate(report, Target(params=10), report.counts(), "element")
+        >>> [constraint.keep for constraint in constraints.values()]
+        [406, 144]
     """
     if structure not in STRUCTURES:
         raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {structure!r}")
+    if not report.layers:
+        raise ValueError(f"{report.model_name} has no layer that can be pruned; left out: {report.skipped or 'none'}")
+    if target.conv is not None and dense.conv == 0:
+        raise ValueError(f"the target {target} is for convolutions, and {report.model_name} has none")
     budget = _budget(report, target, dense, structure, alpha)
     if structure == "element":
-        return {name: Constraint("element", weights) for name, weights in budget.items()}
+        return {name: Constraint("element", weights, report[name].groups) for name, weights in budget.items()}
     if structure == "filter":
         filters = _filters(report, budget)
         return {layer.name: Constraint("filter", filters[layer.name]) for layer in report.layers if layer.link}
@@ -181,11 +196,11 @@ def _budget(report: Report, target: Target, dense: Counts, structure: str, alpha
 
 
 def _least(layer: Layer, structure: str) -> int:
-    """The fewest weights that the layer can keep: one, or what is frozen of it."""
-    if structure == "element":
+    """The smallest budget of the layer: one weight, or what is frozen of it."""
+    if structure in ("element", "filter"):  # for whole filters, _filters knows what is frozen
         return 1
     filters = 1 if layer.link is not None and structure != "column" else layer.shape[0]
-    columns = 1 if layer.columns_prunable and structure != "filter" else layer.weights // layer.shape[0]
+    columns = 1 if layer.columns_prunable else layer.weights // layer.shape[0]
     return filters * columns
 
 
