@@ -38,6 +38,7 @@ SHAPES = Path(__file__).parent / "shapes"
 NETWORKS = {"VGG-16 CIFAR": "vgg16_cifar", "ResNet-18 CIFAR": "resnet18_cifar", "ResNet-50": "resnet50_imagenet"}
 STRUCTURES = ("filter", "column", "element")
 SMALL = [(64, 3, 3, 3), (64, 64, 3, 3), (256, 64, 1, 1)]
+COMPILED = {(64, 64, 3, 3), (256, 64, 1, 1), (512, 512, 3, 3), (512, 2048, 1, 1)}  # in the report: compiling takes long
 FULL = bool(os.environ.get("ACF_BENCH_FULL"))
 Shape = tuple[int, ...]
 
@@ -86,9 +87,9 @@ class State:
         return cls(structure, keep, w, z, u, z.clone(), u.clone())
 
     def restore(self) -> None:
-        """Back to before the update."""
-        self.z.copy_(self.z_before)
-        self.u.copy_(self.u_before)
+        """Back to before the update; by numpy, which wakes no threads."""
+        np.copyto(self.z.numpy(), self.z_before.numpy())
+        np.copyto(self.u.numpy(), self.u_before.numpy())
 
 
 def update_ours(state: State, threads: int) -> tuple[float, float]:
@@ -231,6 +232,8 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            if torch.get_num_threads() > 1:
+                time.sleep(0.003)  # torch's threads spin for a while after each operation, on the cores of the next one
             prepare()
             times[name].append(seconds(function))
     return {name: statistics.median(values) for name, values in times.items()}
@@ -247,8 +250,8 @@ def measure(shape: Shape, structure: str, threads: int, *, with_compile: bool, r
 
     def prepare() -> None:
         state.restore()
-        other.copy_(one)
-        other_three.copy_(three)
+        np.copyto(other.numpy(), one.numpy())
+        np.copyto(other_three.numpy(), three.numpy())
 
     updates = {name: update for name, update in PEERS.items() if with_compile or name != "torch.compile"}
     functions: dict[str, Callable[[], object]] = {
@@ -308,7 +311,7 @@ def layer_table(structure: str, threads: int, *, with_compile: bool, rounds: int
     """One row per distinct layer; and the shares of the floor of the layers that are not call overhead."""
     rows, shares = [], []
     for shape in distinct_layers():
-        t = measure(shape, structure, threads, with_compile=with_compile, rounds=rounds)
+        t = measure(shape, structure, threads, with_compile=with_compile and shape in COMPILED, rounds=rounds)
         floor = 3 * max(t["copy"] - t["empty copy"], 0)
         kernel = max(t["ours"] - t["empty call"], 1e-9)
         if kernel > 2 * t["empty call"]:
@@ -345,18 +348,19 @@ with the copies. A quarter of the groups is kept; Z and U come from earlier upda
   and writes Z and U once, 6 passes over the weight's bytes, where a copy is 2. Passes can be saved: filters whose U or
   Z is zero already are read and written less, and what the first pass read last is still in the cache for the second.
 - *call*: `ops.admm_update` from Python; *kernel*: less a call for a 1 x 1 weight, measured in the same run.
-- The last columns: peers doing the same update, and how many times as long as our call they take.
+- The last columns: peers doing the same update, and how many times as long as our call they take. torch.compile was
+  measured for a few layers: compiling takes seconds for each.
 """
 
 
-def report(path: Path, *, with_compile: bool, rounds: int) -> None:
+def report(path: Path, *, with_compile: bool, rounds: int, note: str) -> None:
     """Measure everything and write the page."""
     config = acf.show_config()
     command = f"python bench/bench_projection.py --report {path}{'' if with_compile else ' --no-compile'}"
     conditions = (
         f"{datetime.date.today():%Y-%m-%d}, {processor()}, {os.cpu_count()} cores, Linux {platform.release()}; "
         f"autocompress_fast {config['version']} ({config['compiler']}, {config['isa_active']}), torch "
-        f"{torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}."
+        f"{torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}. {note}".rstrip()
     )
     parts = [PREFACE.format(conditions=conditions, command=command, rounds=rounds, few=few(rounds))]
     for structure in STRUCTURES:
@@ -400,5 +404,6 @@ if __name__ == "__main__":
     parser.add_argument("--report", type=Path, required=True, help="markdown file to write")
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--note", default="", help="a sentence about the conditions, for the page")
     arguments = parser.parse_args()
-    report(arguments.report, with_compile=not arguments.no_compile, rounds=arguments.rounds)
+    report(arguments.report, with_compile=not arguments.no_compile, rounds=arguments.rounds, note=arguments.note)

@@ -153,12 +153,12 @@ def element_data(rng, n):
 
 @every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [4095, 4097, 16384, 3 * 16384 + 5, 100_000])
+@pytest.mark.parametrize("n", [4095, 4097, 3 * 16384 + 5])
 def test_elements_of_peculiar_data(n, dtype):
     rng = np.random.default_rng(5)
     for name, values in element_data(rng, n):
         weight = values.astype(dtype).reshape(1, n)
-        for keep in (1, n // 20, n // 2, n - n // 20, n - 1):
+        for keep in (1, n // 20, n // 2, n - 1):
             kept = reference.largest(np.abs(weight.ravel()).astype(np.float64), keep)
             expected = np.where(kept, weight.ravel(), 0)
             result = project(weight, "element", keep, threads=2).ravel()
@@ -169,18 +169,19 @@ def test_results_do_not_depend_on_isa_or_threads(monkeypatch):
     """Random floats, whose sums are rounded: every bit must agree, residuals included."""
     rng = np.random.default_rng(6)
     for dtype in DTYPES:
-        for shape, groups in [((64, 61, 3, 3), 1), ((32, 5, 3, 3), 4), ((5, 2063), 1), ((130, 257), 2)]:
+        # The last is large enough for three threads to be used, the others have odd sizes.
+        for shape, groups in [((64, 61, 3, 3), 1), ((32, 5, 3, 3), 4), ((5, 2063), 1), ((300, 147, 3, 3), 2)]:
             weight, z, u = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
             for structure in (*STRUCTURES, "filter+column"):
                 if structure == "filter+column":
                     keep = (shape[0] // 3, groups * weight[0].size // 4)
                 else:
-                    keep = len(reference.group_squares(weight, structure, groups)) // 3
+                    keep = len(_core.group_norms(weight, structure, groups, 1)) // 3
                 results = []
                 for isa in _core.supported_isas():
                     monkeypatch.setenv("ACF_FORCE_ISA", isa)
                     _core.reload_isa()
-                    for threads in (1, 2, 3, 16):
+                    for threads in (1, 2, 5):
                         new_z, new_u, residuals = updated(weight, z, u, structure, keep, groups, threads)
                         norms = b""
                         if structure != "filter+column":
@@ -274,6 +275,9 @@ def test_update_of_several_layers_equals_one_at_a_time():
         ((12, 6, 3, 3), "column", 50, 3),
         ((30, 70), "filter+column", (10, 33), 1),
         ((5, 2), "channel", 1, 1),
+        ((300, 200, 3, 3), "element", 12345, 1),  # with these, several threads are worth it
+        ((128, 513, 3, 3), "column", 2000, 2),
+        ((200, 1500), "filter", 77, 1),
     ]
     for threads in (1, 2, 7):
         layers, expected = [], []

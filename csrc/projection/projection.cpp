@@ -30,6 +30,15 @@ double total(const std::vector<double>& values) {
   return std::accumulate(lanes, lanes + kBlock, 0.0);
 }
 
+// Waking a thread, and fetching what lies in another core's cache, pays from about this many elements for each.
+constexpr std::int64_t kElementsPerThread = 131072;
+
+Options with_useful_threads(Options options, std::int64_t elements) {
+  const std::int64_t useful = std::max<std::int64_t>(1, elements / kElementsPerThread);
+  options.threads = static_cast<int>(std::min<std::int64_t>(options.threads, useful));
+  return options;
+}
+
 // Marks the `keep` largest values; among equals the lowest index wins.
 void mark_largest(const std::vector<double>& values, std::int64_t keep, const Kernels<double>& kernels,
                   std::vector<std::uint8_t>& kept) {
@@ -143,7 +152,12 @@ class Job {
       elements_->write(unit, out_, u_, &residuals);
     } else {
       const std::int64_t first = unit * rows_per_unit(), end = std::min(shape_.rows, first + rows_per_unit());
-      for (std::int64_t row = end - 1; row >= first; --row) write_row(row, &residuals);
+      for (std::int64_t row = first, stop = first; row < end; row = stop) {
+        do {
+          ++stop;
+        } while (stop < end && alike(row, stop));
+        write_rows(row, stop, &residuals);
+      }
     }
     primal_[index(unit)] = sum_lanes(residuals.primal, residuals.primal_run);
     dual_[index(unit)] = sum_lanes(residuals.dual, residuals.dual_run);
@@ -296,10 +310,16 @@ class Job {
     mark_largest(squares, keep_, group_kernels_, rows);
   }
 
-  void write_row(std::int64_t row, Residuals<T>* residuals) const {
-    const std::int64_t n = shape_.columns, offset = row * n;
+  // Whether two rows are written alike, so that neighbours can be written as one.
+  bool alike(std::int64_t row, std::int64_t other) const {
+    return column_mask_.empty() && rows_kept_[index(row)] == rows_kept_[index(other)] &&
+           u_nonzero_[index(row)] == u_nonzero_[index(other)];
+  }
+
+  void write_rows(std::int64_t row, std::int64_t end, Residuals<T>* residuals) const {
+    const std::int64_t n = (end - row) * shape_.columns, offset = row * shape_.columns;
     const bool kept = rows_kept_.empty() || rows_kept_[index(row)] != 0;
-    const Key<T>* mask = column_mask_.empty() ? nullptr : column_mask_.data() + row / rows_per_block() * n;
+    const Key<T>* mask = column_mask_.empty() ? nullptr : column_mask_.data() + row / rows_per_block() * shape_.columns;
     const T* w = w_ + offset;
     T* out = out_ + offset;
     if (u_ == nullptr) {
@@ -444,28 +464,33 @@ void group_norms(const T* w, const Shape& shape, Structure structure, const Opti
     for (std::int64_t i = 0; i < shape.size(); ++i) norms[i] = std::abs(static_cast<double>(w[i]));
     return;
   }
-  Job<T> job(w, nullptr, nullptr, shape, structure, 0, 0, options);
-  parallel_for(job.measure_tasks(), options.threads, [&job](std::int64_t task) { job.measure(task); });
+  const Options here = with_useful_threads(options, shape.size());
+  Job<T> job(w, nullptr, nullptr, shape, structure, 0, 0, here);
+  parallel_for(job.measure_tasks(), here.threads, [&job](std::int64_t task) { job.measure(task); });
   job.norms(norms);
 }
 
 template <class T>
 void project(const T* w, T* out, const Shape& shape, Structure structure, std::int64_t keep, std::int64_t keep_columns,
              const Options& options) {
+  const Options here = with_useful_threads(options, shape.size());
   std::vector<Job<T>> jobs;
-  jobs.emplace_back(w, out, nullptr, shape, structure, keep, keep_columns, options);
-  run(jobs, options.threads);
+  jobs.emplace_back(w, out, nullptr, shape, structure, keep, keep_columns, here);
+  run(jobs, here.threads);
 }
 
 template <class T>
 void admm_update(Layer<T>* layers, std::int64_t count, const Options& options) {
+  std::int64_t elements = 0;
+  for (std::int64_t i = 0; i < count; ++i) elements += layers[i].shape.size();
+  const Options here = with_useful_threads(options, elements);
   std::vector<Job<T>> jobs;
   jobs.reserve(index(count));
   for (std::int64_t i = 0; i < count; ++i) {
     const Layer<T>& layer = layers[i];
-    jobs.emplace_back(layer.w, layer.z, layer.u, layer.shape, layer.structure, layer.keep, layer.keep_columns, options);
+    jobs.emplace_back(layer.w, layer.z, layer.u, layer.shape, layer.structure, layer.keep, layer.keep_columns, here);
   }
-  run(jobs, options.threads);
+  run(jobs, here.threads);
   for (std::int64_t i = 0; i < count; ++i) {
     layers[i].primal = jobs[index(i)].primal();
     layers[i].dual = jobs[index(i)].dual();

@@ -117,7 +117,9 @@ ACF_TEST(projection_and_update_equal_the_reference_double) { compare_with_refere
 template <class T>
 void compare_isas() {
   std::mt19937 random(2);
-  for (const Shape& shape : {Shape{64, 549, 1, 9}, Shape{32, 45, 4, 9}, Shape{3, 20011, 1, 1}}) {
+  // The last is large enough for several threads to be used.
+  for (const Shape& shape :
+       {Shape{64, 549, 1, 9}, Shape{32, 45, 4, 9}, Shape{3, 20011, 1, 1}, Shape{66, 4100, 2, 4}}) {
     for (const Structure structure :
          {Structure::filter, Structure::channel, Structure::column, Structure::element, Structure::filter_and_column}) {
       const bool joint = structure == Structure::filter_and_column;
@@ -228,9 +230,10 @@ ACF_TEST(not_finite_is_found_and_nothing_is_written) {
 }
 
 ACF_TEST(first_bad_layer_is_named_whatever_the_threads) {
-  const Shape shape{4, 8, 1, 1};
+  const Shape shape{64, 2048, 1, 1};  // five of them are worth several threads
+  const auto size = static_cast<std::size_t>(shape.size());
   for (const int threads : {1, 4}) {
-    std::vector<std::vector<float>> w(5, std::vector<float>(32, 1)), z = w, u = w;
+    std::vector<std::vector<float>> w(5, std::vector<float>(size, 1)), z = w, u = w;
     w[2][5] = w[4][1] = std::numeric_limits<float>::infinity();
     std::vector<Layer<float>> layers;
     for (std::size_t i = 0; i < w.size(); ++i)
@@ -242,7 +245,7 @@ ACF_TEST(first_bad_layer_is_named_whatever_the_threads) {
       EXPECT_EQ(error.layer, 2);
       EXPECT_EQ(error.first, 5);
     }
-    EXPECT(z[0] == std::vector<float>(32, 1));
+    EXPECT(z[0] == std::vector<float>(size, 1));
   }
 }
 
