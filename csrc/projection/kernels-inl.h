@@ -40,7 +40,7 @@ struct Sums {
 // late for the compiler to keep them in registers.
 template <int i>
 struct Constant {
-  constexpr operator int() const { return i; }
+  constexpr operator int() const { return i; }  // NOLINT(google-explicit-constructor): it stands for the number
 };
 template <int count, int i = 0, class Body>
 ACF_INLINE void unrolled(const Body& body) {
@@ -323,12 +323,10 @@ void row_squares(const typename N::Scalar* w, const typename N::Scalar* u, std::
   }
 }
 
-// The sums of a block of columns stay in registers for this many rows.
-constexpr int kRowsAtOnce = 8;
-
 template <class N>
 void column_squares(const typename N::Scalar* w, const typename N::Scalar* u, std::int64_t rows, std::int64_t stride,
                     std::int64_t columns, const std::int64_t* row_list, double scale, double* squares) {
+  constexpr int kRowsAtOnce = 8;  // for so many, the sums of a block of columns stay in registers
   for (std::int64_t first = 0; first < rows; first += kRowsAtOnce) {
     const int here = static_cast<int>(rows - first < kRowsAtOnce ? rows - first : kRowsAtOnce);
     std::int64_t offset[kRowsAtOnce];
