@@ -200,6 +200,9 @@ class Inspection(Document):
         if report.frozen:
             lines = (f"  {name}: {reason}" for name, reason in report.frozen.items())
             yield "\n".join(["frozen:", *lines])
+        if report.skipped:
+            lines = (f"  {name}: {reason}" for name, reason in report.skipped.items())
+            yield "\n".join(["left as they are, and not counted:", *lines])
         effects = [
             (
                 f"{effect['filters']:.0%} of the filters, {effect['columns']:.0%} of the columns",
@@ -230,7 +233,12 @@ class Inspection(Document):
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain numbers and strings, with the effect of uniform rates."""
-        return {**self._report.to_json(), "frozen": self._report.frozen, "uniform": self._uniform()}
+        report = self._report
+        return {
+            **report.to_json(),
+            "frozen": report.frozen,
+            "uniform": self._uniform(),
+        }
 
 
 class Outlook(Document):

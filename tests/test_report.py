@@ -179,6 +179,17 @@ def test_inspection_lists_layers_and_reasons(branching):
         assert f"  {name}: {reason}" in text
 
 
+def test_inspection_names_what_is_left_out():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    report = acf.inspect(model, torch.zeros(1, 4))
+    inspection = reports.Inspection(report)
+    assert report.skipped
+    assert inspection.to_json()["skipped"] == dict(report.skipped)
+    for name, reason in report.skipped.items():
+        assert f"  {name}: {reason}" in str(inspection).split("not counted:")[1]
+
+
 def test_inspection_predicts_what_uniform_pruning_leaves(result):
     report = result.layers
     for effect in reports.Inspection(report).to_json()["uniform"]:
