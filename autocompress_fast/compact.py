@@ -361,22 +361,31 @@ def _shrink(model: nn.Module, layer: Layer, kept: Kept, read: IntArray) -> None:
         inputs, outputs = ("in_features", "out_features") if layer.kind == "linear" else ("in_channels", "out_channels")
         setattr(module, inputs, small.shape[1])
         setattr(module, outputs, len(filters))
-    elif isinstance(module, nn.Conv2d):
-        replacement = ColumnConv2d(
-            small,
-            index,
-            small_bias,
-            channels=len(read) // int(np.prod(layer.shape[2:])),
-            kernel_size=_pair(module.kernel_size),
-            stride=_pair(module.stride),
-            padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
-            dilation=_pair(module.dilation),
-        )
-        model.set_submodule(layer.name, replacement)
     else:
-        model.set_submodule(layer.name, ColumnLinear(small, index, small_bias, features=len(read)))
+        columns_left = _column_layer(module, small, index, small_bias, len(read))
+        for name, parameter in columns_left.named_parameters():
+            parameter.requires_grad_(module.get_parameter(name).requires_grad)
+        model.set_submodule(layer.name, columns_left)
     for norm in layer.link.norms if layer.link is not None else ():
         _shrink_norm(model.get_submodule(norm), filters)
+
+
+def _column_layer(
+    module: nn.Module, weight: torch.Tensor, index: torch.Tensor, bias: torch.Tensor | None, inputs: int
+) -> ColumnConv2d | ColumnLinear:
+    if not isinstance(module, nn.Conv2d):
+        return ColumnLinear(weight, index, bias, features=inputs)
+    kernel = _pair(module.kernel_size)
+    return ColumnConv2d(
+        weight,
+        index,
+        bias,
+        channels=inputs // (kernel[0] * kernel[1]),
+        kernel_size=kernel,
+        stride=_pair(module.stride),
+        padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
+        dilation=_pair(module.dilation),
+    )
 
 
 def _shrink_norm(norm: nn.Module, filters: torch.Tensor) -> None:

@@ -1,0 +1,564 @@
+"""Compaction: the small network computes what the masked one does, in every kind of chain, or says that it does not."""
+
+import functools
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from autocompress_fast import models
+from autocompress_fast.compact import ColumnConv2d, ColumnLinear, Kept, compact, restore
+from autocompress_fast.graph import Report, inspect
+from autocompress_fast.plan import LayerPlan, MaskedParameters, Plan, check_fits, mask
+from autocompress_fast.purify import unused_paths
+
+compaction = importlib.import_module("autocompress_fast.compact")  # the package's attribute is the function
+
+
+def flat(features: int, outputs: int = 3) -> list[nn.Module]:
+    return [nn.Flatten(), nn.Linear(features, outputs)]
+
+
+# name -> (network, shape of the input)
+CHAINS = {
+    "plain": (lambda: [nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), *flat(80)], (2, 8, 8)),
+    "no bias": (lambda: [nn.Conv2d(2, 6, 3, bias=False), nn.Conv2d(6, 5, 3, bias=False), *flat(80)], (2, 8, 8)),
+    "padding": (
+        lambda: [nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1), *flat(320)],
+        (2, 8, 8),
+    ),
+    "normalised": (
+        lambda: [
+            nn.Conv2d(2, 6, 3, padding=1, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 5, 3, padding=1, bias=False),
+            nn.BatchNorm2d(5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Dropout(),
+            *flat(80, 7),
+            nn.BatchNorm1d(7),
+            nn.ReLU(),
+            nn.Linear(7, 3),
+        ],
+        (2, 8, 8),
+    ),
+    "normalised without affine": (
+        lambda: [nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6, affine=False), nn.Conv2d(6, 5, 3), *flat(80)],
+        (2, 8, 8),
+    ),
+    "normalised first, padded": (
+        lambda: [nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6, affine=False), nn.Conv2d(6, 5, 3, padding=1), *flat(180)],
+        (2, 8, 8),
+    ),
+    "sigmoid": (lambda: [nn.Conv2d(2, 6, 3), nn.Sigmoid(), nn.Conv2d(6, 5, 3), nn.Sigmoid(), *flat(80)], (2, 8, 8)),
+    "sigmoid, reader without bias": (
+        lambda: [
+            nn.Conv2d(2, 6, 3),
+            nn.Sigmoid(),
+            nn.Conv2d(6, 5, 3, bias=False),
+            nn.Flatten(),
+            nn.Linear(80, 3, bias=False),
+        ],
+        (2, 8, 8),
+    ),
+    "sigmoid, padded": (
+        lambda: [nn.Conv2d(2, 6, 3), nn.Sigmoid(), nn.Conv2d(6, 5, 3, padding=1), *flat(180)],
+        (2, 8, 8),
+    ),
+    "sigmoid, padded by reflection": (
+        lambda: [nn.Conv2d(2, 6, 3), nn.Sigmoid(), nn.Conv2d(6, 5, 3, padding=1, padding_mode="reflect"), *flat(180)],
+        (2, 8, 8),
+    ),
+    "softplus and same": (
+        lambda: [nn.Conv2d(2, 6, 3, padding="same"), nn.Softplus(), nn.Conv2d(6, 5, 3, padding="same"), *flat(320)],
+        (2, 8, 8),
+    ),
+    "valid": (lambda: [nn.Conv2d(2, 6, 3, padding="valid"), nn.GELU(), nn.Conv2d(6, 5, 3), *flat(80)], (2, 8, 8)),
+    "average pools": (
+        lambda: [nn.Conv2d(2, 6, 3), nn.Sigmoid(), nn.AvgPool2d(2), nn.Conv2d(6, 5, 2), nn.AvgPool2d(2), *flat(5)],
+        (2, 8, 8),
+    ),
+    "average pool that counts its padding": (
+        lambda: [nn.Conv2d(2, 6, 3), nn.Sigmoid(), nn.AvgPool2d(2, padding=1), nn.Conv2d(6, 5, 2), *flat(45)],
+        (2, 8, 8),
+    ),
+    "adaptive pool": (lambda: [nn.Conv2d(2, 6, 3), nn.Sigmoid(), nn.AdaptiveAvgPool2d(4), *flat(96)], (2, 9, 9)),
+    "stride and dilation": (
+        lambda: [
+            nn.Conv2d(2, 6, 3, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(6, 5, (3, 2), dilation=(1, 2), padding=(1, 0)),
+            *flat(75),
+        ],
+        (2, 11, 11),
+    ),
+    "linear": (lambda: [nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7), nn.Sigmoid(), nn.Linear(7, 3)], (9,)),
+    "one dimension": (
+        lambda: [nn.Conv1d(2, 6, 3), nn.BatchNorm1d(6), nn.Sigmoid(), nn.Conv1d(6, 5, 3), nn.ReLU(), *flat(40)],
+        (2, 12),
+    ),
+    "three dimensions": (
+        lambda: [nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.ReLU(), nn.Conv3d(6, 5, 2), nn.ReLU(), *flat(40)],
+        (2, 5, 5, 5),
+    ),
+    "grouped and depthwise": (
+        lambda: [
+            nn.Conv2d(2, 6, 3),
+            nn.ReLU(),
+            nn.Conv2d(6, 6, 3, groups=6),
+            nn.ReLU(),
+            nn.Conv2d(6, 8, 1),
+            nn.ReLU(),
+            nn.Conv2d(8, 6, 3, groups=2),
+            nn.ReLU(),
+            *flat(24),
+        ],
+        (2, 8, 8),
+    ),
+}
+
+
+def network(kind: str, seed: int) -> tuple[nn.Sequential, torch.Tensor]:
+    """With random weights, and random statistics and affine parameters in the normalisations."""
+    torch.manual_seed(seed)
+    layers, shape = CHAINS[kind]
+    model = nn.Sequential(*layers())
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+            if module.affine:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+    return model, torch.randn(3, *shape)
+
+
+def random_plan(report: Report, seed: int, *, elements: bool = False) -> Plan:
+    rng = np.random.default_rng(seed)
+    layers = {}
+    for layer in report.layers:
+        filters, columns = np.ones(layer.shape[0], bool), np.ones(layer.columns, bool)
+        if layer.filters_prunable:
+            filters = rng.random(layer.shape[0]) < (0.8 if elements else 0.6)
+            filters[rng.integers(layer.shape[0])] = True
+        if layer.columns_prunable:
+            columns = rng.random(layer.columns) < 0.7
+        chosen = rng.random(layer.shape) < 0.8 if elements and layer.groups == 1 else None
+        layers[layer.name] = LayerPlan(layer.shape, filters, columns, chosen, layer.groups)
+    return Plan(layers)
+
+
+def physical(model: nn.Module) -> int:
+    return sum(
+        m.weight.numel()
+        for m in model.modules()
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, ColumnConv2d, ColumnLinear))
+    )
+
+
+def largest(x: torch.Tensor) -> float:
+    return float(x.detach().abs().max())
+
+
+@functools.cache
+def report_on(kind: str) -> Report:
+    """Of any of the networks of this kind: nothing that the tests use of it depends on the weights."""
+    return inspect(*network(kind, 0))
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_the_small_network_computes_what_the_masked_one_does(kind):
+    """With the scales and shifts of dropped filters zeroed along (a tied plan), and with constants left by them."""
+    report = report_on(kind)
+    for seed, (dtype, tolerance, tied, columns) in enumerate(
+        [(torch.float32, 1e-4, False, True), (torch.float64, 1e-10, True, True), (torch.float32, 1e-4, True, False)]
+    ):
+        model, x = network(kind, seed)
+        model, x = model.to(dtype), x.to(dtype)
+        plan = random_plan(report, seed)
+        plan = plan.tied(report) if tied else plan
+        small = compact(model, plan, x, columns=columns)
+        expected = mask(model, plan).eval()(x)
+        torch.testing.assert_close(small.model.eval()(x), expected, rtol=0, atol=tolerance * largest(expected))
+        assert small.max_difference <= tolerance
+        assert physical(small.model) < physical(model) or not columns
+
+
+@pytest.mark.parametrize("kind", ["plain", "normalised", "sigmoid", "sigmoid, padded", "linear", "one dimension"])
+def test_irregular_plans(kind):
+    for seed in range(2):
+        model, x = network(kind, seed)
+        plan = random_plan(report_on(kind), seed, elements=True)
+        small = compact(model, plan, x)
+        expected = mask(model, plan).eval()(x)
+        torch.testing.assert_close(small.model.eval()(x), expected, rtol=0, atol=1e-4 * largest(expected))
+        check_fits(small.model, small.plan)
+        torch.testing.assert_close(mask(small.model, small.plan)(x), small.model(x))
+
+
+def test_filters_that_die_with_their_input_leave_their_constant():
+    """Filter 0 of the second layer reads channel 0 alone, which is dropped: what it puts out is its bias."""
+    model, x = network("sigmoid", 0)
+    elements = np.ones((5, 6, 3, 3), bool)
+    elements[0, 1:] = False
+    plan = Plan(
+        {
+            "0": LayerPlan((6, 2, 3, 3), [0, 1, 1, 1, 1, 1], np.ones(18)),
+            "2": LayerPlan((5, 6, 3, 3), np.ones(5), np.ones(54), elements),
+        }
+    )
+    small = compact(model, plan, x)
+    assert small.model[2].weight.shape == (4, 5, 3, 3)
+    torch.testing.assert_close(small.model.eval()(x), mask(model, plan).eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stays"),
+    [
+        ("padding", False),
+        ("sigmoid", False),
+        ("sigmoid, padded", True),
+        ("sigmoid, padded by reflection", False),
+        ("softplus and same", True),
+        ("valid", False),
+        ("average pools", False),
+        ("average pool that counts its padding", True),
+        ("adaptive pool", False),
+    ],
+)
+def test_a_filter_stays_only_where_its_constant_cannot_be_folded(kind, stays):
+    model, x = network(kind, 0)
+    plan = Plan({"0": LayerPlan((6, 2, 3, 3), [1, 1, 0, 1, 0, 1], np.ones(18))})
+    small = compact(model, plan, x)
+    assert small.model[0].weight.shape[0] == (6 if stays else 4)
+
+
+def test_a_constant_that_nobody_reads_need_not_be_folded():
+    model, x = network("sigmoid, padded", 0)
+    plan = Plan(
+        {
+            "0": LayerPlan((6, 2, 3, 3), [1, 1, 0, 1, 1, 1], np.ones(18)),
+            "2": LayerPlan((5, 6, 3, 3), np.ones(5), np.repeat([1, 1, 0, 1, 1, 1], 9)),
+        }
+    )
+    assert compact(model, plan, x).model[0].weight.shape[0] == 5
+
+
+def test_grouped_layers_stay_as_they_are():
+    model, x = network("grouped and depthwise", 0)
+    report = report_on("grouped and depthwise")
+    small = compact(model, random_plan(report, 0), x)
+    for name in ("2", "6"):
+        assert torch.equal(small.model.get_submodule(name).weight, model.get_submodule(name).weight)
+        assert small.plan[name].groups == report[name].groups
+        assert small.plan[name].mask().all()
+
+
+def test_mobilenet_is_compacted_around_its_depthwise_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(*models.create("mobilenet_v2").features[:4])
+    x = torch.randn(2, 3, 16, 16)
+    report = inspect(model, x)
+    plan = Plan.uniform(report, columns=0.5)
+    small = compact(model, plan, x)
+    assert report.counts(restore(small.plan, small.kept, report)) == report.counts(unused_paths(plan, report))
+
+
+# Coordinates and sizes
+
+
+@pytest.mark.parametrize("columns", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "normalised", "stride and dilation", "linear", "grouped and depthwise"])
+def test_kept_says_where_the_weights_were_even_after_a_second_compaction(kind, columns):
+    report = report_on(kind)
+    for seed in range(2):
+        model, x = network(kind, seed)
+        first = compact(model, random_plan(report, seed).tied(report), x, columns=False)
+        now = inspect(first.model, x)
+        plan = random_plan(now, seed + 100).tied(now)
+        inside = Plan(
+            {name: LayerPlan.from_mask(plan[name].mask() & first.plan[name].mask(), plan[name].groups) for name in plan}
+        )
+        if any(not layer.mask().any() for layer in inside.values()):
+            continue
+        second = compact(first.model, inside.tied(now), x, columns=columns)
+        kept = {name: first.kept[name].then(inner) for name, inner in second.kept.items()}
+        restored = restore(second.plan, kept, report)
+        for name, layer in second.plan.items():
+            weight = second.model.get_submodule(name).weight.detach()
+            original = model.get_submodule(name).weight.detach().flatten(1)
+            gathered = original[kept[name].filters][:, kept[name].columns].reshape(weight.shape)
+            assert torch.equal(weight, torch.where(torch.tensor(layer.mask()), gathered, 0))
+            whole = torch.where(torch.tensor(restored[name].mask()), model.get_submodule(name).weight.detach(), 0)
+            assert torch.equal(
+                weight, whole.flatten(1)[kept[name].filters][:, kept[name].columns].reshape(weight.shape)
+            )
+            assert restored[name].weights == layer.weights
+            assert restored[name].norms == (report[name].link.norms if report[name].link else ())
+
+
+def test_then_composes():
+    outer = Kept(np.array([1, 3, 4]), np.array([0, 2, 5, 6]))
+    both = outer.then(Kept(np.array([0, 2]), np.array([1, 3])))
+    assert both.filters.tolist() == [1, 4]
+    assert both.columns.tolist() == [2, 6]
+
+
+@pytest.mark.parametrize("kind", ["plain", "normalised", "linear", "stride and dilation"])
+def test_the_small_network_has_the_size_that_the_plan_counts(kind):
+    report = report_on(kind)
+    for seed in range(2):
+        model, x = network(kind, seed)
+        small = compact(model, random_plan(report, seed).tied(report), x)
+        counts = report.counts(restore(small.plan, small.kept, report))
+        assert physical(small.model) == counts.params
+        assert small.plan.weights == counts.params
+        macs = sum(small.model.get_submodule(layer.name).weight.numel() * layer.outputs for layer in report.layers)
+        assert macs == counts.macs
+
+
+def test_without_columns_dropped_columns_are_zeros_and_masks():
+    model, x = network("plain", 0)
+    report = inspect(model, x)
+    small = compact(model, Plan.uniform(report, filters=0.5, columns=0.5), x, columns=False)
+    assert {type(module) for module in small.model} == {nn.Conv2d, nn.ReLU, nn.Flatten, nn.Linear}
+    check_fits(small.model, small.plan)
+    for name, layer in small.plan.items():
+        weight = small.model.get_submodule(name).weight
+        assert not weight[~torch.tensor(layer.mask())].any()
+        assert not layer.mask().all()
+    assert (small.model[0].out_channels, small.model[2].in_channels, small.model[5].in_features) == (
+        len(small.kept["0"].filters),
+        len(small.kept["0"].filters),
+        16 * len(small.kept["2"].filters),
+    )
+
+
+def test_the_plan_of_column_layers_has_their_shape():
+    """Eighteen scattered columns are no two channels of 3x3."""
+    model, x = network("plain", 0)
+    columns = np.zeros(54, bool)
+    columns[::3] = True
+    small = compact(model, Plan({"2": LayerPlan((5, 6, 3, 3), np.ones(5), columns)}), x)
+    assert isinstance(small.model[2], ColumnConv2d)
+    assert small.plan["2"].shape == small.model[2].weight.shape == (5, 18)
+    check_fits(small.model, small.plan)
+
+
+# The model that was given
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_state(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_model_is_not_changed_and_modes_are_kept():
+    model, x = network("normalised", 0)
+    model.train()
+    model[1].eval()
+    before = state(model)
+    report = inspect(model, x)
+    small = compact(model, random_plan(report, 0), x)
+    assert_same_state(model, before)
+    assert model.training
+    assert small.model.training
+    assert not small.model[1].training
+    assert small.model[2].training
+    pointers = {p.data_ptr() for p in model.parameters()}
+    assert not any(p.data_ptr() in pointers for p in small.model.parameters())
+    assert not any(module._forward_pre_hooks for module in small.model.modules())
+
+
+def test_parameters_that_are_not_trained_stay_so():
+    model, x = network("normalised", 0)
+    model[0].weight.requires_grad_(False)
+    model[1].requires_grad_(False)
+    small = compact(model, random_plan(report_on("normalised"), 0), x).model
+    assert {name for name, p in small.named_parameters() if not p.requires_grad} == {"0.weight", "1.weight", "1.bias"}
+
+
+def test_a_wrong_compaction_is_detected_and_nothing_is_returned(monkeypatch):
+    model, x = network("normalised", 0)
+    plan = random_plan(report_on("normalised"), 0).tied(report_on("normalised"))
+    before = state(model)
+    monkeypatch.setattr(compaction, "_shrink_norm", _with_wrong_statistics)
+    with pytest.raises(
+        AssertionError, match=r"differs from the masked one by .* \(float64, allowed 1e-10\); nothing is"
+    ):
+        compact(model, plan, x)
+    assert_same_state(model, before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def _with_wrong_statistics(norm: nn.Module, filters: torch.Tensor) -> None:
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        value = getattr(norm, name).detach()
+        wrong = value[: len(filters)].clone()
+        setattr(norm, name, nn.Parameter(wrong) if name in ("weight", "bias") else wrong)
+    norm.num_features = len(filters)
+
+
+def test_constants_that_are_not_folded_are_detected(monkeypatch):
+    model, x = network("sigmoid", 0)
+    monkeypatch.setattr(compaction, "_add_to_bias", lambda *_: None)
+    with pytest.raises(AssertionError, match="differs from the masked one"):
+        compact(model, Plan({"0": LayerPlan((6, 2, 3, 3), [1, 1, 0, 1, 1, 1], np.ones(18))}), x)
+
+
+def test_nan_in_the_outputs_is_a_difference():
+    model, x = network("plain", 0)
+    plan = Plan.uniform(inspect(model, x), filters=0.5)
+    with torch.no_grad():
+        model[5].bias[0] = torch.nan
+    with pytest.raises(AssertionError, match="by nan"):
+        compact(model, plan, x)
+
+
+def test_plans_that_do_not_fit_are_refused():
+    model, x = network("plain", 0)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"for a weight \(2, 2\)"):
+        compact(model, Plan({"0": LayerPlan.dense((2, 2))}), x)
+    with pytest.raises(ValueError, match="nothing would be left of layer '2'"):
+        compact(model, Plan({"2": LayerPlan((5, 6, 3, 3), np.zeros(5), np.ones(54))}), x)
+    shared = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="cannot be pruned here: its weight is used more than once"):
+        compact(nn.Sequential(shared, shared), Plan({"0": LayerPlan.dense((4, 4))}), torch.zeros(1, 4))
+    assert_same_state(model, before)
+
+
+def test_a_plan_that_keeps_everything_changes_nothing():
+    model, x = network("normalised", 0)
+    small = compact(model, Plan({}), x)
+    assert small.max_difference == 0
+    assert_same_state(small.model, state(model))
+
+
+def test_models_with_several_inputs_and_outputs():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(5, 3)
+
+        def forward(self, x, y):
+            return {"sum": self.b(self.a(x).relu()) + self.head(y), "y": [y * 2]}
+
+    torch.manual_seed(0)
+    model, example = Net(), (torch.randn(2, 4), torch.randn(2, 5))
+    small = compact(model, Plan.uniform(inspect(model, example), filters=0.5), example)
+    assert small.model.a.weight.shape == (3, 4)
+    assert small.max_difference < 1e-6
+
+
+def test_models_that_insist_on_float32():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x.float()).relu())
+
+    torch.manual_seed(0)
+    small = compact(Net(), Plan.uniform(inspect(Net(), torch.zeros(1, 4)), filters=0.5), torch.randn(2, 4))
+    assert small.model.a.weight.shape == (3, 4)
+
+
+def test_layers_called_by_keyword():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(input=self.a(input=x).sigmoid())
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(2, 4)
+    assert compact(model, Plan.uniform(inspect(model, x), filters=0.5), x).model.b.weight.shape == (3, 3)
+
+
+# What comes after
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_the_small_network_trains_on_and_its_state_loads_into_another(columns):
+    model, x = network("normalised", 0)
+    report = report_on("normalised")
+    plan = Plan.uniform(report, filters=0.4, columns=0.4)
+    small = compact(model, plan, x, columns=columns)
+    optimizer = torch.optim.SGD(small.model.parameters(), lr=0.01)
+    y = torch.tensor([0, 1, 2])
+    losses = []
+    with MaskedParameters(small.model, small.plan, optimizer):
+        for _ in range(8):
+            loss = nn.functional.cross_entropy(small.model.eval()(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    other = compact(model, plan, x, columns=columns).model.eval()
+    assert not torch.equal(other(x), small.model(x))
+    other.load_state_dict(small.model.state_dict())
+    assert torch.equal(other(x), small.model(x))
+
+
+def test_column_layers_compute_what_the_dense_ones_do():
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        options = {
+            "stride": int(rng.integers(1, 3)),
+            "padding": int(rng.integers(0, 3)),
+            "dilation": int(rng.integers(1, 3)),
+        }
+        dense = nn.Conv2d(3, 4, (3, 2), **options, bias=bool(seed % 2))
+        index = torch.tensor(np.sort(rng.choice(18, 7, replace=False)))
+        pairs = {name: (value, value) for name, value in options.items()}
+        bias = None if dense.bias is None else dense.bias.detach().clone()
+        column = ColumnConv2d(
+            dense.weight.detach().flatten(1)[:, index], index, bias, channels=3, kernel_size=(3, 2), **pairs
+        )
+        with torch.no_grad():
+            dense.weight.copy_(column.dense_weight())
+        x = torch.randn(2, 3, 9, 9)
+        assert torch.equal(column(x), dense(x))
+        assert "7 of 18 columns" in repr(column)
+
+        linear = nn.Linear(18, 4, bias=bool(seed % 2))
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        column = ColumnLinear(linear.weight.detach()[:, index], index, bias, features=18)
+        with torch.no_grad():
+            linear.weight[:, [k for k in range(18) if k not in index]] = 0
+        torch.testing.assert_close(column(x[:, 0].reshape(-1, 27)[:, :18]), linear(x[:, 0].reshape(-1, 27)[:, :18]))
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([0, 2], r"index \(K,\)"),
+        ([0, 2, 9], "from 0 to 8"),
+        ([-1, 2, 3], "from 0 to 8"),
+        ([0, 3, 3], "rising"),
+        ([3, 2, 1], "rising"),
+    ],
+)
+def test_column_indices_are_checked(index, message):
+    with pytest.raises(ValueError, match=message):
+        ColumnLinear(torch.ones(2, 3), torch.tensor(index), None, features=9)
+    with pytest.raises(ValueError, match=message):
+        ColumnConv2d(torch.ones(2, 3), torch.tensor(index), None, channels=1, kernel_size=(3, 3))
+    with pytest.raises(ValueError, match="int64"):
+        ColumnLinear(torch.ones(2, 3), torch.tensor([0.0, 1.0, 2.0]), None, features=9)
+    with pytest.raises(ValueError, match=r"bias \(P,\)"):
+        ColumnLinear(torch.ones(2, 3), torch.tensor([0, 1, 2]), torch.ones(3), features=9)
