@@ -339,8 +339,10 @@ PREFACE = """\
 
 {conditions}
 
-Command: `{command}`. Medians of {rounds} runs (peers: {few}) in microseconds, float32, taken in turns
-with the copies. A quarter of the groups is kept; Z and U come from earlier updates of slowly moving weights.
+Command: `{command}`.
+
+Medians of {rounds} runs (peers: {few}) in microseconds, float32, taken in turns with the copies. A quarter of the groups is
+kept; Z and U come from earlier updates of slowly moving weights.
 
 - *copy*: one array of the weight's size to another, by torch; *copy of 3*: the same for three times the size, which is
   what an update touches (W, U, Z).
@@ -356,9 +358,11 @@ with the copies. A quarter of the groups is kept; Z and U come from earlier upda
 def report(path: Path, *, with_compile: bool, rounds: int, note: str) -> None:
     """Measure everything and write the page."""
     config = acf.show_config()
-    command = f"python bench/bench_projection.py --report {path}{'' if with_compile else ' --no-compile'}"
+    command = (
+        f"python bench/bench_projection.py --report {path} --rounds {rounds}{'' if with_compile else ' --no-compile'}"
+    )
     conditions = (
-        f"{datetime.date.today():%Y-%m-%d}, {processor()}, {os.cpu_count()} cores, Linux {platform.release()}; "
+        f"{datetime.date.today():%Y-%m-%d}, {processor()}, {os.cpu_count()} cores, {platform.system()}; "
         f"autocompress_fast {config['version']} ({config['compiler']}, {config['isa_active']}), torch "
         f"{torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}. {note}".rstrip()
     )
