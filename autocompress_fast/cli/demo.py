@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from autocompress_fast.admm import RhoSchedule
 from autocompress_fast.cli.job import Job, Outcome, threads_set
 
 _TARGET = "8x"
@@ -15,6 +16,7 @@ _RECIPE = {
     "admm_lr": 1e-3,
     "retrain_lr": 2e-3,
     "final_lr": 6e-3,
+    "rho": RhoSchedule(1e-2, factor=1.3),
     "distillation": 0.9,
     "batch_size": 64,
     "precision": "float32",
