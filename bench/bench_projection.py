@@ -341,8 +341,8 @@ PREFACE = """\
 
 Command: `{command}`.
 
-Medians of {rounds} runs (peers: {few}) in microseconds, float32, taken in turns with the copies. A quarter of the groups
-is kept; Z and U come from earlier updates of slowly moving weights.
+Medians of {rounds} runs (peers: {few}) in microseconds, float32, taken in turns with the copies. A quarter of the
+groups is kept; Z and U come from earlier updates of slowly moving weights.
 
 - *copy*: one array of the weight's size to another, by torch; *copy of 3*: the same for three times the size, which is
   what an update touches (W, U, Z).
