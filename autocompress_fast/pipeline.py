@@ -418,13 +418,13 @@ class _Stages:
 
 
 def _dry_run(model: nn.Module, loader: Batches, report: Report, goal: Target, recipe: Recipe, rounds: int) -> DryRun:
-    constraints = []
-    for number in range(1, rounds + 1):
+    chosen: list[tuple[Target, dict[str, Constraint]]] = []
+    for number in range(rounds, 0, -1):  # what cannot be met is said of the whole target
         part = goal.part(number / rounds)
-        chosen = allocate(report, part, report.counts(), recipe.structure)
-        constraints.append((part, chosen))
-    epochs = rounds * recipe.admm_epochs + (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
-    return DryRun(report, tuple(constraints), epochs, epochs * _epoch_seconds(model, loader, recipe))
+        chosen.insert(0, (part, allocate(report, part, report.counts(), recipe.structure)))
+    trainings = len(_steps(chosen[-1][1], recipe.structure))
+    epochs = rounds * trainings * recipe.admm_epochs + (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
+    return DryRun(report, tuple(chosen), epochs, epochs * _epoch_seconds(model, loader, recipe))
 
 
 def _epoch_seconds(model: nn.Module, loader: Batches, recipe: Recipe) -> float:

@@ -1,0 +1,437 @@
+"""The whole job on small data: the target is met, and a run killed anywhere ends as one that was not."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from autocompress_fast.admm import RhoSchedule
+from autocompress_fast.compact import ColumnConv2d, ColumnLinear
+from autocompress_fast.data import BatchLoader, Dataset, Splits, UserBatches
+from autocompress_fast.graph import inspect
+from autocompress_fast.pipeline import DryRun, Recipe, Result, compress, train
+from autocompress_fast.plan import Plan, mask
+from autocompress_fast.progress import Progress
+from autocompress_fast.rates import Target
+from autocompress_fast.training import TrainingConfig, evaluate
+
+
+def dataset(samples: int, seed: int) -> Dataset:
+    """Three classes of noisy 6x6 images, told apart by where they are bright."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, samples)
+    images = rng.standard_normal((samples, 1, 6, 6)).astype(np.float32)
+    for image, label in zip(images, labels, strict=True):
+        image[0, 2 * label : 2 * label + 2] += 2
+    return Dataset(images, labels, ("a", "b", "c"), (0.0,), (1.0,))
+
+
+SPLITS = Splits(dataset(96, 0), dataset(48, 1), dataset(64, 2), "bright")
+
+
+def network(activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        activation(),
+        nn.Conv2d(6, 8, 3, padding=1),
+        activation(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(72, 12),
+        nn.ReLU(),
+        nn.Linear(12, 3),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    config = TrainingConfig(10, optimizer="adam", lr=0.01, weight_decay=0.0)
+    return train(network(), SPLITS, config, batch_size=32, progress=Progress())
+
+
+RECIPE = Recipe(
+    rounds=2,
+    admm_epochs=2,
+    retrain_epochs=1,
+    final_epochs=6,
+    admm_lr=3e-3,
+    retrain_lr=1e-2,
+    final_lr=1e-2,
+    rho=RhoSchedule(0.1, 2.0),
+    batch_size=32,
+    precision="float32",
+)
+
+
+def variant(**changes: object) -> Recipe:
+    return dataclasses.replace(RECIPE, **changes)
+
+
+class StopError(Exception):
+    """What stands for a power cut."""
+
+
+class Watcher(Progress):
+    """Counts steps and notes, and raises at the given one of either."""
+
+    def __init__(self, *, steps: float = math.inf, notes: float = math.inf) -> None:
+        self.last_step, self.last_note = steps, notes
+        self.steps = 0
+        self.noted: list[str] = []
+        self.tasks: list[str] = []
+
+    def start(self, what, *_):
+        self.tasks.append(what)
+
+    def advance(self):
+        self.steps += 1
+        if self.steps > self.last_step:
+            raise StopError
+
+    def note(self, text):
+        self.noted.append(text)
+        if len(self.noted) > self.last_note:
+            raise StopError
+
+
+class Counting:
+    """Batches that count how often they are read."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.inner, self.read = BatchLoader(data, 16), 0
+
+    def __len__(self):
+        return len(self.inner)
+
+    def epoch(self, index):
+        self.read += 1
+        return self.inner.epoch(index)
+
+
+def run(model: nn.Module, data: object = SPLITS, **options: object) -> Result:
+    options = {"target": "6x", "recipe": RECIPE, "progress": Progress(), **options}
+    result = compress(model, data, **options)
+    assert isinstance(result, Result)
+    return result
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert list(a) == list(b)
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def stored(model: nn.Module) -> int:
+    layers = (nn.Conv2d, nn.Linear, ColumnConv2d, ColumnLinear)
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, layers))
+
+
+# The result
+
+
+@pytest.fixture(scope="module")
+def whole(trained, tmp_path_factory) -> tuple[Result, Path]:
+    folder = tmp_path_factory.mktemp("whole")
+    return run(trained, workdir=folder / "new" / "folder"), folder / "new" / "folder"
+
+
+@pytest.mark.parametrize(
+    ("structure", "target"),
+    [
+        ("filter+column", "8x"),
+        ("filter+column", "conv=5,macs=4"),
+        ("filter-then-column", "8x"),
+        ("filter", "3x"),
+        ("column", "3x"),
+        ("element", "8x"),
+        ("element", "conv=10,params=6,macs=3"),
+    ],
+)
+def test_the_target_is_met_and_the_network_still_works(trained, structure, target):
+    goal = Target.parse(target)
+    result = run(trained, target=goal, recipe=variant(structure=structure))
+    assert goal.met(result.dense, result.small)
+    assert result.dense == inspect(trained, torch.zeros(1, 1, 6, 6)).counts()
+    assert result.layers.counts(result.plan) == result.small
+    assert result.accuracy["base"] > 90
+    assert result.accuracy["final"] > 70
+    assert result.max_difference < 1e-4
+    if structure != "element":
+        assert stored(result.model) == result.small.params
+    dropped = [~torch.tensor(layer.mask()) for layer in result.plan.values()]
+    assert sum(int(d.sum()) for d in dropped) == result.dense.params - result.small.params
+
+
+def test_the_accuracies_are_those_of_the_returned_network(trained, whole):
+    result, _ = whole
+    assert not result.model.training
+    for part, name in ((SPLITS.validation, "final"), (SPLITS.test, "final_test")):
+        assert result.accuracy[name] == evaluate(result.model, BatchLoader(part, 100)).accuracy
+    for part, name in ((SPLITS.validation, "base"), (SPLITS.test, "base_test")):
+        assert result.accuracy[name] == evaluate(trained, BatchLoader(part, 100)).accuracy
+
+
+def test_the_given_network_is_not_changed_and_runs_repeat(trained, whole):
+    before, modes = state(trained), [module.training for module in trained.modules()]
+    torch.manual_seed(1)
+    again = run(trained)
+    assert_same(state(trained), before)
+    assert modes == [module.training for module in trained.modules()]
+    assert_same(state(again.model), state(whole[0].model))  # which was made with a work directory
+    assert again.plan == whole[0].plan
+
+
+def test_another_seed_is_another_run(trained, whole):
+    other = run(trained, recipe=variant(seed=1))
+    assert other.plan != whole[0].plan or other.history[0]["loss"] != whole[0].history[0]["loss"]
+
+
+def test_the_plan_fits_the_given_network(trained, whole):
+    result, _ = whole
+    masked = mask(trained, result.plan)  # untrained after the projection, but of the right shapes
+    assert sum(int((m.weight != 0).sum()) for m in masked.modules() if isinstance(m, (nn.Conv2d, nn.Linear))) == (
+        result.small.params
+    )
+
+
+def test_the_history_has_every_epoch_of_every_stage(whole):
+    result, _ = whole
+    stages = [(row["stage"], row["epoch"]) for row in result.history]
+    assert stages == [
+        ("round1.admm", 1),
+        ("round1.admm", 2),
+        ("round1.retrain", 1),
+        ("round2.admm", 1),
+        ("round2.admm", 2),
+        *(("round2.final", epoch) for epoch in range(1, 7)),
+    ]
+    assert result.seconds == pytest.approx(sum(row["seconds"] for row in result.history))
+
+
+def test_the_result_as_json(whole):
+    content = json.loads(json.dumps(whole[0].to_json()))
+    assert content["target"] == "params 6x"
+    assert content["rates"]["params"] >= 6
+    assert content["dense"]["params"] == content["small"]["params"] * content["rates"]["params"]
+    assert sum(layer["weights"] for layer in content["layers"].values()) == content["small"]["params"]
+    assert content["recipe"]["rounds"] == 2
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh, nn.GELU])
+def test_activations_that_do_not_map_zero_to_zero(activation):
+    """What dropped filters put out is not zero then, in front of a convolution that pads."""
+    result = run(network(activation), target="8x")
+    assert Target(params=8).met(result.dense, result.small)
+    assert stored(result.model) == result.small.params
+
+
+def test_filters_before_columns_are_two_trainings(trained):
+    watcher = Watcher()
+    run(trained, recipe=variant(structure="filter-then-column", rounds=1), progress=watcher)
+    assert watcher.tasks == ["round1.admm", "round1.admm2", "round1.final"]
+
+
+# Data of every kind
+
+
+def test_lists_of_batches(trained):
+    train_part = list(BatchLoader(SPLITS.train, 32))
+    validation = [(x.numpy(), y.numpy()) for x, y in BatchLoader(SPLITS.validation, 20)]
+    result = run(trained, (train_part, validation))
+    assert set(result.accuracy) == {"base", "final"}
+    assert Target(params=6).met(result.dense, result.small)
+    assert "classes" not in result.info
+
+
+def test_data_sets_without_a_test_part(trained):
+    result = run(trained, (SPLITS.train, SPLITS.validation), recipe=variant(rounds=1))
+    assert set(result.accuracy) == {"base", "final"}
+
+
+def test_the_test_part_is_read_once(trained):
+    test, validation = Counting(SPLITS.test), Counting(SPLITS.validation)
+    result = run(trained, (SPLITS.train, validation, test))
+    assert test.read == 1
+    assert validation.read > 1
+    assert {"base_test", "final_test"} < set(result.accuracy)
+
+
+def test_small_data_sets_are_one_batch(trained):
+    few = SPLITS.train.subset(slice(10))
+    run(trained, (few, SPLITS.validation), recipe=variant(rounds=1, batch_size=128))
+
+
+@pytest.mark.parametrize("data", [SPLITS.train, (SPLITS.train,), (1, 2, 3, 4), None])
+def test_data_in_other_forms_are_refused(trained, data):
+    with pytest.raises(TypeError, match="data must be Splits"):
+        compress(trained, data, target=2)
+
+
+def test_what_is_saved_with_it_says_what_the_data_were(whole):
+    info = whole[0].info
+    assert info["classes"] == ["a", "b", "c"]
+    assert info["provenance"]["data"] == "bright"
+    assert 0 <= info["accuracy"] <= 1
+
+
+# Work directories
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def without_seconds(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_a_work_directory_holds_the_plan_the_figures_and_the_log(whole):
+    result, folder = whole
+    stages = ["round1.admm", "round1.retrain", "round2.admm", "round2.final"]
+    assert files(folder) == sorted(
+        ["log.jsonl", "plan.json", "result.json", "run.json", *(f"{s}.ckpt" for s in stages)]
+    )
+    assert Plan.load(folder / "plan.json") == result.plan
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result.to_json()))
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert logged == result.history
+
+
+# three batches an epoch: 6 steps of ADMM, 3 of retraining, 6 of ADMM, 18 at the end
+@pytest.mark.parametrize("kill", [{"steps": 1}, {"steps": 7}, {"steps": 13}, {"steps": 20}, {"notes": 3}])
+def test_a_run_killed_in_any_stage_ends_as_one_that_was_not(trained, whole, tmp_path, kill):
+    expected, _ = whole
+    with pytest.raises(StopError):
+        run(trained, workdir=tmp_path, progress=Watcher(**kill))
+    with pytest.raises(StopError):
+        run(trained, workdir=tmp_path, progress=Watcher(steps=4))
+    result = run(trained, workdir=tmp_path)
+    assert_same(state(result.model), state(expected.model))
+    assert result.plan == expected.plan
+    assert result.accuracy == expected.accuracy
+    assert without_seconds(result.history) == without_seconds(expected.history)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert logged == result.history
+
+
+def test_the_same_call_in_a_finished_directory_trains_nothing(trained, whole):
+    expected, folder = whole
+    before = (folder / "result.json").read_bytes()
+    watcher = Watcher()
+    result = run(trained, workdir=folder, progress=watcher)
+    assert watcher.steps == 0
+    assert watcher.tasks == []
+    assert_same(state(result.model), state(expected.model))
+    assert result.history == expected.history
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_other_settings_in_a_used_directory_are_refused(trained, whole):
+    _, folder = whole
+    before = files(folder)
+    other = network()
+    for model, options, what in (
+        (trained, {"target": "7x"}, "target"),
+        (trained, {"recipe": variant(seed=5)}, "recipe"),
+        (trained, {"recipe": variant(rho=RhoSchedule(0.2))}, "recipe"),
+        (other, {}, "weights"),
+        (other, {"target": "7x"}, "target, weights"),
+    ):
+        with pytest.raises(ValueError, match=f"holds a run with another {what}; choose another work directory"):
+            run(model, workdir=folder, **options)
+    assert files(folder) == before
+
+
+def test_a_damaged_run_file_is_refused(trained, tmp_path):
+    for content in ("", "[1]", "{"):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json does not say what the run in"):
+            run(trained, workdir=tmp_path)
+
+
+def test_train_goes_on_too(tmp_path):
+    config = TrainingConfig(3, optimizer="adam", lr=0.01)
+    model = network()
+    expected = train(model, SPLITS, config, batch_size=32)
+    assert_same(state(model), state(network()))
+    with pytest.raises(StopError):
+        train(model, SPLITS, config, batch_size=32, workdir=tmp_path / "a", progress=Watcher(steps=5))
+    continued = train(model, SPLITS, config, batch_size=32, workdir=tmp_path / "a")
+    assert_same(state(continued), state(expected))
+    assert files(tmp_path / "a") == ["base.ckpt", "log.jsonl"]
+
+
+# Before anything is trained
+
+
+def test_a_dry_run_trains_nothing_and_says_what_would_happen(trained, tmp_path):
+    before = state(trained)
+    watcher = Watcher()
+    folder = tmp_path / "never"
+    plan = compress(trained, SPLITS, target="6x", recipe=RECIPE, workdir=folder, progress=watcher, dry_run=True)
+    assert isinstance(plan, DryRun)
+    assert_same(state(trained), before)
+    assert watcher.steps == 0
+    assert not folder.exists()
+    assert plan.epochs == 2 + 1 + 2 + 6
+    assert plan.seconds > 0
+    assert [target.params for target, _ in plan.rounds] == [pytest.approx(6**0.5), pytest.approx(6)]
+    assert all(set(constraints) == {"0", "3", "7", "9"} for _, constraints in plan.rounds)
+
+
+def test_a_dry_run_counts_the_two_trainings_of_filters_before_columns(trained):
+    watcher = Watcher()
+    recipe = variant(structure="filter-then-column")
+    plan = compress(trained, SPLITS, target="6x", recipe=recipe, dry_run=True)
+    assert plan.epochs == len(run(trained, recipe=recipe, progress=watcher).history)
+
+
+def test_targets_out_of_reach_are_refused_before_anything_is_written(trained, tmp_path):
+    for dry_run in (False, True):
+        with pytest.raises(
+            ValueError, match=r"params 9000x cannot be met with structure 'filter\+column': at most params"
+        ):
+            compress(trained, SPLITS, target=9000, workdir=tmp_path / "never", dry_run=dry_run)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"structure": "row"}, "structure must be one of"),
+        ({"precision": "float16"}, "precision must be auto, float32 or bfloat16"),
+        ({"rounds": 0}, "rounds must be 1 or more"),
+        ({"admm_epochs": 0}, "admm_epochs must be 1 or more"),
+        ({"final_epochs": 0}, "final_epochs must be 1 or more"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"retrain_epochs": -1}, "epochs must be an int, 0 or more"),
+        ({"admm_lr": 0.0}, "lr must be positive"),
+        ({"optimizer": "lion"}, "optimizer must be one of"),
+        ({"distillation": 1.5}, "distillation must be from 0 to 1"),
+    ],
+)
+def test_recipes_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**options)
+
+
+def test_rounds_are_about_sixfold():
+    assert [Recipe().rounds_for(Target(params=rate)) for rate in (1, 2, 6, 36, 230)] == [1, 1, 1, 2, 3]
+    assert Recipe(rounds=5).rounds_for(Target(params=2)) == 5
+
+
+def test_users_batches_as_validation(trained):
+    validation = UserBatches(list(BatchLoader(SPLITS.validation, 16)))
+    result = run(trained, (SPLITS.train, validation), recipe=variant(rounds=1), example_input=torch.zeros(1, 1, 6, 6))
+    assert len(result.example_input) == 1
