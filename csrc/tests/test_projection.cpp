@@ -118,8 +118,7 @@ template <class T>
 void compare_isas() {
   std::mt19937 random(2);
   // The last is large enough for several threads to be used.
-  for (const Shape& shape :
-       {Shape{64, 549, 1, 9}, Shape{32, 45, 4, 9}, Shape{3, 20011, 1, 1}, Shape{66, 4100, 2, 4}}) {
+  for (const Shape& shape : {Shape{64, 549, 1, 9}, Shape{32, 45, 4, 9}, Shape{3, 20011, 1, 1}, Shape{66, 4100, 2, 4}}) {
     for (const Structure structure :
          {Structure::filter, Structure::channel, Structure::column, Structure::element, Structure::filter_and_column}) {
       const bool joint = structure == Structure::filter_and_column;
