@@ -15,6 +15,8 @@ from autocompress_fast.graph import inspect
 from autocompress_fast.plan import mask
 from autocompress_fast.purify import unused_paths
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STRUCTURES = ("filter", "channel", "column", "element", "filter+column")
 
 

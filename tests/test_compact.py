@@ -14,6 +14,8 @@ from autocompress_fast.graph import Report, inspect
 from autocompress_fast.plan import LayerPlan, MaskedParameters, Plan, check_fits, mask
 from autocompress_fast.purify import unused_paths
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 compaction = importlib.import_module("autocompress_fast.compact")  # the package's attribute is the function
 
 

@@ -13,6 +13,8 @@ from autocompress_fast.compact import compact
 from autocompress_fast.graph import Counts, Layer, Report, inspect
 from autocompress_fast.plan import LayerPlan, Plan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def report_of(name: str, **options: object) -> Report:
     torch.manual_seed(0)

@@ -20,6 +20,8 @@ from autocompress_fast.progress import Progress
 from autocompress_fast.rates import Target
 from autocompress_fast.training import TrainingConfig, evaluate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def dataset(samples: int, seed: int) -> Dataset:
     """Three classes of noisy 6x6 images, told apart by where they are bright."""

@@ -13,6 +13,8 @@ from torch import nn
 from autocompress_fast.graph import inspect
 from autocompress_fast.plan import LayerPlan, MaskedParameters, Plan, check_fits, mask
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)

@@ -10,6 +10,8 @@ from autocompress_fast.graph import Report, inspect
 from autocompress_fast.plan import LayerPlan, Plan, mask
 from autocompress_fast.purify import unused_paths
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLE = torch.zeros(1, 2, 8, 8)
 
 

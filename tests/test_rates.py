@@ -16,6 +16,8 @@ from autocompress_fast.models import vgg
 from autocompress_fast.purify import unused_paths
 from autocompress_fast.rates import STRUCTURES, Target, allocate, smallest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Targets
 
 

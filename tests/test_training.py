@@ -20,6 +20,8 @@ from autocompress_fast.plan import LayerPlan, Plan
 from autocompress_fast.progress import Progress
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def dataset(samples: int = 48, seed: int = 0) -> Dataset:
     """Three classes of noisy 6x6 images, told apart by where they are bright."""
@@ -182,6 +184,8 @@ from pathlib import Path
 
 sys.path.insert(0, {tests!r})
 import test_training as here
+
+here.torch.set_num_threads(1)
 
 class Announce(here.Progress):
     steps = 0
