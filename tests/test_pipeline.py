@@ -271,7 +271,9 @@ def test_the_test_part_is_read_once(trained):
 
 def test_small_data_sets_are_one_batch(trained):
     few = SPLITS.train.subset(slice(10))
-    run(trained, (few, SPLITS.validation), recipe=variant(rounds=1, batch_size=128))
+    result = run(trained, (few, SPLITS.validation), recipe=variant(rounds=1, batch_size=128))
+    assert result.history
+    assert all(np.isfinite(row["loss"]) for row in result.history)
 
 
 @pytest.mark.parametrize("data", [SPLITS.train, (SPLITS.train,), (1, 2, 3, 4), None])

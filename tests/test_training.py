@@ -417,7 +417,11 @@ def test_channels_last_leaves_other_dimensions_alone():
     model = nn.Sequential(nn.Conv3d(1, 2, 2), nn.Flatten(), nn.Linear(16, 2))
     x = torch.randn(8, 1, 3, 3, 3)
     config = TrainingConfig(1, channels_last=True)
-    Trainer(model, UserBatches([(x, torch.arange(8) % 2)]), config).run()
+    before = model[0].weight.detach().clone()
+    history = Trainer(model, UserBatches([(x, torch.arange(8) % 2)]), config).run()
+    assert len(history) == 1
+    assert model[0].weight.is_contiguous()
+    assert not torch.equal(model[0].weight, before)
 
 
 # The loss
