@@ -185,8 +185,7 @@ class ADMM:
                 raise ValueError(f"constraints names {name!r}, which is no layer of the model with a weight matrix")
             self._weights[name] = weight
         self._check_links()
-        self.z: dict[str, torch.Tensor] = {}
-        self._project_weights(self.z)
+        self.z = self._projected(self.constraints)
         self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
         self._set_targets()
 
@@ -235,6 +234,24 @@ class ADMM:
         self._set_targets()
         return residuals
 
+    def plan(self, constraints: Mapping[str, Constraint] | None = None) -> Plan:
+        """What the projection of the weights as they are keeps, P(W); nothing is changed.
+
+        Args:
+            constraints: project onto these, of the same layers, instead of the ones trained towards.
+
+        Raises:
+            ValueError: NaN or infinity in a weight, other layers, counts that do not fit.
+        """
+        constraints = self.constraints if constraints is None else constraints
+        if set(constraints) != set(self.constraints):
+            raise ValueError(f"constraints must name {sorted(self.constraints)}, got {sorted(constraints)}")
+        plans = {}
+        for name, projected in self._projected(constraints).items():
+            kept = (projected != 0).cpu().numpy()
+            plans[name] = _without_elements(LayerPlan.from_mask(kept, constraints[name].groups), constraints[name])
+        return Plan(plans)
+
     def finish(self) -> Plan:
         """Project the weights themselves, W <- P(W), and return what is kept.
 
@@ -243,13 +260,7 @@ class ADMM:
         Raises:
             ValueError: NaN or infinity in a weight; nothing is changed then.
         """
-        projected: dict[str, torch.Tensor] = {}
-        self._project_weights(projected)
-        plans = {}
-        for name, constraint in self.constraints.items():
-            kept = (projected[name] != 0).cpu().numpy()
-            plans[name] = _without_elements(LayerPlan.from_mask(kept, constraint.groups), constraint)
-        plan = Plan(plans)
+        plan = self.plan()
         apply_masks(self.model, plan)
         return plan
 
@@ -294,16 +305,18 @@ class ADMM:
                     f"the weight of {name!r} has {wrong} values that are NaN or infinite; training diverged"
                 )
 
-    def _project_weights(self, into: dict[str, torch.Tensor]) -> None:
+    def _projected(self, constraints: Mapping[str, Constraint]) -> dict[str, torch.Tensor]:
         """P(W) of every layer in turn, its columns on living channels alone."""
         self._check_finite()
-        for name, constraint in self.constraints.items():
+        projected: dict[str, torch.Tensor] = {}
+        for name in self.constraints:
             weight = _plain(self._weights[name])
-            dead = self._dead_columns(name, into)
+            dead = self._dead_columns(name, projected)
             try:
-                into[name] = constraint.project(weight if dead is None else weight.masked_fill(dead, 0))
+                projected[name] = constraints[name].project(weight if dead is None else weight.masked_fill(dead, 0))
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from error
+        return projected
 
     def _dead_columns(self, name: str, projected: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Bool, broadcast to the layer's weight: the columns of channels whose filters are all zero in `projected`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -30,9 +31,9 @@ from autocompress_fast.admm import ADMM, Constraint, RhoSchedule
 from autocompress_fast.compact import Kept, compact, restore
 from autocompress_fast.data import Augmentation, Batches, Dataset, Splits, UserBatches, batches
 from autocompress_fast.graph import Counts, Report, inspect
-from autocompress_fast.plan import Plan
+from autocompress_fast.plan import Plan, apply_masks
 from autocompress_fast.progress import Progress, default_progress
-from autocompress_fast.rates import STRUCTURES, Target, allocate
+from autocompress_fast.rates import STRUCTURES, Target, allocate, fill
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
 
 if TYPE_CHECKING:
@@ -351,12 +352,16 @@ def _rounds(
         part = goal.part(number / rounds)
         now = report if number == 1 else inspect(small, example)
         stages.progress.note(f"round {number} of {rounds}: to {part}")
-        constraints = allocate(now, part, report.counts(), recipe.structure)
+        allowed = allocate(now, part, report.counts(), recipe.structure)
+
+        filled = functools.partial(fill, now, part, report.counts(), allowed)
+        constraints = filled(ADMM(small, allowed, links=now.links()).plan)
         for step, step_constraints in enumerate(_steps(constraints, recipe.structure)):
             admm = ADMM(small, step_constraints, rho=recipe.rho, links=now.links())
             name = f"round{number}.admm" + (f"{step + 1}" if step else "")
             stages.run(small, name, recipe.training("admm", number), admm=admm, masks=masks)
-            masks = admm.finish().tied(now)
+            masks = admm.plan(filled(admm.plan) if step_constraints == constraints else None).tied(now)
+            apply_masks(small, masks)
         assert masks is not None
         cut = compact(small, masks, example, columns=False)
         small, masks = cut.model, cut.plan

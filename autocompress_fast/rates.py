@@ -16,8 +16,10 @@ import numpy as np
 from autocompress_fast import ops
 from autocompress_fast.admm import Constraint
 from autocompress_fast.graph import Counts, Layer, Report
+from autocompress_fast.plan import Plan
+from autocompress_fast.purify import unused_paths
 
-__all__ = ["STRUCTURES", "Target", "allocate", "smallest"]
+__all__ = ["STRUCTURES", "Target", "allocate", "fill", "smallest"]
 
 STRUCTURES = ("filter+column", "filter-then-column", "filter", "column", "element")
 
@@ -26,6 +28,7 @@ _ALPHA = 0.55
 # the linear layers limit LeNet-5: at 89x CONV, 35x instead of 85x of all weights gave 0.4 points more (validation set).
 _UNCOUNTED = 0.75
 _FILTER_CHOICES = 16  # candidate filter counts of a layer, spaced geometrically
+_MOST_GROWTH, _GROWTH_STEPS = 64.0, 16  # of `fill`: factors up to the first, found to a relative 64^(2^-16)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,58 @@ def allocate(
     return _filters_and_columns(report, budget)
 
 
+def fill(
+    report: Report,
+    target: Target,
+    dense: Counts,
+    constraints: dict[str, Constraint],
+    project: Callable[[dict[str, Constraint]], Plan],
+) -> dict[str, Constraint]:
+    """The constraints, as much larger as the target allows once unused paths are gone.
+
+    What a constraint lets stay is not all used: a filter that the next layer does not read is dead, and so is a column
+    of a dropped filter. Their places go to others: the counts of all layers grow by one factor, then those of
+    convolutions and of linear layers each by one more, as far as the target is still met.
+
+    Args:
+        report: of the network as it is now.
+        target: relative to `dense`.
+        dense: sizes of the network that the target counts from.
+        constraints: that meet the target, as `allocate` makes them.
+        project: what the network would keep under constraints (`ADMM.plan`).
+
+    Raises:
+        ValueError: the constraints leave nothing of a layer.
+
+    Example:
+        >>> import torch
+        >>> from autocompress_fast.admm import ADMM
+        >>> from autocompress_fast.graph import inspect
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(100, 50), torch.nn.ReLU(), torch.nn.Linear(50, 10))
+        >>> report, target = inspect(model, torch.zeros(1, 100)), Target(params=50)
+        >>> constraints = allocate(report, target, report.counts(), "element")
+        >>> admm = ADMM(model, constraints, links=report.links())
+        >>> filled = fill(report, target, report.counts(), constraints, admm.plan)
+        >>> [unused_paths(admm.plan(c), report).weights for c in (constraints, filled)]
+        [81, 110]
+    """
+    factors = {True: 1.0, False: 1.0}  # of convolutions; of linear layers
+
+    def fits(trial: dict[bool, float]) -> bool:
+        plan = project(_grown(report, constraints, trial))
+        return target.met(dense, report.counts(unused_paths(plan, report)))
+
+    for kinds in ((True, False), (True,), (False,)):
+        low, high = 0.0, math.log(_MOST_GROWTH)
+        for _ in range(_GROWTH_STEPS):
+            middle = 0.5 * (low + high)
+            grown = {kind: factor * (math.exp(middle) if kind in kinds else 1.0) for kind, factor in factors.items()}
+            low, high = (middle, high) if fits(grown) else (low, middle)
+        factors.update({kind: factors[kind] * math.exp(low) for kind in kinds})
+    return _grown(report, constraints, factors)
+
+
 def smallest(report: Report, structure: str = "filter+column") -> Counts:
     """The smallest network that `allocate` can ask for."""
     return _counts(report, {layer.name: _least(layer, structure) for layer in report.layers}, structure)
@@ -250,6 +305,41 @@ def _filters_and_columns(report: Report, budget: dict[str, int]) -> dict[str, Co
         columns = min(width, max(1, weights // filters)) if layer.columns_prunable else width
         sizes[layer.name] = filters, columns
     return {layer.name: Constraint("filter+column", sizes[layer.name]) for layer in report.layers if layer.groups == 1}
+
+
+def _grown(report: Report, constraints: dict[str, Constraint], factors: dict[bool, float]) -> dict[str, Constraint]:
+    """The constraints with so many times the weights, no count smaller than before, and none above what there is."""
+    grown: dict[str, Constraint] = {}
+    for layer in reversed(report.layers):
+        if layer.name not in constraints:
+            continue
+        old, factor = constraints[layer.name], factors[layer.is_conv]
+        rows, width = layer.shape[0], layer.weights // layer.shape[0]
+        keep: int | tuple[int, int]
+        if isinstance(old.keep, tuple):
+            filters = _grown_filters(report, layer, old.keep[0], factor, grown)
+            keep = filters, min(width, max(old.keep[1], int(old.keep[0] * old.keep[1] * factor / filters)))
+        elif old.structure == "filter":  # channels go with them
+            keep = min(rows, int(old.keep * math.sqrt(factor)))
+        else:
+            keep = min(layer.weights if old.structure == "element" else layer.columns, int(old.keep * factor))
+        grown[layer.name] = Constraint(old.structure, keep, old.groups)
+    return {name: grown[name] for name in constraints}
+
+
+def _grown_filters(report: Report, layer: Layer, filters: int, factor: float, grown: dict[str, Constraint]) -> int:
+    """As many as its reader's columns where every filter is one column there; otherwise half of the growth."""
+    if layer.link is None:
+        return filters
+    reader = grown.get(layer.link.consumer)
+    if (
+        reader is not None
+        and isinstance(reader.keep, tuple)
+        and layer.link.positions == 1
+        and not report[layer.link.consumer].is_conv
+    ):
+        return max(filters, min(layer.shape[0], reader.keep[1]))
+    return min(layer.shape[0], int(filters * math.sqrt(factor)))
 
 
 def _best_filters(report: Report, layer: Layer, weights: int, least: int) -> int:

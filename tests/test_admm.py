@@ -311,7 +311,26 @@ def test_only_finish_changes_the_model():
     admm = ADMM(model, {"0": constraint("column")})
     admm.penalty().backward()
     admm.update()
+    admm.plan()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_plan_is_what_finish_keeps(structure):
+    model = layer()
+    admm = ADMM(model, {"0": constraint(structure)})
+    disturb(model, 5)
+    expected = admm.plan()
+    assert admm.finish() == expected
+
+
+def test_a_plan_under_other_constraints():
+    model = layer()
+    admm = ADMM(model, {"0": Constraint("filter", 2)})
+    assert int(admm.plan({"0": Constraint("filter", 4)})["0"].filters.sum()) == 4
+    assert int(admm.plan()["0"].filters.sum()) == 2
+    with pytest.raises(ValueError, match=r"constraints must name \['0'\], got \['1'\]"):
+        admm.plan({"1": Constraint("filter", 4)})
 
 
 def chain() -> nn.Sequential:
