@@ -298,7 +298,7 @@ def compress(
     if dry_run:
         return _dry_run(model, loader, report, goal, recipe, rounds)
     allocate(report, goal, report.counts(), recipe.structure)  # says now what cannot be met
-    folder = None if workdir is None else _claimed(Path(workdir), model, goal, recipe)
+    folder = None if workdir is None else _claimed(Path(workdir), model, goal, recipe, train_part)
 
     told = progress or default_progress()
     with told:
@@ -463,12 +463,14 @@ def _example(example_input: Example | None, validation: Batches) -> tuple[torch.
     return (example_input,) if isinstance(example_input, torch.Tensor) else tuple(example_input)
 
 
-def _claimed(folder: Path, model: nn.Module, goal: Target, recipe: Recipe) -> Path:
+def _claimed(folder: Path, model: nn.Module, goal: Target, recipe: Recipe, data: Any) -> Path:
     """The work directory, made if need be, after checking that an earlier run in it was this one."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     settings = {"target": asdict(goal), "recipe": asdict(recipe), "weights": digest.hexdigest()}
+    if isinstance(data, Dataset):
+        settings["data"] = _digest_of(data)
     settings = json.loads(json.dumps(settings))
     path = folder / "run.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -483,6 +485,12 @@ def _claimed(folder: Path, model: nn.Module, goal: Target, recipe: Recipe) -> Pa
     else:
         write_atomically(path, json.dumps(settings, indent=1).encode())
     return folder
+
+
+def _digest_of(data: Dataset) -> str:
+    """Tells data sets apart: their shape, all labels and some of the images."""
+    some = data.images[:: max(1, len(data) // 256)]
+    return hashlib.sha256(f"{data.images.shape}".encode() + data.labels.tobytes() + some.tobytes()).hexdigest()
 
 
 def _info(data: Any, report: Report, plan: Plan, accuracy: dict[str, float], goal: Target) -> dict[str, Any]:

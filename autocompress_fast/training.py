@@ -255,7 +255,7 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> None:
         begun = time.monotonic()
-        self.model.train()
+        _train_mode(self.model)
         total = torch.zeros(())
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.config.seed * 1_000_003 + epoch)
@@ -476,6 +476,15 @@ def _known_logits(teacher: nn.Module, train: Batches) -> torch.Tensor | None:
             if logits[0].shape[1] * len(train.dataset) > _MOST_KNOWN_LOGITS:
                 return None
     return torch.cat(logits)
+
+
+def _train_mode(model: nn.Module) -> None:
+    """Training mode, but for batch normalisations that the user froze: they keep their statistics."""
+    model.train()
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and own and not any(p.requires_grad for p in own):
+            module.eval()
 
 
 def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

@@ -354,6 +354,8 @@ def test_other_settings_in_a_used_directory_are_refused(trained, whole):
     ):
         with pytest.raises(ValueError, match=f"holds a run with another {what}; choose another work directory"):
             run(model, workdir=folder, **options)
+    with pytest.raises(ValueError, match="holds a run with another data; choose"):
+        run(trained, workdir=folder, data=dataclasses.replace(SPLITS, train=SPLITS.train.subset(slice(1, None))))
     assert files(folder) == before
 
 

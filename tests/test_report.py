@@ -10,14 +10,7 @@ import autocompress_fast as acf
 from autocompress_fast import report as reports
 from autocompress_fast.purify import unused_paths
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they give to networks this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

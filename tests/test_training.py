@@ -547,6 +547,19 @@ def test_training_learns(tmp_path):
     assert {"stage", "epoch", "loss", "validation", "seconds"} == set(rows[0])
 
 
+def test_frozen_normalisations_keep_their_statistics():
+    frozen, trained = network(), network()
+    for parameter in frozen[1].parameters():
+        parameter.requires_grad_(False)
+    before = weights(frozen)
+    for model in (frozen, trained):
+        Trainer(model, loader(), TrainingConfig(2, lr=0.01)).run()
+    after = weights(frozen)
+    assert all(torch.equal(after[name], before[name]) for name in after if name.startswith("1."))
+    assert not torch.equal(after["0.weight"], before["0.weight"])
+    assert not torch.equal(trained[1].running_mean, before["1.running_mean"])
+
+
 def test_admm_metrics_are_logged(tmp_path):
     rows = trainer(tmp_path, RUNS["adam, ADMM every second epoch"]).run()
     assert ["primal" in row for row in rows] == [False, True, False, True]
