@@ -184,10 +184,15 @@ def fill(
         [81, 110]
     """
     factors = {True: 1.0, False: 1.0}  # of convolutions; of linear layers
+    linear = math.inf  # a target for convolutions alone says nothing of linear layers: those keep what they were given
+    if list(target.rates()) == ["conv"]:
+        allowed = {name: _weights(report[name], constraint) for name, constraint in constraints.items()}
+        linear = sum(allowed.get(layer.name, layer.weights) for layer in report.layers if not layer.is_conv)
 
     def fits(trial: dict[bool, float]) -> bool:
         plan = project(_grown(report, constraints, trial))
-        return target.met(dense, report.counts(unused_paths(plan, report)))
+        counts = report.counts(unused_paths(plan, report))
+        return target.met(dense, counts) and counts.params - counts.conv <= linear
 
     for kinds in ((True, False), (True,), (False,)):
         low, high = 0.0, math.log(_MOST_GROWTH)

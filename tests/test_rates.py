@@ -136,6 +136,17 @@ def test_filling_gives_the_places_of_unused_paths_to_other_weights():
     assert 0.999 * dense.params / 100 < filled <= dense.params / 100
 
 
+def test_filling_for_convolutions_leaves_the_linear_layers_what_they_were_given():
+    report = report_of("lenet5")
+    goal, dense = Target(conv=40), report.counts()
+    constraints = allocate(report, goal, dense)
+    admm = ADMM(rebuilt(report), constraints, rho=1.0, links=report.links())
+    given = sum(np.prod(c.keep) for name, c in constraints.items() if not report[name].is_conv)
+    counts = report.counts(unused_paths(admm.plan(fill(report, goal, dense, constraints, admm.plan)), report))
+    assert 0.9 * given < counts.params - counts.conv <= given
+    assert 0.95 * dense.conv / 40 < counts.conv <= dense.conv / 40
+
+
 def rebuilt(report: Report) -> nn.Module:
     """A module with the layers of the report alone, in which ADMM can project."""
     model = nn.Module()

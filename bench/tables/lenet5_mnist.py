@@ -21,7 +21,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 # name -> (what it is, target, further options)
 ROWS = {
-    "structured-40x": ("filters + columns, CONV 40x", "conv=40", ["--no-base-augment", "--final-epochs", "20"]),
+    "structured-40x": ("filters + columns, CONV 40x", "conv=40", ["--no-base-augment", "--final-epochs", "40"]),
     "structured-88x": (
         "filters + columns, CONV 88x",
         "conv=88,params=12",
