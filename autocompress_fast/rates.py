@@ -312,6 +312,14 @@ def _filters_and_columns(report: Report, budget: dict[str, int]) -> dict[str, Co
     return {layer.name: Constraint("filter+column", sizes[layer.name]) for layer in report.layers if layer.groups == 1}
 
 
+def _weights(layer: Layer, constraint: Constraint) -> int:
+    """The weights that a constraint lets stay."""
+    if isinstance(constraint.keep, tuple):
+        return constraint.keep[0] * constraint.keep[1]
+    groups = {"filter": layer.shape[0], "column": layer.columns}.get(constraint.structure, layer.weights)
+    return constraint.keep * layer.weights // groups
+
+
 def _grown(report: Report, constraints: dict[str, Constraint], factors: dict[bool, float]) -> dict[str, Constraint]:
     """The constraints with so many times the weights, no count smaller than before, and none above what there is."""
     grown: dict[str, Constraint] = {}
