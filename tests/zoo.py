@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ZOO", "Entry", "build", "example", "randomise"]
+__all__ = ["ZOO", "Entry", "build", "define_operators", "example", "randomise"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ ZOO = (*_torchvision(), *_timm())
 
 def build(entry: Entry, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The network in eval mode, with reproducible random parameters and statistics."""
-    _define_operators()
+    define_operators()
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
@@ -128,8 +128,9 @@ def randomise(model: nn.Module, images: torch.Tensor) -> None:
     """Give vectors, constant tensors and batch statistics values that differ from channel to channel, in place.
 
     Gains are in 0.5..1.5 with a tenth of them negative, layer scales and the like in 0.3..0.8, offsets normal with
-    deviation 0.2. Means and variances of batch normalisations are those of the images, moved by normal noise and a
-    factor in 0.7..1.4: other values would let the signal of a deep network die out or explode.
+    deviation 0.2. Means and variances of batch normalisations are those of the images (no variance below half of the
+    layer's mean: there may be two values to a channel), moved by normal noise and a factor in 0.7..1.4: other values
+    would let the signal of a deep network die out or explode.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     gains = {id(module.weight) for module in model.modules() if _is_norm(module) and module.weight is not None}
@@ -154,7 +155,8 @@ def randomise(model: nn.Module, images: torch.Tensor) -> None:
     for norm, momentum in zip(norms, before, strict=True):
         norm.eval()
         norm.momentum = momentum
-        norm.running_var.clamp_(min=1e-3).mul_(torch.empty_like(norm.running_var).uniform_(0.7, 1.4))
+        norm.running_var.clamp_(min=max(float(norm.running_var.mean()) / 2, 1e-3))
+        norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.7, 1.4))
         norm.running_mean.addcmul_(torch.randn_like(norm.running_mean), norm.running_var.sqrt(), value=0.3)
     model.eval()
 
@@ -164,7 +166,7 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and hasattr(module, "weight")
 
 
-def _define_operators() -> None:
+def define_operators() -> None:
     """Let torchvision import where its own native module does not fit the torch that is installed."""
     if _LIBRARY:
         return
