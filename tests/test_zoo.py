@@ -8,6 +8,7 @@ from torch import nn
 from zoo import ZOO, Entry, build, example
 
 import autocompress_fast as acf
+from autocompress_fast.graph import Report
 
 pytestmark = [
     pytest.mark.slow,
@@ -18,7 +19,7 @@ pytestmark = [
 _prunable: dict[Entry, float] = {}  # share of the MACs, of the networks read so far
 
 
-def read(entry: Entry, model: nn.Module) -> acf.Report:
+def read(entry: Entry, model: nn.Module) -> Report:
     report = acf.inspect(model, example(entry, dtype=next(model.parameters()).dtype))
     _prunable[entry] = report.prunable_macs / report.macs
     return report
