@@ -1,5 +1,6 @@
 """Networks that others wrote: each is read, pruned by half and cut, and computes what the masked one does."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
@@ -35,7 +36,7 @@ def size(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("entry", ZOO, ids=str)
-def test_half_of_a_network(entry: Entry, record_property: pytest.RecordProperty) -> None:
+def test_half_of_a_network(entry: Entry, record_property: Callable[[str, object], None]) -> None:
     model = build(entry, dtype=torch.float64)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     report = read(entry, model)
