@@ -7,7 +7,7 @@ shows the shortest network with that seed that fails.
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -568,9 +568,9 @@ def random_plan(report: Report, seed: int, kind: str) -> Plan:
             columns = rng.random(layer.columns) < 0.75
         if kind in ("groups and elements", "anything") and rng.random() < 0.5:
             elements = rng.random(layer.shape) < 0.7
-        plan = LayerPlan(layer.shape, filters[layer.name], columns, elements, layer.groups)
+        plan = LayerPlan(layer.shape, filters[layer.name], columns, elements, layer.groups, layer.transposed)
         if not reads(plan, channels[layer.name]):
-            plan = LayerPlan(layer.shape, filters[layer.name], np.ones(layer.columns, bool), None, layer.groups)
+            plan = replace(plan, columns=np.ones(layer.columns, bool), elements=None)
         layers[layer.name] = plan
     plan = Plan(layers)
     return plan.tied(report) if kind == PLANS[0] or rng.random() < 0.6 else plan
