@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from autocompress_fast._baked import baked
 from autocompress_fast.graph import inspect
 from autocompress_fast.plan import LayerPlan, MaskedParameters, Plan, check_fits, mask
 
@@ -140,12 +141,54 @@ def test_masks_that_need_gradients_are_read():
     assert Plan.from_masks({"a": weight})["a"].weights == 2
 
 
-def test_a_dense_plan_keeps_everything_and_ties_the_normalisations():
+def test_a_dense_plan_keeps_everything():
     report = inspect(network(), EXAMPLE)
     plan = Plan.dense(report)
-    assert plan.weights == report.params
-    assert plan["0"].norms == ("1",)
-    assert plan["3"].norms == ()
+    assert plan.weights == plan.dense_weights == report.params
+    assert plan.parameters == {}
+
+
+def test_dropped_filters_tie_all_that_is_theirs_alone():
+    """The normalisation behind the first layer; what the second one drops has nothing of its own."""
+    report = inspect(network(), EXAMPLE)
+    filters, others = [1, 0, 1, 1, 0, 1], [1, 0, 1, 1]
+    plan = Plan({"0": LayerPlan((6, 3, 3, 3), filters, np.ones(27)), "3": LayerPlan((4, 6, 3, 3), others, np.ones(54))})
+    assert plan.parameters == {}
+    tied = plan.tied(report)
+    assert dict(tied) == dict(plan)
+    assert set(tied.parameters) == {f"1.{part}" for part in ("weight", "bias", "running_mean", "running_var")}
+    for dim, kept in tied.parameters.values():
+        assert dim == 0
+        assert kept.tolist() == [bool(x) for x in filters]
+
+
+def residual() -> nn.Module:
+    """A block around which its input goes: `stem`, `inner` and what the additions put out have the same channels."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 4, 3)
+            self.norm, self.scale = nn.BatchNorm2d(6), nn.Parameter(torch.ones(1, 6, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            return self.head(self.scale * self.norm(x + self.inner(x)))
+
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_what_reads_a_sum_is_tied_when_nothing_of_the_sum_is_left():
+    report = inspect(residual(), EXAMPLE)
+    stem = LayerPlan((6, 3, 3, 3), [0, 0, 1, 1, 1, 1], np.ones(27))
+    inner = LayerPlan((6, 6, 3, 3), [0, 1, 0, 1, 1, 1], np.ones(54))
+    assert Plan({"stem": stem}).tied(report).parameters == {}  # what the other puts out still arrives
+    tied = Plan({"stem": stem, "inner": inner}).tied(report).parameters
+    assert {name: dim for name, (dim, _) in tied.items() if name == "scale"} == {"scale": 1}
+    assert "norm.weight" in tied
+    for _, kept in tied.values():
+        assert kept.tolist() == [False] + [True] * 5
 
 
 @pytest.mark.parametrize(("filters", "columns"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.4), (0.3, 0.6), (0.99, 0.99)])
@@ -155,8 +198,17 @@ def test_uniform_removes_the_shares_asked_for_and_the_smallest_norms(filters, co
     plan = Plan.uniform(report, filters=filters, columns=columns)
     for layer in report.layers:
         rows = max(1, round(layer.shape[0] * (1 - filters))) if layer.filters_prunable else layer.shape[0]
-        assert plan[layer.name].filters.sum() == rows
-        assert plan[layer.name].columns.sum() == max(1, round(layer.columns * (1 - columns)))
+        kept = plan[layer.name]
+        assert kept.filters.sum() == rows
+        reading = {"0": np.ones(27, bool), "3": np.repeat(plan["0"].filters, 9), "5": np.repeat(plan["3"].filters, 36)}
+        living = reading[layer.name]  # columns of filters that are dropped go with them
+        assert not kept.columns[~living].any()
+        assert kept.columns.sum() == min(living.sum(), max(1, round(layer.columns * (1 - columns))))
+        sizes = (
+            model.get_submodule(layer.name).weight.detach().flatten(1)[torch.tensor(kept.filters)].norm(dim=0).numpy()
+        )
+        others = living & ~kept.columns
+        assert not others.any() or sizes[kept.columns].min() >= sizes[others].max()
     if columns == 0:  # then it is the filters with the largest norms
         norms = model[0].weight.detach().flatten(1).norm(dim=1)
         kept = torch.tensor(plan["0"].filters)
@@ -173,12 +225,79 @@ def test_uniform_keeps_its_counts_where_weights_are_zero():
     assert (plan["3"].filters.sum(), plan["3"].columns.sum()) == (2, 27)
 
 
-def test_uniform_leaves_grouped_layers_whole():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(4 * 16, 3))
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 0.99])
+def test_uniform_drops_tied_filters_together_those_of_smallest_joint_norm(share):
+    """The two layers that are added: the norms are independent, so that neither layer's own order is the joint one."""
+    model = residual()
+    joint = (model.stem.weight.flatten(1).square().sum(1) + model.inner.weight.flatten(1).square().sum(1)).detach()
+    plan = Plan.uniform(inspect(model, EXAMPLE), filters=share)
+    kept = plan["stem"].filters
+    assert kept.sum() == max(1, round(6 * (1 - share)))
+    assert kept.tolist() == plan["inner"].filters.tolist()
+    assert kept.all() or joint.numpy()[kept].min() > joint.numpy()[~kept].max()
+    assert plan["head"].filters.all()
+    assert plan["head"].columns.tolist() == np.repeat(kept, 9).tolist()
+    assert kept.all() == (plan.parameters == {})
+    assert all(tied.tolist() == kept.tolist() for _, tied in plan.parameters.values())
+
+
+def test_uniform_keeps_the_groups_of_grouped_layers_alike():
+    """The i-th filter of every group goes with the i-th of the others, by their joint norm; single columns stay."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(8 * 16, 3))
     report = inspect(model, torch.zeros(1, 4, 6, 6))
-    plan = Plan.uniform(report, filters=0.5, columns=0.5)
-    assert plan["0"].groups == 2
-    assert plan["0"].mask().all()
+    plan = Plan.uniform(report, filters=0.5, columns=0.5)["0"]
+    joint = model[0].weight.detach().reshape(2, 4, -1).square().sum((0, 2))
+    kept = plan.filters.reshape(2, 4)
+    assert plan.groups == 2
+    assert kept[0].tolist() == kept[1].tolist() == (joint >= joint.sort().values[2]).tolist()
+    assert plan.columns.all()
+
+
+def test_uniform_drops_depthwise_filters_with_the_channel_they_read():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+    plan = Plan.uniform(inspect(model, EXAMPLE), filters=0.5)
+    joint = sum(model[i].weight.detach().flatten(1).square().sum(1) for i in (0, 1))
+    assert plan["0"].filters.tolist() == plan["1"].filters.tolist() == (joint >= joint.sort().values[4]).tolist()
+    assert plan["1"].columns.reshape(8, 9).all(axis=1).tolist() == plan["0"].filters.tolist()
+
+
+def test_plans_of_transposed_layers_know_how_their_weight_lies():
+    model = nn.Sequential(
+        nn.ConvTranspose2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, groups=2), nn.Conv2d(6, 2, 1)
+    )
+    report = inspect(model, EXAMPLE)
+    with torch.no_grad():
+        model[0].weight[:, :4] *= 0.01
+    plan = Plan.uniform(report, filters=0.5)
+    assert plan["0"].shape == (8, 3, 3, 3)
+    assert plan["0"].weight_shape == tuple(model[0].weight.shape) == (3, 8, 3, 3)
+    assert plan["2"].weight_shape == tuple(model[2].weight.shape) == (8, 3, 2, 2)
+    assert plan["0"].weight_mask().any(axis=(0, 2, 3)).tolist() == plan["0"].filters.tolist()
+    assert np.array_equal(plan["2"].weight_mask().any(axis=(1, 2, 3)), plan["0"].filters)
+    masked = mask(model, plan)
+    for name in ("0", "2"):
+        kept = torch.tensor(plan[name].weight_mask())
+        old = model.get_submodule(name).weight
+        assert torch.equal(masked.get_submodule(name).weight, torch.where(kept, old, 0))
+        assert 0 < kept.sum() < kept.numel()
+
+
+def test_masks_of_transposed_layers_one_weight_at_a_time():
+    """Weight [c, j] of group g is of filter g * P/groups + j, and reads channel c, the (c mod C/groups)-th of g."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        groups, inputs, outputs, size = (int(n) for n in rng.integers(1, 4, 4))
+        shape = (groups * outputs, inputs, size)
+        plan = LayerPlan(
+            shape, rng.random(shape[0]) < 0.6, rng.random(groups * inputs * size) < 0.6, None, groups, transposed=True
+        )
+        found = plan.weight_mask()
+        assert found.shape == plan.weight_shape == (groups * inputs, outputs, size)
+        for c, j, k in np.ndindex(found.shape):
+            group = c // inputs
+            column = group * inputs * size + c % inputs * size + k
+            assert found[c, j, k] == (plan.filters[group * outputs + j] and plan.columns[column])
+        assert found.sum() == plan.weights
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, math.nan])
@@ -205,20 +324,54 @@ def test_saved_plans_load_as_they_were(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_ties_survive_the_file(tmp_path):
-    plan = Plan.uniform(inspect(network(), EXAMPLE), filters=0.5)
+def test_tied_parameters_survive_the_file(tmp_path):
+    for model, names in ((network(), {"1.weight", "1.bias"}), (residual(), {"norm.weight", "norm.bias", "scale"})):
+        plan = Plan.uniform(inspect(model, EXAMPLE), filters=0.5)
+        assert names <= set(plan.parameters)
+        plan.save(tmp_path / "plan.json")
+        loaded = Plan.load(tmp_path / "plan.json").parameters
+        assert {name: (dim, kept.tolist()) for name, (dim, kept) in loaded.items()} == {
+            name: (dim, kept.tolist()) for name, (dim, kept) in plan.parameters.items()
+        }
+        expected = mask(model, plan).state_dict()
+        assert all(
+            torch.equal(x, expected[n]) for n, x in mask(model, Plan.load(tmp_path / "plan.json")).state_dict().items()
+        )
+
+
+def test_transposed_layers_survive_the_file(tmp_path):
+    plan = Plan({"a": LayerPlan((4, 3, 2), [1, 0, 1, 1], np.ones(12), None, 2, transposed=True)})
     plan.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json")["0"].norms == ("1",)
+    loaded = Plan.load(tmp_path / "plan.json")["a"]
+    assert loaded.transposed
+    assert loaded.weight_shape == (6, 2, 2)
+    np.testing.assert_array_equal(loaded.weight_mask(), plan["a"].weight_mask())
+
+
+def test_files_without_ties_and_of_before_there_were_transposed_layers_are_read(tmp_path):
+    content = good_file()
+    del content["tied"], content["layers"]["a"]["transposed"]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.parameters == {}
+    assert not plan["a"].transposed
 
 
 def good_file() -> dict:
-    layer = {"shape": [2, 3], "groups": 1, "filters": [0], "columns": [0, 2], "norms": []}
-    return {"autocompress_fast.plan": 1, "layers": {"a": layer}}
+    layer = {"shape": [2, 3], "groups": 1, "transposed": False, "filters": [0], "columns": [0, 2]}
+    tied = {"b.weight": {"dim": 0, "of": 2, "kept": [0]}}
+    return {"autocompress_fast.plan": 1, "layers": {"a": layer}, "tied": tied}
 
 
 def changed(**fields: object) -> str:
     content = good_file()
     content["layers"]["a"].update(fields)
+    return json.dumps(content)
+
+
+def changed_tie(**fields: object) -> str:
+    content = good_file()
+    content["tied"]["b.weight"].update(fields)
     return json.dumps(content)
 
 
@@ -260,8 +413,25 @@ HOSTILE = {
     "columns beyond": changed(columns=[3]),
     "columns of truth": changed(columns=[True]),
     "columns of nothing": changed(columns=None),
-    "norms of text": changed(norms="ab"),
-    "norms of numbers": changed(norms=[1]),
+    "transposed by a number": changed(transposed=1),
+    "transposed by text": changed(transposed="no"),
+    "a list of ties": json.dumps({**good_file(), "tied": []}),
+    "ties of nothing": json.dumps({**good_file(), "tied": None}),
+    "a tie that is a list": json.dumps({**good_file(), "tied": {"b": [0]}}),
+    "an empty tie": json.dumps({**good_file(), "tied": {"b": {}}}),
+    "a tie along a negative dimension": changed_tie(dim=-1),
+    "a tie along dimension 2**40": changed_tie(dim=2**40),
+    "a tie along truth": changed_tie(dim=False),
+    "a tie of no entries": changed_tie(of=0),
+    "a tie of negative size": changed_tie(of=-2),
+    "a tie of 2**40 entries": changed_tie(of=2**40),
+    "a tie of half an entry": changed_tie(of=0.5),
+    "a tie beyond": changed_tie(kept=[2]),
+    "a tie below": changed_tie(kept=[-1]),
+    "a tie of text": changed_tie(kept="0"),
+    "many plausible ties": json.dumps(
+        {**good_file(), "tied": {str(i): {"dim": 0, "of": 2**25, "kept": []} for i in range(99)}}
+    ),
     "elements of numbers": changed(elements=[1, 0]),
     "elements not in base64": changed(elements="*&^"),
     "too few elements": changed(elements=""),
@@ -270,9 +440,7 @@ HOSTILE = {
     "many plausible layers": json.dumps(
         {
             "autocompress_fast.plan": 1,
-            "layers": {
-                str(i): {"shape": [1, 2**25], "groups": 1, "filters": [], "columns": [], "norms": []} for i in range(99)
-            },
+            "layers": {str(i): {"shape": [1, 2**25], "groups": 1, "filters": [], "columns": []} for i in range(99)},
         }
     ),
 }
@@ -295,7 +463,10 @@ def test_hostile_files_are_refused_by_name_before_anything_large_is_made(tmp_pat
 def test_the_good_file_of_these_tests_is_good(tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(good_file()))
-    assert Plan.load(path)["a"].weights == 2
+    plan = Plan.load(path)
+    assert plan["a"].weights == 2
+    dim, kept = plan.parameters["b.weight"]
+    assert (dim, kept.tolist()) == (0, [True, False])
 
 
 def test_missing_files_are_missing(tmp_path):
@@ -350,8 +521,17 @@ def test_dropped_filters_put_out_nothing():
         (Plan({"9": LayerPlan.dense((2, 2))}), r"names '9', which is no layer with a weight; layers: 0, 1, 3, 5"),
         (Plan({"2": LayerPlan.dense((2, 2))}), "names '2'"),
         (Plan({"0": LayerPlan.dense((6, 3, 3, 2))}), r"for a weight \(6, 3, 3, 2\), the model's has \(6, 3, 3, 3\)"),
-        (Plan({"3": LayerPlan((4, 6, 3, 3), [1] * 4, [1] * 54, norms=("1",))}), "ties '3' to '1', no normalisation"),
-        (Plan({"3": LayerPlan((4, 6, 3, 3), [1] * 4, [1] * 54, norms=("7",))}), "ties '3' to '7'"),
+        (
+            Plan({"0": LayerPlan.dense((6, 3, 3, 3), transposed=True)}),
+            r"for a weight \(3, 6, 3, 3\), the model's has \(6, 3, 3, 3\)",
+        ),
+        (
+            Plan({}, {"1.weight": (0, np.ones(5))}),
+            r"ties '1\.weight' of size 5 in dimension 0, the model's has \(6,\)",
+        ),
+        (Plan({}, {"1.weight": (1, np.ones(6))}), r"ties '1\.weight' of size 6 in dimension 1"),
+        (Plan({}, {"1.slope": (0, np.ones(6))}), r"ties '1\.slope'"),
+        (Plan({}, {"7.weight": (0, np.ones(6))}), r"ties '7\.weight'"),
     ],
 )
 def test_plans_for_another_model_are_refused_before_anything_changes(plan, message):
@@ -364,10 +544,72 @@ def test_plans_for_another_model_are_refused_before_anything_changes(plan, messa
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_computed_weights_cannot_be_masked():
+def test_what_is_tied_goes_with_the_filters_and_statistics_stay():
+    model = residual()
+    with torch.no_grad():
+        for x in (model.norm.weight, model.norm.bias, model.norm.running_mean, model.scale):
+            x.normal_()
+    plan = Plan.uniform(inspect(model, EXAMPLE), filters=0.5)
+    masked, filters = mask(model, plan), torch.tensor(plan["stem"].filters)
+    for name in ("norm.weight", "norm.bias"):
+        old, new = model.get_parameter(name), masked.get_parameter(name)
+        assert torch.equal(new, torch.where(filters, old, 0))
+    assert torch.equal(masked.scale, torch.where(filters.reshape(1, 6, 1, 1), model.scale, 0))
+    for name in ("norm.running_mean", "norm.running_var"):
+        assert torch.equal(masked.get_buffer(name), model.get_buffer(name))
+
+
+def test_computed_weights_are_plain_in_the_masked_copy_and_cannot_be_held_at_zero_in_training():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    plan = Plan.from_masks({"0": np.array([[1, 0], [0, 0]])})
+    masked = mask(model, plan)
+    assert sorted(masked.state_dict()) == ["0.bias", "0.weight"]
+    assert isinstance(masked[0].weight, nn.Parameter)
+    assert torch.equal(masked[0].weight, model[0].weight * torch.tensor([[1, 0], [0, 0]]))
+    assert nn.utils.parametrize.is_parametrized(model[0])
     with pytest.raises(ValueError, match="names '0', whose weight is no parameter but computed"):
-        mask(model, Plan({"0": LayerPlan.dense((2, 2))}))
+        MaskedParameters(model, plan, torch.optim.SGD(model.parameters(), 0.1))
+
+
+COMPUTED = {
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "weight norm of old": nn.utils.weight_norm,
+    "spectral norm of old": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_baked_weights_are_plain_parameters_of_a_copy_that_computes_the_same(kind, train):
+    torch.manual_seed(0)
+    model = nn.Sequential(COMPUTED[kind](nn.Linear(4, 4)), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model.train(train)
+    model[1].eval()
+    x = torch.randn(3, 4)
+    model(x)  # some keep a weight that has a graph from here on
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    classes = [type(module) for module in model.modules()]
+    modes = {name: module.training for name, module in model.named_modules()}
+    plain = baked(model)
+    assert set(plain.state_dict()) == set(
+        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).state_dict()
+    )
+    assert all(isinstance(plain[i].weight, nn.Parameter) for i in (0, 2))
+    assert {name: module.training for name, module in plain.named_modules()} == {n: modes[n] for n in ("", *"012")}
+    assert not any(module._forward_pre_hooks for module in plain.modules())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert list(model.state_dict()) == list(before)
+    assert [type(module) for module in model.modules()] == classes
+    torch.testing.assert_close(plain.eval()(x), model.eval()(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_without_computed_weights_is_baked_as_it_is():
+    model = network()
+    assert baked(model) is model
 
 
 # Training under masks
@@ -442,7 +684,7 @@ def _zeroed(model, plan):
 
 def test_removed_masks_let_go():
     model = network()
-    plan = Plan.uniform(inspect(model, EXAMPLE), filters=0.5, columns=0.3)
+    plan = Plan.uniform(inspect(model, EXAMPLE), filters=0.25, columns=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     masks = MaskedParameters(model, plan, optimizer)
     train_a_step(model, optimizer, 0)
