@@ -250,27 +250,232 @@ def test_a_constant_that_nobody_reads_need_not_be_folded():
     assert compact(model, plan, x).model[0].weight.shape[0] == 5
 
 
-def test_grouped_layers_stay_as_they_are():
+def test_depthwise_layers_shrink_with_their_channels_and_grouped_ones_stay_alike():
+    """Layer "2" has a group per channel of "0"; "6" two groups, of which the i-th filters go together."""
     model, x = network("grouped and depthwise", 0)
     report = report_on("grouped and depthwise")
-    small = compact(model, random_plan(report, 0), x)
-    for name in ("2", "6"):
-        assert torch.equal(small.model.get_submodule(name).weight, model.get_submodule(name).weight)
-        assert small.plan[name].groups == report[name].groups
-        assert small.plan[name].mask().all()
+    channels, grouped = np.array([1, 0, 1, 1, 0, 1], bool), np.array([1, 0, 1, 1, 0, 1], bool)
+    plan = Plan(
+        {
+            "0": LayerPlan((6, 2, 3, 3), channels, np.ones(18)),
+            "2": LayerPlan((6, 1, 3, 3), channels, np.repeat(channels, 9), None, 6),
+            "6": LayerPlan((6, 4, 3, 3), grouped, np.ones(72), None, 2),
+        }
+    )
+    small = compact(model, plan.tied(report), x)
+    kept = torch.tensor(channels)
+    depthwise = small.model[2]
+    assert (depthwise.groups, depthwise.in_channels, depthwise.out_channels) == (4, 4, 4)
+    assert torch.equal(depthwise.weight, model[2].weight[kept])
+    assert small.plan["2"].groups == 4
+    assert small.model[0].weight.shape == (4, 2, 3, 3)
+    other = small.model[6]
+    assert (other.groups, other.in_channels, other.out_channels) == (2, 8, 4)
+    assert torch.equal(other.weight, model[6].weight[torch.tensor([0, 2, 3, 5])])
+    assert small.model[9].weight.shape == (3, 4 * 4)
+    assert small.kind == "module"
 
 
-def test_mobilenet_is_compacted_around_its_depthwise_layers():
+def test_filters_that_go_from_one_group_alone_are_zeros_and_masks():
+    """The groups stay alike: what the plan drops of one of them only cannot be cut out."""
+    model, x = network("grouped and depthwise", 0)
+    plan = Plan({"6": LayerPlan((6, 4, 3, 3), [0, 1, 1, 1, 1, 1], np.ones(72), None, 2)})
+    small = compact(model, plan, x)
+    assert small.model[6].weight.shape == (6, 4, 3, 3)
+    assert small.plan["6"].filters.tolist() == [False] + [True] * 5
+    assert not small.model[6].weight[0].any()
+
+
+@pytest.mark.parametrize(("filters", "columns"), [(0.0, 0.5), (0.5, 0.0), (0.4, 0.6)])
+def test_mobilenet_is_compacted_with_its_depthwise_layers(filters, columns):
     torch.manual_seed(0)
     model = nn.Sequential(*models.create("mobilenet_v2").features[:4])
     x = torch.randn(2, 3, 16, 16)
     report = inspect(model, x)
-    plan = Plan.uniform(report, columns=0.5)
+    plan = Plan.uniform(report, filters=filters, columns=columns)
     small = compact(model, plan, x)
+    assert small.kind == "module"
     assert report.counts(restore(small.plan, small.kept, report)) == report.counts(unused_paths(plan, report))
+    if not columns:
+        assert physical(small.model) == report.counts(plan).params
+        for layer in report.layers:
+            assert small.model.get_submodule(layer.name).weight.shape[0] == plan[layer.name].filters.sum()
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+    return model
+
+
+def test_residual_networks_lose_tied_filters_together():
+    torch.manual_seed(0)
+    model, x = randomised(models.create("resnet20", width=8)), torch.randn(2, 3, 32, 32)
+    report = inspect(model, x)
+    plan = Plan.uniform(report, filters=0.5)
+    small = compact(model, plan, x)
+    assert small.kind == "graph"  # the shortcuts pad with channels of zeros, so many as their code says
+    assert small.max_difference < 1e-4
+    assert physical(small.model) == report.counts(plan).params < report.params / 2.5
+    tied = report.sets[0].layers
+    assert len(tied) == 10
+    assert small.model.conv1.weight.shape[0] == plan["conv1"].filters.sum()
+    assert small.model.linear.weight.shape == (10, 16)
+    assert report.counts(restore(small.plan, small.kept, report)) == report.counts(plan)
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_filters_of_a_sum_stay_while_one_of_its_terms_does(columns):
+    """Random filters of every layer by itself: what of a sum is alive in one term has its place in all others."""
+    torch.manual_seed(0)
+    model, x = randomised(models.create("resnet20", width=4)), torch.randn(2, 3, 16, 16)
+    report = inspect(model, x)
+    for seed in range(2):
+        plan = random_plan(report, seed)
+        small = compact(model, plan, x, columns=columns)
+        expected = mask(model, plan).eval()(x)
+        torch.testing.assert_close(small.model.eval()(x), expected, rtol=0, atol=1e-4 * largest(expected))
+        check_fits(small.model, small.plan)
+        torch.testing.assert_close(mask(small.model, small.plan).eval()(x), small.model(x))
+        assert physical(small.model) < physical(model)
+        kept = {name: set(k.filters.tolist()) for name, k in small.kept.items()}
+        for block in range(3):  # the three blocks of the first stage add onto what `conv1` puts out
+            assert kept[f"layer1.{block}.conv2"] == kept["conv1"]
+            assert set(np.flatnonzero(plan[f"layer1.{block}.conv2"].filters)) <= kept["conv1"]
+
+
+def test_transposed_layers_shrink_at_both_ends():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2))
+    model.append(nn.Conv2d(6, 2, 1))
+    x = torch.randn(2, 3, 5, 5)
+    report = inspect(randomised(model), x)
+    plan = Plan.uniform(report, filters=0.5)
+    small = compact(model, plan, x)
+    assert [tuple(small.model[i].weight.shape) for i in (0, 3, 4)] == [(3, 4, 3, 3), (4, 3, 2, 2), (2, 3, 1, 1)]
+    assert (small.model[3].in_channels, small.model[3].out_channels) == (4, 3)
+    first, second = (torch.tensor(plan[name].filters) for name in ("0", "3"))
+    assert torch.equal(small.model[3].weight, model[3].weight[first][:, second])
+    assert small.plan["3"].shape == (3, 4, 2, 2)
+    assert small.plan["3"].weight_shape == (4, 3, 2, 2)
+    check_fits(small.model, small.plan)
+    assert restore(small.plan, small.kept, report) == plan
+
+
+# Python code with sizes of its own
+
+
+class Sized(nn.Module):
+    """A forward that says how many channels there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.Linear(6 * 36, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.norm(self.a(x)).relu().view(-1, 6 * 36))
+
+
+def sized() -> tuple[nn.Module, torch.Tensor, Report]:
+    torch.manual_seed(0)
+    model, x = randomised(Sized()), torch.randn(3, 2, 8, 8)
+    return model, x, inspect(model, x)
+
+
+def test_sizes_in_the_code_make_a_graph_and_the_reason_is_told():
+    model, x, report = sized()
+    plan = Plan.uniform(report, filters=0.5)
+    small = compact(model, plan, x)
+    assert small.kind == "graph"
+    assert isinstance(small.model, torch.fx.GraphModule)
+    assert small.reason.startswith("RuntimeError: shape '[-1, 216]' is invalid for input of size")
+    assert type(small.model).__name__ == "Sized"
+    assert physical(small.model) == report.counts(plan).params
+    expected = mask(model, plan).eval()
+    torch.testing.assert_close(small.model.eval()(x), expected(x), rtol=1e-4, atol=1e-5)
+    other = torch.randn(7, 2, 8, 8)
+    torch.testing.assert_close(small.model(other), expected(other), rtol=1e-4, atol=1e-5)
+    assert set(small.model.state_dict()) == set(model.state_dict())
+    assert restore(small.plan, small.kept, report) == plan
+
+
+def test_a_plan_that_cuts_nothing_out_leaves_the_users_own_class():
+    model, x, report = sized()
+    small = compact(model, Plan.dense(report), x)
+    assert (small.kind, small.reason, type(small.model)) == ("module", "", Sized)
+
+
+def test_a_graph_is_compacted_again():
+    model, x, report = sized()
+    first = compact(model, Plan.uniform(report, filters=0.5), x, columns=False)
+    now = inspect(first.model, x)
+    assert [layer.name for layer in now.layers] == ["a", "b"]
+    plan = Plan.uniform(now, filters=0.6)
+    second = compact(first.model, plan, x)
+    expected = mask(first.model, plan).eval()(x)
+    torch.testing.assert_close(second.model.eval()(x), expected, rtol=1e-4, atol=1e-5)
+    assert second.model.a.weight.shape[0] == 1
+    whole = restore(second.plan, {name: first.kept[name].then(kept) for name, kept in second.kept.items()}, report)
+    assert torch.equal(second.model.a.weight, model.a.weight[torch.tensor(whole["a"].filters)])
+
+
+def test_computed_weights_are_plain_in_the_small_network():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 6, 3)), nn.ReLU(), nn.Conv2d(6, 5, 3), *flat(80)
+    )
+    x = torch.randn(3, 2, 8, 8)
+    before = state(model)
+    report = inspect(model, x)
+    assert [layer.name for layer in report.layers] == ["0", "2", "4"]
+    plan = Plan.uniform(report, filters=0.5)
+    small = compact(model, plan, x)
+    assert set(small.model.state_dict()) == {f"{i}.{part}" for i in (0, 2, 4) for part in ("weight", "bias")}
+    filters = torch.tensor(plan["0"].filters)
+    torch.testing.assert_close(small.model[0].weight, model[0].weight[filters])
+    assert small.model[0].weight.requires_grad
+    assert_same_state(model, before)
+    assert nn.utils.parametrize.is_parametrized(model[0])
+
+
+def test_frozen_channels_stay_beside_those_that_go():
+    """What the model puts out of its body stays; so does what no operator is understood of."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.free, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            body = self.body(x)
+            return body[:, :2], self.head(body.relu() + self.free(x).relu())
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(3, 4)
+    plan = Plan({name: LayerPlan((6, 4), [1, 0, 1, 0, 0, 1], np.ones(4)) for name in ("body", "free")})
+    small = compact(model, plan, x)
+    assert small.kept["body"].filters.tolist() == small.kept["free"].filters.tolist() == [0, 1, 2, 5]
+    assert isinstance(small.model.head, ColumnLinear)
+    assert small.model.head.features == 4
+    assert small.model.head.index.tolist() == [0, 2, 3]
+    assert small.plan["body"].filters.tolist() == [True, False, True, True]
+    assert not small.model.body.weight[1].any()
+    torch.testing.assert_close(small.model(x), mask(model, plan)(x))
 
 
 # Coordinates and sizes
+
+
+def gather(weight: torch.Tensor, kept: Kept, groups: int) -> torch.Tensor:
+    """The rows and columns that are kept; the i-th block of columns belongs to the i-th block of rows."""
+    matrix = weight.flatten(1)
+    rows, width = matrix.shape[0] // groups, matrix.shape[1]
+    blocks = [kept.columns[kept.columns // width == p // rows] % width for p in kept.filters]
+    return torch.stack([matrix[p, block] for p, block in zip(kept.filters, blocks, strict=True)])
 
 
 @pytest.mark.parametrize("columns", [True, False])
@@ -292,15 +497,19 @@ def test_kept_says_where_the_weights_were_even_after_a_second_compaction(kind, c
         restored = restore(second.plan, kept, report)
         for name, layer in second.plan.items():
             weight = second.model.get_submodule(name).weight.detach()
-            original = model.get_submodule(name).weight.detach().flatten(1)
-            gathered = original[kept[name].filters][:, kept[name].columns].reshape(weight.shape)
+            original = model.get_submodule(name).weight.detach()
+            gathered = gather(original, kept[name], report[name].groups).reshape(weight.shape)
             assert torch.equal(weight, torch.where(torch.tensor(layer.mask()), gathered, 0))
-            whole = torch.where(torch.tensor(restored[name].mask()), model.get_submodule(name).weight.detach(), 0)
-            assert torch.equal(
-                weight, whole.flatten(1)[kept[name].filters][:, kept[name].columns].reshape(weight.shape)
-            )
+            whole = torch.where(torch.tensor(restored[name].mask()), original, 0)
+            assert torch.equal(weight, gather(whole, kept[name], report[name].groups).reshape(weight.shape))
             assert restored[name].weights == layer.weights
-            assert restored[name].norms == (report[name].link.norms if report[name].link else ())
+        for norm, producer in NORMS.get(kind, {}).items():
+            for part in ("weight", "bias", "running_mean", "running_var"):
+                _, tied = restored.parameters.get(f"{norm}.{part}", (0, np.ones(report[producer].shape[0], bool)))
+                assert tied.tolist() == restored[producer].filters.tolist()
+
+
+NORMS = {"normalised": {"1": "0", "4": "3", "10": "9"}}
 
 
 def test_then_composes():
@@ -326,7 +535,7 @@ def test_the_small_network_has_the_size_that_the_plan_counts(kind):
 def test_without_columns_dropped_columns_are_zeros_and_masks():
     model, x = network("plain", 0)
     report = inspect(model, x)
-    small = compact(model, Plan.uniform(report, filters=0.5, columns=0.5), x, columns=False)
+    small = compact(model, Plan.uniform(report, filters=0.5, columns=0.75), x, columns=False)
     assert {type(module) for module in small.model} == {nn.Conv2d, nn.ReLU, nn.Flatten, nn.Linear}
     check_fits(small.model, small.plan)
     for name, layer in small.plan.items():
@@ -392,7 +601,7 @@ def test_a_wrong_compaction_is_detected_and_nothing_is_returned(monkeypatch):
     model, x = network("normalised", 0)
     plan = random_plan(report_on("normalised"), 0).tied(report_on("normalised"))
     before = state(model)
-    monkeypatch.setattr(compaction, "_shrink_norm", _with_wrong_statistics)
+    monkeypatch.setattr(compaction, "_shrink", _with_statistics_of_others)
     with pytest.raises(
         AssertionError, match=r"differs from the masked one by .* \(float64, allowed 1e-10\); nothing is"
     ):
@@ -401,12 +610,10 @@ def test_a_wrong_compaction_is_detected_and_nothing_is_returned(monkeypatch):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def _with_wrong_statistics(norm: nn.Module, filters: torch.Tensor) -> None:
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        value = getattr(norm, name).detach()
-        wrong = value[: len(filters)].clone()
-        setattr(norm, name, nn.Parameter(wrong) if name in ("weight", "bias") else wrong)
-    norm.num_features = len(filters)
+def _with_statistics_of_others(model: nn.Module, report: Report, keep: np.ndarray, shrink=compaction._shrink) -> None:
+    shrink(model, report, keep)
+    assert len(model[1].running_mean) > 1
+    model[1].running_mean.copy_(model[1].running_mean.flip(0))
 
 
 def test_constants_that_are_not_folded_are_detected(monkeypatch):
@@ -430,11 +637,12 @@ def test_plans_that_do_not_fit_are_refused():
     before = state(model)
     with pytest.raises(ValueError, match=r"for a weight \(2, 2\)"):
         compact(model, Plan({"0": LayerPlan.dense((2, 2))}), x)
-    with pytest.raises(ValueError, match="nothing would be left of layer '2'"):
+    with pytest.raises(ValueError, match="nothing would be left of layer '5'"):
         compact(model, Plan({"2": LayerPlan((5, 6, 3, 3), np.zeros(5), np.ones(54))}), x)
-    shared = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="cannot be pruned here: its weight is used more than once"):
-        compact(nn.Sequential(shared, shared), Plan({"0": LayerPlan.dense((4, 4))}), torch.zeros(1, 4))
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match="names '0', which cannot be pruned here: its weight is used by other"):
+        compact(tied, Plan({"0": LayerPlan.dense((4, 4))}), torch.zeros(1, 4))
     assert_same_state(model, before)
 
 
