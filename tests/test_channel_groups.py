@@ -7,6 +7,7 @@ entry 0 of every parameter and buffer of `bn`.
 
 import copy
 import re
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 
@@ -144,7 +145,7 @@ def check(
     inputs = inputs or (torch.randn(2, *(shape or IMAGE)),)
     report = inspect(model, inputs)
     check_groups(report, model, free, frozen or {}, at_least)
-    small = {dtype: check_exact(model, inputs, report, dtype) for dtype in TOLERANCES}[torch.float32]
+    small = check_exact(model, inputs, report, dtype_for(model))
     plan = Plan.uniform(report, filters=0.5)
     shapes = {layer.name: (layer.shape, small.plan[layer.name].shape) for layer in report.layers}
     if not free and not at_least:
@@ -209,6 +210,11 @@ def differences(found: set[str], wanted: set[str], report: Report) -> str:
         *(f"frozen:  {dict(group.filters)}: {group.frozen}" for group in report.groups if group.frozen),
     ]
     return "\n".join(lines)
+
+
+def dtype_for(model: nn.Module) -> torch.dtype:
+    """Every other network is compacted in float32, where `compact` compares in float64 first, the others in float64."""
+    return list(TOLERANCES)[zlib.crc32(repr(model).encode()) % 2]
 
 
 def check_exact(model: nn.Module, inputs: tuple[torch.Tensor, ...], report: Report, dtype: torch.dtype) -> Compacted:
@@ -1226,8 +1232,14 @@ def test_group_normalisation_across_a_concatenation():
     def forward(m, x):
         return m.head(m.norm(torch.cat([m.a(x), m.b(x)], 1)))
 
-    model = net(forward, a=conv(3, 6), b=conv(3, 2), norm=nn.GroupNorm(2, 8), head=conv(8, 4))
-    check(model, {"a:0-3 > head:0-3 | norm:0-3", "a:4,5 b:0,1 > head:4-7 | norm:4-7"})
+    model = net(forward, a=conv(3, 6), b=conv(3, 10), norm=nn.GroupNorm(4, 16), head=conv(16, 4))
+    free = {
+        "a:0-3 > head:0-3 | norm:0-3",
+        "a:4,5 b:0,1 > head:4-7 | norm:4-7",
+        "b:2-5 > head:8-11 | norm:8-11",
+        "b:6-9 > head:12-15 | norm:12-15",
+    }
+    check(model, free)
 
 
 def test_group_normalisation_without_parameters():
@@ -1499,7 +1511,7 @@ def test_an_output_that_is_a_part_of_a_layer():
 def test_the_path_that_the_example_takes():
     def forward(m, x):
         y = m.a(x)
-        return m.head(F.relu(y) if float(y.abs().sum()) >= 0 else m.other(y))
+        return m.head(F.relu(y) if float(x.abs().sum()) >= 0 else m.other(y))
 
     model = net(forward, a=conv(3, 8), other=conv(8, 8), head=conv(8, 4))
     report = inspect(model, torch.randn(2, *IMAGE))
@@ -1532,8 +1544,8 @@ class Recurrent(nn.Module):
         self.lstm = nn.LSTM(8, 8, batch_first=True)
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
-        rows = self.lstm(y.flatten(2).transpose(1, 2))[0]
-        return rows.transpose(1, 2).unflatten(2, (8, 8))
+        rows = self.lstm(F.avg_pool2d(y, 4).flatten(2).transpose(1, 2))[0]
+        return rows.transpose(1, 2).unflatten(2, (2, 2))
 
 
 class Attention(nn.Module):
