@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import nn
 
 from autocompress_fast import models
 from autocompress_fast.compact import compact
-from autocompress_fast.graph import Counts, Layer, Report, inspect
+from autocompress_fast.graph import Counts, Group, Layer, Report, Set, inspect
 from autocompress_fast.plan import LayerPlan, Plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,16 +50,22 @@ def expected_sizes(model: nn.Module, example: torch.Tensor) -> Counts:
 def test_lenet5_is_a_chain_through_pooling_and_flatten():
     report = report_of("lenet5")
     assert [layer.name for layer in report.layers] == ["conv1", "conv2", "fc1", "fc2"]
-    assert report.links() == {"conv2": "conv1", "fc1": "conv2", "fc2": "fc1"}
+    assert [(tied.layers, tied.size) for tied in report.sets] == [(("conv1",), 20), (("conv2",), 50), (("fc1",), 500)]
+    for tied, reader, positions in zip(report.sets, ("conv2", "fc1", "fc2"), (1, 16, 1), strict=True):
+        assert tied.rows[tied.layers[0]].tolist() == list(range(tied.size))
+        assert list(tied.readers) == [reader]
+        assert tied.readers[reader].tolist() == np.repeat(np.arange(tied.size), positions).tolist()
     assert (report.params, report.conv_params) == (430_500, 25_500)
-    assert report["conv2"].link.positions == 16
     assert report["conv1"].outputs == 24 * 24
     assert report.macs == 500 * 576 + 25_000 * 64 + 400_000 + 5_000
-    assert report.frozen == {"fc2": "filters: it is the output layer"}
+    assert report.frozen == {"fc2": "filters: it is an output of the model"}
     assert report.skipped == {}
     assert report.prunable_macs == report.macs  # columns of the output layer, too
-    assert report.producer("fc1") is report["conv2"]
-    assert report.producer("conv1") is None
+    assert report.prunable_params == report.params
+    assert report.set_of == {tied.layers[0]: tied for tied in report.sets}
+    assert len(report.groups) == 20 + 50 + 500 + 10
+    assert {group.frozen for group in report.groups[-10:]} == {"it is an output of the model"}
+    assert not any(group.frozen for group in report.groups[:-10])
 
 
 def test_vgg16_is_a_chain_with_normalisations():
@@ -66,11 +73,22 @@ def test_vgg16_is_a_chain_with_normalisations():
     report = inspect(model, torch.zeros(1, 3, 32, 32))
     assert len(report.layers) == 14
     assert list(report.frozen) == ["classifier"]
+    groups = {}
+    for group in report.groups:
+        groups.setdefault(next(iter(group.filters)), []).append(group)
     for before, after in zip(report.layers, report.layers[1:], strict=False):
-        assert before.link.consumer == after.name
-        assert len(before.link.norms) == 1
-        assert isinstance(model.get_submodule(before.link.norms[0]), nn.BatchNorm2d)
-        assert model.get_submodule(before.link.norms[0]).num_features == before.shape[0]
+        assert report.set_of[before.name].layers == (before.name,)
+        assert list(report.set_of[before.name].readers) == [after.name]
+        for i, group in enumerate(groups[before.name]):
+            assert group.filters == {before.name: (i,)}
+            assert list(group.channels) == [after.name]
+            names = {name.rpartition(".")[0] for name in group.tied}
+            assert len(names) == 1
+            norm = model.get_submodule(names.pop())
+            assert isinstance(norm, nn.BatchNorm2d)
+            assert norm.num_features == before.shape[0]
+            assert set(group.tied.values()) == {(i,)}
+            assert len(group.tied) == 4
 
 
 def test_vgg16_has_the_size_of_the_papers():
@@ -79,31 +97,46 @@ def test_vgg16_has_the_size_of_the_papers():
     assert report.macs == 313_201_664
 
 
-def test_resnet20_freezes_what_goes_into_the_additions():
+def test_resnet20_ties_what_goes_into_the_additions():
     report = report_of("resnet20")
     first = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(3)]
     second = [f"layer{stage}.{block}.conv2" for stage in (1, 2, 3) for block in range(3)]
-    assert report.links() == dict(zip(second, first, strict=True))
-    for name in second:
-        assert report.frozen[name].startswith("filters: its output goes into aten.add.Tensor in layer")
-        assert "resnet.py" in report.frozen[name]
-        assert report[name].columns_prunable
-    assert report.frozen["conv1"] == "filters: its output goes to 2 operators (conv2d, add)"
-    assert set(report.frozen) == {*second, "conv1", "linear"}
+    added, *inside = report.sets
+    assert added.layers == ("conv1", *second)
+    assert added.size == 64
+    assert [tied.layers for tied in inside] == [(name,) for name in first]
+    assert [list(tied.readers) for tied in inside] == [[name] for name in second]
+    assert set(added.readers) == {*first, "linear"}
+    # The shortcuts put the channels of a stage into the middle of the next one's, between zeros.
+    expected = {1: range(24, 40), 2: range(16, 48), 3: range(64)}
+    order = added.rows["layer3.2.conv2"]
+    assert sorted(order.tolist()) == list(range(64))
+    for stage, place in expected.items():
+        for block in range(3):
+            assert added.rows[f"layer{stage}.{block}.conv2"].tolist() == order[place.start : place.stop].tolist()
+            reads = max(1, stage - (block == 0))
+            assert added.readers[f"layer{stage}.{block}.conv1"].tolist() == order[expected[reads]].tolist()
+    assert report.frozen == {"linear": "filters: it is an output of the model"}
+    assert report.prunable_macs == report.macs
 
 
-def test_mobilenet_freezes_the_grouped_and_what_feeds_them():
+def test_mobilenet_ties_depthwise_layers_to_what_feeds_them():
     report = report_of("mobilenet_v2")
-    grouped = [layer for layer in report.layers if layer.groups > 1]
-    assert len(grouped) == 17
-    for layer in grouped:
+    depthwise = [layer for layer in report.layers if layer.groups > 1]
+    assert len(depthwise) == 17
+    before = {after.name: layer.name for layer, after in zip(report.layers, report.layers[1:], strict=False)}
+    for layer in depthwise:
         assert layer.shape[1] == 1
-        reason = f"it is a grouped convolution ({layer.groups} groups)"
-        assert report.frozen[layer.name] == f"filters: {reason}; columns: {reason}"
+        assert report.frozen[layer.name] == f"columns: it is a grouped convolution ({layer.groups} groups)"
         assert layer.columns == layer.shape[0] * 9
-    assert "goes into 32 groups of aten.conv2d.default in features.1.conv.0.0" in report.frozen["features.0.0"]
-    assert report["features.18.0"].link.consumer == "classifier.1"
-    assert report.prunable_macs == sum(layer.macs for layer in report.layers if layer.groups == 1)
+        tied = report.set_of[layer.name]
+        assert tied.layers == (before[layer.name], layer.name)
+        assert tied.size == layer.groups
+        assert (tied.rows[layer.name] == tied.rows[before[layer.name]]).all()
+        assert (tied.readers[layer.name] == tied.rows[layer.name]).all()
+    assert set(report.frozen) == {"classifier.1", *(layer.name for layer in depthwise)}
+    assert report.set_of["features.4.conv.2"].layers == tuple(f"features.{i}.conv.2" for i in (4, 5, 6))
+    assert report.prunable_macs == report.macs
 
 
 @pytest.mark.parametrize("name", ["lenet5", "lenet300", "lenet_digits", "resnet20", "mobilenet_v2"])
@@ -133,6 +166,11 @@ def test_the_report_as_json():
     assert content["layers"][1]["shape"] == [50, 20, 5, 5]
     assert sum(layer["macs"] for layer in content["layers"]) == content["macs"]
     assert content["skipped"] == {}
+    assert content["sets"] == [
+        {"layers": [name], "groups": size} for name, size in (("conv1", 20), ("conv2", 50), ("fc1", 500))
+    ]
+    assert content["layers"][3]["frozen_filters"] == "it is an output of the model"
+    assert (content["prunable_macs"], content["prunable_params"]) == (content["macs"], content["params"])
 
 
 def test_layers_that_are_not_there():
@@ -156,6 +194,19 @@ def test_the_reports_weights_are_the_models():
     report = inspect(model, torch.zeros(1, 1, 8, 8))
     assert report.weight("fc1").data_ptr() == model.fc1.weight.data_ptr()
     assert not report.weight("fc1").requires_grad
+
+
+def test_the_weights_of_transposed_layers_are_turned_to_filters_times_inputs():
+    for groups in (1, 2):
+        layer = nn.ConvTranspose2d(4, 6, 3, groups=groups)
+        report = inspect(nn.Sequential(layer), torch.zeros(1, 4, 5, 5))
+        weight = report.weight("0")
+        assert tuple(weight.shape) == report["0"].shape == (6, 4 // groups, 3, 3)
+        assert report["0"].kind == "conv_transpose2d"
+        assert report["0"].transposed
+        for p in range(6):
+            group, j = divmod(p, 6 // groups)
+            assert torch.equal(weight[p], layer.weight[group * 4 // groups : (group + 1) * 4 // groups, j])
 
 
 # What freezes filters, in chains of two layers: the reason must say it
@@ -194,18 +245,43 @@ TRANSPARENT = {
     "dropout of channels": nn.Dropout2d(),
     "batch norm": nn.BatchNorm2d(8),
     "batch norm without affine": nn.BatchNorm2d(8, affine=False),
+    "batch norm without statistics": nn.BatchNorm2d(8, track_running_stats=False),
+    "instance norm": nn.InstanceNorm2d(8),
+    "instance norm with affine": nn.InstanceNorm2d(8, affine=True),
+    "layer norm of rows": nn.LayerNorm(10),
+    "a prelu": nn.PReLU(8),
+    "a prelu for all": nn.PReLU(),
+    "zero padding": nn.ZeroPad2d(1),
+    "a transposed view": lambda x: x.transpose(2, 3),
+    "softmax over the width": nn.Softmax(dim=3),
     "reflection": nn.ReflectionPad2d(1),
     "replication": nn.ReplicationPad2d((1, 2, 0, 1)),
     "several": nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout()),
 }
 
 
-@pytest.mark.parametrize("between", TRANSPARENT.values(), ids=TRANSPARENT.keys())
-def test_operators_that_keep_channels_apart_are_followed(between):
-    report = inspect(Between(between), torch.zeros(1, 3, 12, 12))
-    assert report.links() == {"second": "first"}
-    norm = isinstance(between, nn.BatchNorm2d) or (isinstance(between, nn.Sequential) and "between.0")
-    assert len(report["first"].link.norms) == bool(norm)
+TIED = {
+    "batch norm": ("weight", "bias", "running_mean", "running_var"),
+    "batch norm without affine": ("running_mean", "running_var"),
+    "batch norm without statistics": ("weight", "bias"),
+    "instance norm with affine": ("weight", "bias"),
+    "a prelu": ("weight",),
+    "several": ("0.weight", "0.bias", "0.running_mean", "0.running_var"),
+}
+
+
+@pytest.mark.parametrize(("kind", "between"), TRANSPARENT.items(), ids=TRANSPARENT.keys())
+def test_operators_that_keep_channels_apart_are_followed(kind, between):
+    report = inspect(Between(between), torch.zeros(2, 3, 12, 12))
+    assert report.frozen == {"second": "filters: it is an output of the model"}
+    (tied,) = report.sets
+    assert tied.layers == ("first",)
+    assert tied.rows["first"].tolist() == list(range(8))
+    assert {name: found.tolist() for name, found in tied.readers.items()} == {"second": list(range(8))}
+    for i, group in enumerate(report.groups[:8]):
+        assert group == Group(
+            {"first": (i,)}, {"second": (i,)}, {f"between.{name}": (i,) for name in TIED.get(kind, ())}, ""
+        )
 
 
 class Twice(nn.Module):
@@ -224,31 +300,73 @@ class OfOthers(nn.Module):
         return F.batch_norm(x, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias)
 
 
-OPAQUE = {
-    "softmax over channels": (nn.Softmax(dim=1), "aten.softmax"),
-    "layer norm": (nn.LayerNorm(10), "aten.layer_norm"),
-    "group norm": (nn.GroupNorm(2, 8), "aten.group_norm"),
-    "instance norm": (nn.InstanceNorm2d(8), "instance_norm"),
-    "a transposed view": (lambda x: x.transpose(2, 3), "aten.transpose"),
-    "a slice of channels": (lambda x: torch.cat([x[:, 4:], x[:, :4]], 1), "goes to 2 operators (slice, slice)"),
-    "a sum with itself": (Twice(), "is not the first operand of aten.add"),
-    "a prelu": (nn.PReLU(8), "prelu"),
-    "padding": (nn.ZeroPad2d(1), "aten.pad"),
-    "pixel shuffle and back": (nn.Sequential(nn.PixelShuffle(2), nn.PixelUnshuffle(2)), "aten.pixel_shuffle"),
-    "batch norm without statistics": (nn.BatchNorm2d(8, track_running_stats=False), "no running statistics"),
-    "batch norm of others": (OfOthers(), "shares its parameters"),
+def apart(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[:, 4:], x[:, :4]], 1)
+
+
+# name -> (operators, groups of filters that go together, (C,) which of the groups each channel of "second" is)
+MOVED = {
+    "group norm": (nn.GroupNorm(2, 8), [range(4), range(4, 8)], [0] * 4 + [1] * 4),
+    "a slice of channels": (apart, [[i] for i in range(8)], [4, 5, 6, 7, 0, 1, 2, 3]),
+    "a sum with itself": (Twice(), [[i] for i in range(8)], range(8)),
+    "a sum with itself in another order": (
+        lambda x: x + x.flip(1),
+        [[i, 7 - i] for i in range(4)],
+        [0, 1, 2, 3, 3, 2, 1, 0],
+    ),
+    "pixel unshuffle and back": (
+        nn.Sequential(nn.PixelUnshuffle(2), nn.PixelShuffle(2)),
+        [[i] for i in range(8)],
+        range(8),
+    ),
+    "batch norm of others": (OfOthers(), [[i] for i in range(8)], range(8)),
 }
 
 
-@pytest.mark.parametrize(("between", "reason"), OPAQUE.values(), ids=OPAQUE.keys())
-def test_other_operators_freeze_with_the_reason(between, reason):
+@pytest.mark.parametrize(("between", "together", "reads"), MOVED.values(), ids=MOVED.keys())
+def test_operators_that_move_or_tie_channels_are_followed(between, together, reads):
     report = inspect(Between(between), torch.zeros(1, 3, 12, 12))
-    assert reason in report.frozen["first"]
-    assert report.links() == {}
+    (tied,) = report.sets
+    assert tied.size == len(together)
+    assert [list(np.flatnonzero(tied.rows["first"] == i)) for i in range(tied.size)] == [list(t) for t in together]
+    assert tied.readers["second"].tolist() == list(reads)
+    assert [group.filters["first"] for group in report.groups if "first" in group.filters] == [
+        tuple(t) for t in together
+    ]
+
+
+@pytest.mark.parametrize(("filters", "factor"), [(16, 2), (8, 2), (48, 4)])
+def test_pixel_shuffle_into_any_number_of_channels(filters, factor):
+    """As many as its factor, or fewer, too: the channels of the image are what goes."""
+    channels = filters // factor**2
+    model = nn.Sequential(nn.Conv2d(3, filters, 3), nn.PixelShuffle(factor), nn.Conv2d(channels, 4, 3))
+    (tied,) = inspect(model, torch.zeros(1, 3, 9, 9)).sets
+    assert tied.rows["0"].tolist() == np.repeat(np.arange(channels), factor**2).tolist()
+    assert tied.readers["2"].tolist() == list(range(channels))
+
+
+MIXED = {
+    "softmax over channels": (nn.Softmax(dim=1), "its channels are mixed in aten.softmax"),
+    "layer norm": (nn.LayerNorm([8, 10, 10]), "it is normalised across channels in aten.layer_norm"),
+    "one norm group": (nn.GroupNorm(1, 8), "it is normalised across channels in aten.group_norm"),
+    "a mean over channels": (lambda x: x - x.mean(1, keepdim=True), "its channels are mixed in aten.mean"),
+    "a sort": (lambda x: x.sort(1)[0], "its output goes into an operator that is not understood, in aten.sort"),
+}
+
+
+@pytest.mark.parametrize(("between", "reason"), MIXED.values(), ids=MIXED.keys())
+def test_operators_that_mix_channels_freeze_with_the_reason(between, reason):
+    report = inspect(Between(between), torch.zeros(1, 3, 12, 12))
+    assert report.frozen["first"].startswith(f"filters: {reason}")
+    assert "(test_graph.py:" in report.frozen["first"] or "in between" in report.frozen["first"]
+    assert report.sets == ()
     assert report["first"].columns_prunable
+    assert (report.prunable_macs, report.prunable_params) == (0, 0)
+    assert all(group.frozen for group in report.groups)
+    assert report.frozen_filters("first").all()
 
 
-def test_a_normalisation_behind_two_layers_is_shared():
+def test_a_normalisation_behind_two_layers_ties_them():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -258,13 +376,23 @@ def test_a_normalisation_behind_two_layers_is_shared():
             return self.c(self.norm(self.b(self.norm(self.a(x)))))
 
     report = inspect(Net(), torch.zeros(2, 4))
-    assert "shares its parameters" in report.frozen["a"]
-    assert "shares its parameters" in report.frozen["b"]
+    (tied,) = report.sets
+    assert tied.layers == ("a", "b")
+    assert tied.rows["a"].tolist() == tied.rows["b"].tolist()
+    assert set(tied.readers) == {"b", "c"}
+    assert report.groups[2].filters == {"a": (2,), "b": (2,)}
+    assert set(report.groups[2].tied) == {f"norm.{part}" for part in ("weight", "bias", "running_mean", "running_var")}
 
 
-def test_a_normalisation_of_flattened_values_freezes():
+def test_a_normalisation_of_flattened_values_goes_with_the_filter_of_each():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.BatchNorm1d(8 * 16), nn.Linear(8 * 16, 4))
-    assert "is reshaped before aten.batch_norm" in inspect(model, torch.zeros(2, 3, 6, 6)).frozen["0"]
+    report = inspect(model, torch.zeros(2, 3, 6, 6))
+    assert report.frozen == {"3": "filters: it is an output of the model"}
+    for i, group in enumerate(report.groups[:8]):
+        place = tuple(range(16 * i, 16 * i + 16))
+        assert group.filters == {"0": (i,)}
+        assert group.channels == {"3": place}
+        assert group.tied == {f"2.{part}": place for part in ("weight", "bias", "running_mean", "running_var")}
 
 
 @pytest.mark.parametrize(
@@ -272,7 +400,7 @@ def test_a_normalisation_of_flattened_values_freezes():
 )
 def test_flattening_is_followed(flatten):
     report = inspect(Between(flatten, nn.Linear(8 * 100, 4)), torch.zeros(1, 3, 12, 12))
-    assert report["first"].link.positions == 100
+    assert report.set_of["first"].readers["second"].tolist() == np.repeat(np.arange(8), 100).tolist()
 
 
 def test_other_reshapes_freeze():
@@ -280,20 +408,24 @@ def test_other_reshapes_freeze():
         (lambda x: x.reshape(-1, 100), nn.Linear(100, 4)),
         (lambda x: x.flatten(2), nn.Linear(100, 4)),
     ):
-        assert "reshapes" in inspect(Between(between, second), torch.zeros(1, 3, 12, 12)).frozen["first"]
+        reason = "filters: its channels do not lie along its inputs in aten.linear.default in second"
+        assert inspect(Between(between, second), torch.zeros(1, 3, 12, 12)).frozen["first"].startswith(reason)
 
 
-def test_layers_on_every_position_freeze():
+def test_layers_on_every_position_of_an_image_freeze_it_and_those_of_a_sequence_are_followed():
     report = inspect(Between(nn.ReLU(), nn.Linear(10, 4)), torch.zeros(1, 3, 12, 12))
-    assert "aten.linear.default in second" in report.frozen["first"]
-    assert "with 4 dimensions" in report.frozen["first"]
+    assert "do not lie along its inputs in aten.linear.default in second" in report.frozen["first"]
     sequence = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
-    assert "has 3 dimensions" in inspect(sequence, torch.zeros(1, 3, 2)).frozen["0"]
+    report = inspect(sequence, torch.zeros(1, 3, 2))
+    assert report["0"].outputs == 3
+    assert report.set_of["0"].readers["3"].tolist() == [0, 1, 2, 3] * 3
 
 
-def test_inputs_without_a_batch_freeze():
+def test_inputs_without_a_batch():
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 3, 3))
-    assert "has 2 dimensions" in inspect(model, torch.zeros(2, 9)).frozen["0"]
+    report, batched = inspect(model, torch.zeros(2, 9)), inspect(model, torch.zeros(1, 2, 9))
+    assert report.set_of["0"].readers["2"].tolist() == [0, 1, 2, 3]
+    assert report.counts() == batched.counts()
 
 
 def test_two_outputs():
@@ -308,10 +440,10 @@ def test_two_outputs():
 
     report = inspect(Net(), torch.zeros(1, 4))
     assert report.frozen == {
-        "body": "filters: its output goes to 2 operators (linear, linear)",
-        "a": "filters: it is the output layer",
-        "b": "filters: it is the output layer",
+        "a": "filters: it is an output of the model",
+        "b": "filters: it is an output of the model",
     }
+    assert report.groups[3] == Group({"body": (3,)}, {"a": (3,), "b": (3,)}, {}, "")
 
 
 def test_a_value_that_is_an_output_too():
@@ -325,6 +457,43 @@ def test_a_value_that_is_an_output_too():
             return x, self.head(x)
 
     assert inspect(Net(), torch.zeros(1, 4)).frozen["body"] == "filters: it is an output of the model"
+
+
+class Partly(nn.Module):
+    """Two of six channels are outputs, and the input goes beside them into the last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.side, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(10, 3)
+
+    def forward(self, x):
+        body = self.body(x)
+        return body[:, :2], self.head(torch.cat([body.relu() + self.side(x), x], 1))
+
+
+def test_some_channels_are_frozen_and_the_others_of_the_layer_are_not():
+    report = inspect(Partly(), torch.zeros(1, 4))
+    frozen = [True, True, False, False, False, False]
+    assert report.frozen_filters("body").tolist() == report.frozen_filters("side").tolist() == frozen
+    assert report["body"].filters_prunable
+    assert list(report.frozen) == ["head"]
+    assert [bool(group.frozen) for group in report.groups] == [*frozen, True, True, True]
+    assert report.groups[1].frozen == "it is an output of the model"
+    assert report.groups[1].filters == {"body": (1,), "side": (1,)}
+    (tied,) = report.sets
+    assert tied.rows["side"].tolist() == [-1, -1, 0, 1, 2, 3]
+    assert tied.readers["head"].tolist() == [-1, -1, 0, 1, 2, 3, -1, -1, -1, -1]
+    # 4 of 6 filters of `body` and `side`; 4 of the 10 channels that `head` reads
+    assert report.prunable_params == report.prunable_macs == 16 + 16 + 12
+
+
+def test_how_many_filters_stay_and_the_norm_of_what_is_tied():
+    rows = {"a": np.array([-1, 0, 1, 2]), "b": np.array([2, 2, 0, 0, 1, 1])}
+    tied = Set(("a", "b"), rows, 3, {})
+    assert [tied.filters("a", groups) for groups in (1, 2, 3)] == [2, 3, 4]
+    assert [tied.filters("b", groups) for groups in (1, 2, 3)] == [2, 4, 6]
+    norms = {"a": np.array([100.0, 1.0, 2.0, 3.0]), "b": np.array([1.0, 2.0, 3.0, 4.0, 0.0, 0.0])}
+    np.testing.assert_allclose(tied.joint(norms), np.sqrt([1 + 9 + 16, 4, 9 + 1 + 4]))
 
 
 def test_outputs_that_nobody_reads():
@@ -345,47 +514,66 @@ def test_outputs_that_nobody_reads():
 # What is left out, and why
 
 
-def test_a_module_called_twice_is_left_out():
+def test_a_module_called_twice_has_one_set_of_filters():
     shared = nn.Conv2d(4, 4, 3, padding=1)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), shared, nn.ReLU(), shared, nn.Conv2d(4, 2, 3))
     report = inspect(model, torch.zeros(1, 3, 12, 12))
-    assert [layer.name for layer in report.layers] == ["0", "4"]
-    assert report.skipped == {"1": "its weight is used more than once, or has several names"}
-    assert "whose weight is no plain parameter of one layer" in report.frozen["0"]
-    with pytest.raises(KeyError, match="has no layer '1': its weight is used more than once"):
-        report["1"]
+    assert [(layer.name, layer.outputs) for layer in report.layers] == [("0", 100), ("1", 200), ("4", 64)]
+    (tied,) = report.sets
+    assert tied.layers == ("0", "1")
+    assert {name: found.tolist() for name, found in tied.readers.items()} == {"1": [0, 1, 2, 3], "4": [0, 1, 2, 3]}
+    assert report.skipped == {}
+    assert report.macs == 100 * 108 + 200 * 144 + 64 * 72
 
 
 def test_tied_weights_are_left_out():
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     second.weight = first.weight
     report = inspect(nn.Sequential(first, nn.ReLU(), second, nn.Linear(4, 2)), torch.zeros(1, 4))
-    assert report.skipped == {"0": "its weight is used more than once, or has several names"}
+    assert report.skipped == {"0": "its weight has several owners"}
     assert [layer.name for layer in report.layers] == ["3"]
+    with pytest.raises(KeyError, match="has no layer '0': its weight has several owners; layers: 3"):
+        report["0"]
+
+
+def test_what_feeds_a_layer_that_is_left_out_is_frozen():
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    report = inspect(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), first, nn.ReLU(), second), torch.zeros(1, 3))
+    assert report.frozen["0"].startswith("filters: its output goes into aten.linear.default in 2")
+    assert "which is no layer with a weight of its own" in report.frozen["0"]
 
 
 def test_tied_biases_are_left_out():
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.bias = first.bias
     report = inspect(nn.Sequential(first, nn.ReLU(), second, nn.Linear(4, 2)), torch.zeros(1, 4))
-    assert report.skipped == dict.fromkeys(("0", "2"), "its bias is used more than once, or has several names")
+    assert report.skipped == dict.fromkeys(("0", "2"), "its bias is used by other operators too")
 
 
-def test_a_module_with_two_names_is_left_out():
+def test_a_module_with_two_names_is_a_layer():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     model.add_module("again", nn.Identity())
     model.again.alias = model[0]
-    assert list(inspect(model, torch.zeros(1, 4)).skipped) == ["0"]
+    example = torch.zeros(1, 4)
+    report = inspect(model, example)
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+    small = compact(model, Plan.uniform(report, filters=0.5, columns=0.7), example).model
+    assert small.again.alias is small[0]
+    assert not isinstance(small[0], nn.Linear)
 
 
-def test_computed_weights_are_left_out():
+def test_computed_weights_are_seen_as_plain_ones():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Conv2d(4, 2, 3))
     report = inspect(model, torch.zeros(1, 3, 12, 12))
-    assert report.skipped == {"0": "its weight is computed, or belongs to another layer"}
-    assert [layer.name for layer in report.layers] == ["2"]
+    assert report.skipped == {}
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+    torch.testing.assert_close(report.weight("0"), model[0].weight.detach())
+    assert report.groups[1] == Group({"0": (1,)}, {"2": (1,)}, {}, "")
+    assert nn.utils.parametrize.is_parametrized(model[0])
 
 
-def test_functional_weights_are_left_out():
+def test_weights_of_the_model_itself_are_left_out_and_those_borrowed_from_a_layer_are_not():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -397,9 +585,10 @@ def test_functional_weights_are_left_out():
             return self.head(F.linear(x, self.borrowed.weight, self.borrowed.bias))
 
     report = inspect(Net(), torch.zeros(1, 4))
-    reason = "the linear is called by the model itself, not by a convolution or linear layer in it"
-    assert report.skipped == {"own": reason, "borrowed": reason}
-    assert [layer.name for layer in report.layers] == ["head"]
+    assert report.skipped == {
+        "own": "the linear is called by the model itself, not by a convolution or linear layer in it"
+    }
+    assert [layer.name for layer in report.layers] == ["borrowed", "head"]
 
 
 def test_layers_of_the_users_own_are_left_out():
@@ -415,8 +604,9 @@ def test_layers_of_the_users_own_are_left_out():
     assert report.skipped == {"0": "the linear is called by Mine '0', not by a convolution or linear layer in it"}
 
 
-def test_a_model_that_is_one_layer_is_left_out():
-    report = inspect(nn.Linear(4, 2), torch.zeros(1, 4))
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_that_is_one_layer_is_left_out(bias):
+    report = inspect(nn.Linear(4, 2, bias=bias), torch.zeros(1, 4))
     assert report.layers == ()
     assert list(report.skipped.values()) == [
         "the linear is called by the model itself, not by a convolution or linear layer in it"
@@ -432,7 +622,7 @@ def test_column_layers_of_a_compacted_model_are_left_out():
     report = inspect(small, example)
     assert [layer.name for layer in report.layers] == ["5"]  # it lost inputs with the filters, and no single column
     assert list(report.skipped) == ["0", "3"]
-    assert "ColumnConv2d '0'" in report.skipped["0"]
+    assert report.skipped["0"] == "its weight is computed"
     assert "ColumnLinear '3'" in report.skipped["3"]
 
 
@@ -441,13 +631,14 @@ def test_subclasses_of_layers_are_layers():
         pass
 
     report = inspect(nn.Sequential(Mine(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), torch.zeros(1, 3, 8, 8))
-    assert report.links() == {"2": "0"}
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+    assert report.groups[3] == Group({"0": (3,)}, {"2": (3,)}, {}, "")
 
 
 def test_convolutions_of_one_and_three_dimensions():
     for conv, example in ((nn.Conv1d, torch.zeros(1, 2, 9)), (nn.Conv3d, torch.zeros(1, 2, 6, 6, 6))):
         report = inspect(nn.Sequential(conv(2, 4, 3), nn.ReLU(), conv(4, 3, 3)), example)
-        assert report.links() == {"2": "0"}
+        assert report.set_of["0"].readers["2"].tolist() == [0, 1, 2, 3]
         side = example.shape[2]
         rank = example.ndim - 2
         assert report["2"].macs == 3 * 4 * 3**rank * (side - 4) ** rank
@@ -455,9 +646,11 @@ def test_convolutions_of_one_and_three_dimensions():
 
 
 def test_layer_sizes():
-    layer = Layer("a", "conv2d", (6, 2, 3, 3), 3, 10, None, "", "because")
+    layer = Layer("a", "conv2d", (6, 2, 3, 3), 3, 10, "", "because")
     assert layer.weights == 6 * 18
     assert layer.columns == 3 * 18
+    assert layer.inputs == 6
+    assert not layer.transposed
     assert layer.macs == 1080
     assert layer.is_conv
     assert layer.filters_prunable
