@@ -11,6 +11,7 @@ from torch import nn
 
 from autocompress_fast import _reference
 from autocompress_fast.admm import ADMM, Constraint, RhoSchedule
+from autocompress_fast.compact import compact
 from autocompress_fast.graph import inspect
 from autocompress_fast.plan import mask
 from autocompress_fast.purify import unused_paths
@@ -356,10 +357,10 @@ CHAIN = {
 
 
 @pytest.mark.parametrize("order", [("0", "2", "5", "7"), ("7", "5", "2", "0"), ("2", "7", "0", "5")])
-def test_links_keep_columns_on_living_channels_so_that_the_counts_are_really_met(order):
+def test_a_report_keeps_columns_on_living_channels_so_that_the_counts_are_really_met(order):
     model = chain()
     report = inspect(model, torch.zeros(1, 2, 6, 6))
-    admm = ADMM(model, {name: CHAIN[name] for name in order}, rho=0.1, links=report.links())
+    admm = ADMM(model, {name: CHAIN[name] for name in order}, rho=0.1, report=report)
     for seed in range(3):
         disturb(model, seed, 0.1)
         admm.update()
@@ -372,8 +373,8 @@ def test_links_keep_columns_on_living_channels_so_that_the_counts_are_really_met
     torch.testing.assert_close(model(x), mask(model, purified)(x))
 
 
-def test_without_links_columns_are_lost_on_dead_channels():
-    """What the test above would miss if links did nothing."""
+def test_without_a_report_columns_are_lost_on_dead_channels():
+    """What the test above would miss if the report did nothing."""
     model = chain()
     report = inspect(model, torch.zeros(1, 2, 6, 6))
     purified = unused_paths(ADMM(model, CHAIN, rho=0.1).finish(), report)
@@ -382,8 +383,8 @@ def test_without_links_columns_are_lost_on_dead_channels():
 
 def test_u_is_zero_on_dead_channels_and_the_residual_counts_their_weights():
     model = chain().double()
-    links = {"2": "0"}
-    admm = ADMM(model, {"0": Constraint("filter", 4), "2": Constraint("column", 72)}, rho=0.1, links=links)
+    report = inspect(model, torch.zeros(1, 2, 6, 6, dtype=torch.float64))
+    admm = ADMM(model, {"0": Constraint("filter", 4), "2": Constraint("column", 72)}, rho=0.1, report=report)
     disturb(model, 0)
     residuals = admm.update()
     dead = ~admm.z["0"].flatten(1).any(dim=1)
@@ -394,16 +395,210 @@ def test_u_is_zero_on_dead_channels_and_the_residual_counts_their_weights():
     assert residuals["2"].primal == pytest.approx(float(weight[:, dead].norm() / weight.norm()), rel=1e-9)
 
 
-def test_links_that_do_not_fit_are_refused():
+def test_reports_on_another_model_are_refused():
     model = chain()
-    with pytest.raises(ValueError, match="the 96 channels of '5' are not 10 filters of '7'"):
-        ADMM(
-            nn.Sequential(*model[:7], nn.Linear(10, 10)),
-            {"5": Constraint("column", 2), "7": Constraint("filter", 2)},
-            links={"5": "7"},
-        )
-    with pytest.raises(ValueError, match="links form a circle: 2 <- 0 <- 2"):
-        ADMM(model, {"2": CHAIN["2"], "0": CHAIN["0"]}, links={"0": "2", "2": "0"})
+    report = inspect(model, torch.zeros(1, 2, 6, 6))
+    other = nn.Sequential(*model[:7], nn.Linear(10, 5), nn.Linear(5, 5))
+    with pytest.raises(ValueError, match=r"'7' has a weight \(4, 10\), not \(5, 10\)"):
+        ADMM(other, CHAIN, report=report)
+    with pytest.raises(ValueError, match="names '8', which the report does not have"):
+        ADMM(other, {"8": Constraint("filter", 2)}, report=report)
+
+
+# Filters that are tied
+
+
+class Residual(nn.Module):
+    """`stem` and what `inner` and `narrow` put out are added; a depthwise and a transposed layer are on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.wide, self.depthwise = nn.Conv2d(8, 10, 1), nn.Conv2d(10, 10, 3, padding=1, groups=10)
+        self.narrow, self.norm = nn.Conv2d(10, 8, 1), nn.BatchNorm2d(8)
+        self.up, self.head = nn.ConvTranspose2d(8, 6, 2, groups=2), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = (x + self.inner(x)).relu()
+        x = self.norm(x + self.narrow(self.depthwise(self.wide(x).relu()).relu())).relu()
+        return self.head(self.up(x).relu())
+
+
+RESIDUAL = torch.zeros(1, 2, 7, 7, dtype=torch.float64)
+ADDED = ("stem", "inner", "narrow")
+
+
+def residual() -> nn.Module:
+    torch.manual_seed(1)
+    model = Residual().double()
+    nn.init.normal_(model.norm.bias)
+    return model.eval()
+
+
+def alike(norms: np.ndarray, groups: int) -> np.ndarray:
+    """The sum over filters i, i + P / groups, ... in the places of all of them."""
+    return np.tile(norms.reshape(groups, -1).sum(axis=0), groups)
+
+
+def joint_norms(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """(P,) squared norm of what each filter is tied to, by hand."""
+    squares = {name: (w.reshape(len(w), -1) ** 2).sum(axis=1) for name, w in values.items()}
+    added = sum(squares[name] for name in ADDED if name in squares)
+    if "up" in values:  # its groups read channels i and i + 4 alike, so that these are one group
+        added = alike(added, 2)
+        squares["up"] = alike(squares["up"], 2)
+    middle = sum(squares[name] for name in ("wide", "depthwise") if name in squares)
+    return {**squares, **dict.fromkeys(ADDED, added), **dict.fromkeys(("wide", "depthwise"), middle)}
+
+
+TIED = {
+    "stem": Constraint("filter", 4),
+    "inner": Constraint("filter", 4),
+    "wide": Constraint("filter", 5),
+    "depthwise": Constraint("filter", 5, 10),
+    "narrow": Constraint("filter", 4),
+    "up": Constraint("filter", 4, 2),
+}
+
+
+def oriented_weight(model: nn.Module, name: str) -> np.ndarray:
+    """(P, C / groups, k, k), by hand."""
+    weight = model.get_submodule(name).weight.detach().numpy()
+    if name != "up":
+        return weight.copy()
+    found = np.empty((6, 4, 2, 2))
+    for p in range(6):
+        found[p] = weight[p // 3 * 4 : p // 3 * 4 + 4, p % 3]
+    return found
+
+
+@pytest.mark.parametrize("order", [list(TIED), list(reversed(TIED))])
+def test_tied_filters_are_updated_together_by_the_book(order):
+    """Z = W + U in the filters whose joint norm of W + U is largest, on living channels; U = U + W - Z."""
+    model = residual()
+    admm = ADMM(model, {name: TIED[name] for name in order}, rho=0.2, report=inspect(model, RESIDUAL))
+    u = {name: np.zeros_like(oriented_weight(model, name)) for name in TIED}
+    chosen = []
+    for seed in range(4):
+        disturb(model, seed)
+        before = {name: z.numpy().copy() for name, z in admm.z.items()}
+        residuals = admm.update()
+        weights = {name: oriented_weight(model, name) for name in TIED}
+        joint = joint_norms({name: weights[name] + u[name] for name in TIED})
+        kept = {}
+        for name, constraint in TIED.items():
+            limit = np.sort(joint[name])[-constraint.keep]
+            kept[name] = joint[name] >= limit
+            assert kept[name].sum() == constraint.keep
+        chosen.append(kept["stem"].tolist())
+        for name in TIED:
+            weight, norm = weights[name], np.linalg.norm(weights[name])
+            living = np.ones_like(weight)
+            reads = {"inner": "stem", "wide": "stem", "narrow": "wide"}.get(name)
+            if reads:
+                living[:, ~kept[reads]] = 0
+            if name == "depthwise":
+                living[~kept["wide"]] = 0
+            if name == "up":
+                living *= kept["stem"].reshape(2, 1, 4, 1, 1).repeat(3, axis=1).reshape(6, 4, 1, 1)
+            v = (weight + u[name]) * living
+            z = v * kept[name].reshape(-1, 1, 1, 1)
+            u[name] = v - z
+            np.testing.assert_allclose(admm.z[name].numpy(), z, rtol=1e-12, atol=1e-14)
+            np.testing.assert_allclose(admm.u[name].numpy(), u[name], rtol=1e-12, atol=1e-14)
+            assert residuals[name].primal == pytest.approx(np.linalg.norm(weight - z) / norm, rel=1e-9)
+            assert residuals[name].dual == pytest.approx(np.linalg.norm(z - before[name]) / norm, rel=1e-9, abs=1e-12)
+    assert len({tuple(c) for c in chosen}) > 1  # the choice was not the same all the time
+
+
+def test_the_gradient_of_turned_weights_lies_as_they_do():
+    model = residual()
+    admm = ADMM(model, TIED, rho=0.3, report=inspect(model, RESIDUAL))
+    for seed in range(2):
+        disturb(model, seed)
+        admm.update()
+    disturb(model, 9)
+    admm.penalty().backward()
+    for name in TIED:
+        module = model.get_submodule(name)
+        expected = 0.3 * (oriented_weight(model, name) - admm.z[name].numpy() + admm.u[name].numpy())
+        found = module.weight.grad
+        with torch.no_grad():
+            module.weight.copy_(found)
+        np.testing.assert_allclose(oriented_weight(model, name), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_finish_drops_tied_filters_with_all_that_is_theirs():
+    model = residual()
+    report = inspect(model, RESIDUAL)
+    admm = ADMM(model, TIED, rho=0.2, report=report)
+    disturb(model, 0)
+    joint = joint_norms({name: oriented_weight(model, name) for name in TIED})
+    expected = {name: joint[name] >= np.sort(joint[name])[-c.keep] for name, c in TIED.items()}
+    plan = admm.finish()
+    for name in TIED:
+        assert plan[name].filters.tolist() == expected[name].tolist()
+        rows = oriented_weight(model, name).reshape(len(expected[name]), -1).any(axis=1)
+        assert rows.tolist() == expected[name].tolist()
+        bias = model.get_submodule(name).bias.detach().numpy()
+        assert (bias != 0).tolist() == expected[name].tolist()
+    for value in (model.norm.weight, model.norm.bias):
+        assert (value != 0).tolist() == expected["stem"].tolist()
+    assert unused_paths(plan, report)["stem"] == plan["stem"]
+    x = torch.randn(2, 2, 7, 7, dtype=torch.float64)
+    small = compact(model, plan, x)
+    assert {name: len(small.kept[name].filters) for name in TIED} == {name: c.keep for name, c in TIED.items()}
+    torch.testing.assert_close(small.model.eval()(x), model(x))
+
+
+def test_tied_layers_keep_the_same_filters_and_columns_of_their_own():
+    model = residual()
+    report = inspect(model, RESIDUAL)
+    constraints = {"stem": Constraint("filter+column", (4, 9)), "inner": Constraint("filter+column", (4, 20))}
+    admm = ADMM(model, {**constraints, "narrow": Constraint("filter", 4)}, rho=0.2, report=report)
+    for seed in range(3):
+        disturb(model, seed, 0.1)
+        admm.update()
+        rows = {name: admm.z[name].flatten(1).any(dim=1).tolist() for name in ADDED}
+        assert rows["stem"] == rows["inner"] == rows["narrow"]
+    plan = admm.finish()
+    assert plan["stem"].filters.tolist() == plan["inner"].filters.tolist() == plan["narrow"].filters.tolist()
+    for name, constraint in constraints.items():
+        assert (plan[name].filters.sum(), plan[name].columns.sum()) == constraint.keep
+    weight = model.inner.weight.detach()
+    assert not weight[:, ~torch.tensor(plan["stem"].filters)].any()  # columns of living channels alone
+
+
+def test_without_a_report_every_layer_keeps_filters_of_its_own():
+    """What the tests above would miss if nothing were tied."""
+    model = residual()
+    plan = ADMM(model, {name: TIED[name] for name in ADDED}, rho=0.2).finish()
+    assert len({tuple(plan[name].filters.tolist()) for name in ADDED}) > 1
+
+
+def test_filters_that_cannot_go_stay_and_count():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.side, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            body = self.body(x)
+            return body[:, :2], self.head(body.relu() + self.side(x).relu())
+
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():
+        for layer in (model.body, model.side):
+            layer.weight[:2] *= 1e-3  # smallest of all, and an output
+    report = inspect(model, torch.zeros(1, 4))
+    squares = (model.body.weight.square() + model.side.weight.square()).sum(1).detach()
+    admm = ADMM(model, {name: Constraint("filter", 4) for name in ("body", "side")}, report=report)
+    plan = admm.finish()
+    kept = squares >= squares[2:].sort().values[-2]
+    kept[:2] = True
+    assert plan["body"].filters.tolist() == plan["side"].filters.tolist() == kept.tolist()
 
 
 # Errors
@@ -536,13 +731,14 @@ def test_schedules_out_of_range_are_refused(arguments):
 def test_a_restored_state_continues_identically():
     models = [chain(), chain()]
     schedule = RhoSchedule(0.1, factor=2.0, every=2)
-    first = ADMM(models[0], CHAIN, rho=schedule, links={"2": "0", "5": "2", "7": "5"})
+    report = inspect(models[0], torch.zeros(1, 2, 6, 6))
+    first = ADMM(models[0], CHAIN, rho=schedule, report=report)
     for seed in range(3):
         disturb(models[0], seed, 0.1)
         first.update()
     state = copy.deepcopy(first.state_dict())
     models[1].load_state_dict(models[0].state_dict())
-    second = ADMM(models[1], CHAIN, rho=schedule, links=first.links)
+    second = ADMM(models[1], CHAIN, rho=schedule, report=report)
     second.load_state_dict(state)
     for seed in range(3, 6):
         results = []
