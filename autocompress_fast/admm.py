@@ -12,17 +12,21 @@ is split into W, trained by any optimizer, and Z in S, with the scaled dual U:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from autocompress_fast import ops
-from autocompress_fast.plan import LayerPlan, Plan, apply_masks
+from autocompress_fast.graph import oriented
+from autocompress_fast.plan import LayerPlan, Plan, apply_masks, largest
 
 if TYPE_CHECKING:
     import torch
+
+    from autocompress_fast.graph import Report
 
 __all__ = ["ADMM", "Constraint", "Residuals", "RhoSchedule"]
 
@@ -133,8 +137,9 @@ class ADMM:
         model: trained in place by the caller; only `finish` changes it.
         constraints: per layer (module path) what may stay non-zero.
         rho: strength of the penalty over the updates; a number for a constant one.
-        links: layer -> the layer whose filters are its channels (`Report.links`). A dropped filter leaves a channel
-            that carries nothing; columns are then kept on living channels alone.
+        report: of `acf.inspect` on the model. Filters that are tied to each other are then kept or dropped together, by
+            their joint norm; and as a dropped filter leaves a channel that carries nothing, columns are kept on living
+            channels alone.
 
     Raises:
         ValueError: no constraint, an unknown layer, counts that do not fit its weight, NaN or infinity in a weight.
@@ -164,7 +169,7 @@ class ADMM:
         constraints: Mapping[str, Constraint],
         *,
         rho: RhoSchedule | float | None = None,
-        links: Mapping[str, str] | None = None,
+        report: Report | None = None,
     ) -> None:
         import torch
 
@@ -173,8 +178,9 @@ class ADMM:
         if rho is None:
             rho = RhoSchedule()
         self.rho_schedule = rho if isinstance(rho, RhoSchedule) else RhoSchedule(rho, factor=1.0, maximum=rho)
-        self.links = {c: p for c, p in (links or {}).items() if c in constraints and p in constraints}
-        self.constraints = {name: constraints[name] for name in _producers_first(constraints, self.links)}
+        self.report = report
+        order = [layer.name for layer in report.layers if layer.name in constraints] if report is not None else []
+        self.constraints = {name: constraints[name] for name in (*order, *constraints)}
         self.model = model
         self.updates = 0
         self._weights: dict[str, torch.nn.Parameter] = {}
@@ -184,7 +190,8 @@ class ADMM:
             if not isinstance(weight, torch.nn.Parameter) or weight.ndim < 2:
                 raise ValueError(f"constraints names {name!r}, which is no layer of the model with a weight matrix")
             self._weights[name] = weight
-        self._check_links()
+        if report is not None:
+            _check_report(report, self._weights)
         self.z = self._projected(self.constraints)
         self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
         self._set_targets()
@@ -214,18 +221,26 @@ class ADMM:
             ValueError: NaN or infinity in a weight; nothing is changed then.
         """
         self._check_finite()
+        values = {name: self._plain(name) for name in self.constraints}
+        rows = self._tied_rows({name: w + self.u[name] for name, w in values.items()}, self.constraints)
         residuals = {}
+        living = _Living(self.report, rows)
         for name, constraint in self.constraints.items():
-            weight, z, u = _plain(self._weights[name]), self.z[name], self.u[name]
+            weight, z, u = values[name], self.z[name], self.u[name]
             norm, outside = float(weight.norm()) or 1.0, 0.0
-            dead = self._dead_columns(name, self.z)
-            if dead is not None:
+            if (dead := living.dead_columns(name, weight)) is not None:
                 alive = weight.masked_fill(dead, 0)
                 outside = float((weight - alive).norm())
                 weight = alive
                 u.masked_fill_(dead, 0)
-            result = ops.admm_update(weight, z, u, constraint.structure, keep=constraint.keep, groups=constraint.groups)
-            residuals[name] = Residuals(math.hypot(result.primal, outside) / norm, result.dual / norm)
+            if name in rows:
+                primal, dual = self._update_tied(weight, z, u, constraint, rows[name])
+            else:
+                keep, groups = constraint.keep, constraint.groups
+                result = ops.admm_update(weight, z, u, constraint.structure, keep=keep, groups=groups)
+                primal, dual = result.primal, result.dual
+            living.found(name, z)
+            residuals[name] = Residuals(math.hypot(primal, outside) / norm, dual / norm)
         before = self.rho
         self.updates += 1
         if self.rho != before:
@@ -249,8 +264,9 @@ class ADMM:
         plans = {}
         for name, projected in self._projected(constraints).items():
             kept = (projected != 0).cpu().numpy()
-            plans[name] = _without_elements(LayerPlan.from_mask(kept, constraints[name].groups), constraints[name])
-        return Plan(plans)
+            layer = replace(LayerPlan.from_mask(kept, constraints[name].groups), transposed=self._turned(name))
+            plans[name] = _without_elements(layer, constraints[name])
+        return Plan(plans) if self.report is None else Plan(plans).tied(self.report)
 
     def finish(self) -> Plan:
         """Project the weights themselves, W <- P(W), and return what is kept.
@@ -289,14 +305,6 @@ class ADMM:
             self.u[name].copy_(state["u"][name])
         self._set_targets()
 
-    def _check_links(self) -> None:
-        for consumer, producer in self.links.items():
-            inputs, filters = self._weights[consumer].shape[1], self._weights[producer].shape[0]
-            if inputs % filters:
-                raise ValueError(
-                    f"links: the {inputs} channels of {consumer!r} are not {filters} filters of {producer!r}"
-                )
-
     def _check_finite(self) -> None:
         for name, weight in self._weights.items():
             if not bool(weight.detach().isfinite().all()):
@@ -306,50 +314,123 @@ class ADMM:
                 )
 
     def _projected(self, constraints: Mapping[str, Constraint]) -> dict[str, torch.Tensor]:
-        """P(W) of every layer in turn, its columns on living channels alone."""
+        """P(W) of every layer in turn, tied filters together, columns on living channels alone."""
         self._check_finite()
+        values = {name: self._plain(name) for name in self.constraints}
+        rows = self._tied_rows(values, constraints)
+        living = _Living(self.report, rows)
         projected: dict[str, torch.Tensor] = {}
-        for name in self.constraints:
-            weight = _plain(self._weights[name])
-            dead = self._dead_columns(name, projected)
+        for name, weight in values.items():
+            if (dead := living.dead_columns(name, weight)) is not None:
+                weight = weight.masked_fill(dead, 0)
+            if name in rows:
+                weight = weight.masked_fill(_row_mask(~rows[name], weight), 0)
             try:
-                projected[name] = constraints[name].project(weight if dead is None else weight.masked_fill(dead, 0))
+                projected[name] = constraints[name].project(weight)
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from error
+            living.found(name, projected[name])
         return projected
 
-    def _dead_columns(self, name: str, projected: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """Bool, broadcast to the layer's weight: the columns of channels whose filters are all zero in `projected`."""
-        producer = self.links.get(name)
-        if producer is None:
-            return None
-        dead = ~projected[producer].flatten(1).any(dim=1)
-        if not bool(dead.any()):
-            return None
-        shape = self._weights[name].shape
-        return dead.repeat_interleave(shape[1] // len(dead)).reshape(1, -1, *[1] * (len(shape) - 2))
+    def _tied_rows(
+        self, values: Mapping[str, torch.Tensor], constraints: Mapping[str, Constraint]
+    ) -> dict[str, npt.NDArray[np.bool_]]:
+        """Layer -> which of its filters stay, for layers whose filters are tied: those with the largest joint norm."""
+        rows: dict[str, npt.NDArray[np.bool_]] = {}
+        for tied in self.report.sets if self.report is not None else ():
+            members = [name for name in tied.layers if name in constraints and "filter" in constraints[name].structure]
+            whole = all((tied.rows[name] >= 0).all() and tied.size == len(tied.rows[name]) for name in members)
+            if not members or (len(tied.layers) == 1 and whole):
+                continue
+            norms = {name: _plain(values[name]).double().flatten(1).norm(dim=1).cpu().numpy() for name in members}
+            norms |= {name: np.zeros(len(tied.rows[name])) for name in tied.layers if name not in norms}
+            keep = constraints[members[0]].keep
+            count = keep[0] if isinstance(keep, tuple) else keep
+            own = tied.rows[members[0]]
+            free = int((own >= 0).sum())
+            groups = max(1, round((count - (own.size - free)) * tied.size / free))
+            chosen = np.append(largest(tied.joint(norms), groups), True)  # the last is for frozen filters
+            rows.update({name: chosen[tied.rows[name]] for name in members})
+        return rows
+
+    def _update_tied(
+        self,
+        weight: torch.Tensor,
+        z: torch.Tensor,
+        u: torch.Tensor,
+        constraint: Constraint,
+        rows: npt.NDArray[np.bool_],
+    ) -> tuple[float, float]:
+        """Z and U of a layer whose filters have been chosen; returns the norms of W - Z and of the change of Z."""
+        v = weight + u
+        new = constraint.project(v.masked_fill(_row_mask(~rows, v), 0))
+        dual = float((new - z).norm())
+        z.copy_(new)
+        u.copy_(v - new)
+        return float((weight - new).norm()), dual
+
+    def _plain(self, name: str) -> torch.Tensor:
+        """A layer's weight as (P, C / groups, ...), without its graph, contiguous."""
+        return _plain(
+            oriented(self._weights[name].detach(), self.constraints[name].groups, transposed=self._turned(name))
+        )
+
+    def _turned(self, name: str) -> bool:
+        return self.report is not None and self.report[name].transposed
 
     def _set_targets(self) -> None:
         """Z - U in the memory format of the weight, so that a training step does one subtraction per layer."""
         import torch
 
         self._targets = {
-            name: torch.empty_like(weight).copy_(self.z[name] - self.u[name]).detach()
+            name: torch.empty_like(weight)
+            .copy_(oriented(self.z[name] - self.u[name], self.constraints[name].groups, transposed=self._turned(name)))
+            .detach()
             for name, weight in self._weights.items()
         }
 
 
-def _producers_first(names: Iterable[str], links: Mapping[str, str]) -> list[str]:
-    """The names, each behind the layer that makes its channels, and otherwise in their order."""
-    order: list[str] = []
-    for name in names:
-        chain = [name]
-        while chain[-1] in links and links[chain[-1]] not in order:
-            if links[chain[-1]] in chain:
-                raise ValueError(f"links form a circle: {' <- '.join([*chain, links[chain[-1]]])}")
-            chain.append(links[chain[-1]])
-        order += [link for link in reversed(chain) if link not in order]
-    return order
+class _Living:
+    """Which channels carry anything, as far as the filters of the layers before are chosen."""
+
+    def __init__(self, report: Report | None, rows: Mapping[str, npt.NDArray[np.bool_]]) -> None:
+        self.report = report
+        layers = report.layers if report is not None else ()
+        self.filters = {layer.name: rows.get(layer.name, np.ones(layer.shape[0], bool)) for layer in layers}
+
+    def found(self, name: str, projected: torch.Tensor) -> None:
+        """A layer's filters are chosen: those that are not zero."""
+        if self.report is not None:
+            self.filters[name] = projected.flatten(1).any(dim=1).cpu().numpy()
+
+    def dead_columns(self, name: str, weight: torch.Tensor) -> torch.Tensor | None:
+        """Bool, of the weight's shape: the columns of channels to which nothing arrives; None when all live."""
+        import torch
+
+        if self.report is None:
+            return None
+        layer = self.report[name]
+        living = self.report.living_columns(self.report.channels.alive(self.filters), name)
+        if living.all():
+            return None
+        blocks = torch.from_numpy(~living).reshape(layer.groups, 1, -1)
+        rows = layer.shape[0] // layer.groups
+        return blocks.expand(layer.groups, rows, blocks.shape[2]).reshape(layer.shape).to(weight.device)
+
+
+def _check_report(report: Report, weights: Mapping[str, torch.nn.Parameter]) -> None:
+    for name, weight in weights.items():
+        if name not in report:
+            raise ValueError(f"constraints names {name!r}, which the report does not have")
+        found = tuple(oriented(weight, report[name].groups, transposed=report[name].transposed).shape)
+        if found != report[name].shape:
+            raise ValueError(f"the report is on another model: {name!r} has a weight {report[name].shape}, not {found}")
+
+
+def _row_mask(rows: npt.NDArray[np.bool_], weight: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(rows).to(weight.device).reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def _plain(weight: torch.Tensor) -> torch.Tensor:
@@ -361,7 +442,7 @@ def _without_elements(layer: LayerPlan, constraint: Constraint) -> LayerPlan:
     """Single zeros inside kept filters and columns (exact zeros happen) are no constraint of a structured plan."""
     if constraint.structure == "element" or layer.elements is None:
         return layer
-    return LayerPlan(layer.shape, layer.filters, layer.columns, None, layer.groups)
+    return replace(layer, elements=None)
 
 
 def _keep_form(structure: str) -> str:

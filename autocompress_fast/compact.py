@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autocompress_fast.graph import Layer, Report, inspect
-from autocompress_fast.plan import LayerPlan, Plan, mask
-from autocompress_fast.purify import unused_paths, whole, without_empty
+from autocompress_fast.graph import DATA, Layer, Report, inspect
+from autocompress_fast.graph.rebuild import as_graph
+from autocompress_fast.plan import LayerPlan, Plan, apply_masks, mask
+from autocompress_fast.purify import check_something_left, read_labels, whole, with_weights, without_empty
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -143,16 +144,21 @@ class Compacted:
     """A physically smaller network.
 
     Attributes:
-        model: a smaller copy; the user's class with smaller layers in it.
+        model: a smaller copy.
         plan: what is kept of the smaller layers (columns or single weights that are masked in them, if any).
         kept: per layer, where the weights of the smaller model were.
         max_difference: largest difference of any output to the masked model's, relative to the largest output.
+        kind: "module", the user's own class with smaller layers in it; or "graph", a `torch.fx.GraphModule` of the same
+            layers, where the Python code has sizes of its own in the way.
+        reason: why it is a graph; empty when it is not.
     """
 
     model: nn.Module
     plan: Plan
     kept: dict[str, Kept]
     max_difference: float
+    kind: str = "module"
+    reason: str = ""
 
 
 def restore(plan: Plan, kept: Mapping[str, Kept], report: Report) -> Plan:
@@ -180,12 +186,13 @@ def restore(plan: Plan, kept: Mapping[str, Kept], report: Report) -> Plan:
             continue
         whole_rows, whole_columns = np.zeros(before.shape[0], bool), np.zeros(before.columns, bool)
         whole_rows[rows], whole_columns[columns] = layer.filters, layer.columns
-        if layer.elements is None:
-            layers[name] = LayerPlan(before.shape, whole_rows, whole_columns)
-        else:
-            elements = np.zeros((whole_rows.size, whole_columns.size), bool)
-            elements[np.ix_(rows, columns)] = layer.elements.reshape(len(rows), -1)
-            layers[name] = LayerPlan(before.shape, whole_rows, whole_columns, elements.reshape(before.shape))
+        elements = None
+        if layer.elements is not None:
+            width = before.columns // before.groups
+            matrix = np.zeros((before.shape[0], width), bool)
+            matrix[np.ix_(rows, np.unique(columns % width))] = layer.elements.reshape(len(rows), -1)
+            elements = matrix.reshape(before.shape)
+        layers[name] = LayerPlan(before.shape, whole_rows, whole_columns, elements, before.groups, before.transposed)
     return Plan(layers).tied(report)
 
 
@@ -199,7 +206,8 @@ def compact(
     """Cut out of a copy of `model` what `plan` drops, and all that is dead then; check that it computes the same.
 
     A dropped filter that puts out a constant (through a shift or an activation) has it folded into the bias of the
-    layer that reads it; where zero padding makes that inexact, the filter stays.
+    layers that read it; where zero padding makes that inexact, the filter stays. Weights that are computed (weight_norm
+    and other parametrizations) become plain ones.
 
     Args:
         model: any model; it is not changed.
@@ -218,8 +226,8 @@ def compact(
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
         >>> x = torch.randn(2, 1, 8, 8)
         >>> small = compact(model, Plan.uniform(inspect(model, x), filters=0.75), x)
-        >>> small.model[0].weight.shape, small.model[3].weight.shape, small.max_difference < 1e-5
-        (torch.Size([2, 1, 3, 3]), torch.Size([2, 72]), True)
+        >>> small.model[0].weight.shape, small.model[3].weight.shape, small.max_difference < 1e-5, small.kind
+        (torch.Size([2, 1, 3, 3]), torch.Size([2, 72]), True, 'module')
     """
     inputs = (example_input,) if isinstance(example_input, torch.Tensor) else tuple(example_input)
     masked = mask(model, plan).eval()
@@ -227,10 +235,11 @@ def compact(
     # In float64 first: there the two must agree to rounding, whatever constants were folded into float32 biases.
     if (double := _in_float64(masked, inputs)) is not None:
         _cut(*double, plan, report, columns, _FLOAT64_TOLERANCE)
-    small, alive, kept, difference = _cut(masked, inputs, plan, report, columns, _FLOAT32_TOLERANCE)
-    for name, module in small.named_modules():
-        module.training = model.get_submodule(name).training
-    return Compacted(small, _remaining(small, alive, kept, report), kept, difference)
+    small = _cut(masked, inputs, plan, report, columns, _FLOAT32_TOLERANCE)
+    training = {name: module.training for name, module in model.named_modules()}
+    for name, module in small.model.named_modules():
+        module.training = training.get(name, model.training)
+    return small
 
 
 def _in_float64(
@@ -248,79 +257,140 @@ def _in_float64(
 
 def _cut(
     masked: nn.Module, inputs: tuple[torch.Tensor, ...], plan: Plan, report: Report, columns: bool, tolerance: float
-) -> tuple[nn.Module, Plan, dict[str, Kept], float]:
-    """The smaller network, the plan that was cut, where its weights were, and its largest relative difference."""
+) -> Compacted:
+    """The smaller network, after the comparison with the masked one."""
     small = copy.deepcopy(masked)
-    alive = unused_paths(_fold_constants(small, plan, report, inputs), report)
+    alive = _fold_constants(small, plan, report, (inputs, _random_like(inputs)))
+    apply_masks(small, alive)
+    keep = _kept_labels(alive, report)
     kept = {}
     for layer in report.layers:
-        rows = np.flatnonzero(alive[layer.name].filters) if layer.link is not None else np.arange(layer.shape[0])
-        read = _read_columns(layer, alive, report)
-        cut = columns and layer.columns_prunable and _cuts_columns(small.get_submodule(layer.name))
-        kept[layer.name] = Kept(rows, np.flatnonzero(alive[layer.name].columns) if cut else read)
-        _shrink(small, layer, kept[layer.name], read)
-    return small, alive, kept, _check_same(masked, small, inputs, tolerance)
+        rows = np.flatnonzero(keep[report.labels(layer.name)])
+        kept[layer.name] = Kept(rows, np.flatnonzero(report.living_columns(keep, layer.name)))
+    _shrink(small, report, keep)
+    if columns:
+        _cut_columns(small, alive, kept, report)
+    expected = [_outputs(masked, arguments) for arguments in (inputs, _random_like(inputs))]
+    try:
+        worst = _difference(small, inputs, expected, tolerance)
+        kind, reason = "module", ""
+    except Exception as error:  # whatever the user's code raises, or computes, with sizes that it did not expect
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        small, kind = as_graph(small, report, keep), "graph"
+        worst = _difference(small, inputs, expected, tolerance)
+    return Compacted(small, _remaining(small, alive, kept, report), kept, worst, kind, reason)
 
 
-def _fold_constants(model: nn.Module, plan: Plan, report: Report, inputs: tuple[torch.Tensor, ...]) -> Plan:
-    """Fold what empty filters put out into the bias of the layer that reads it, in place; return the plan to cut.
+def _fold_constants(model: nn.Module, plan: Plan, report: Report, examples: Sequence[tuple[torch.Tensor, ...]]) -> Plan:
+    """Fold what empty filters put out into the biases of the layers that read it, in place; return what is left.
 
-    A filter is empty when the plan drops it, or when all it reads are channels of empty filters. It puts out the same
-    number everywhere, for every input, so what arrives at the reader is measured. Where it is not one number (an
-    average pooling that counts its padding), or where the reader pads with zeros beside it, the filter is kept.
+    A channel is empty when all filters that it is made of are dropped, or read empty channels alone. It is the same
+    number everywhere, for every input, so what arrives at each reader is measured. Where it is not one number (an
+    average pooling that counts its padding), or where the reader pads with zeros beside it, the reader keeps it.
+    Backwards, filters that nobody reads any more are dropped, until nothing changes.
     """
     layers = whole(plan, report)
-    arriving = _arriving(model, [layer.link.consumer for layer in report.layers if layer.link is not None], inputs)
+    arriving = _arriving(model, report, examples)
+    exact = {name: _foldable(model.get_submodule(name), low, high) for name, (low, high) in arriving.items()}
+    folded = {layer.name: np.zeros(layer.inputs, bool) for layer in report.layers}
+    while True:
+        before = sum(layer.weights for layer in layers.values())
+        for layer in report.layers:
+            layers[layer.name] = without_empty(report, layer, layers[layer.name])
+        alive = report.channels.alive(with_weights(layers))
+        for layer in report.layers:
+            dead = ~alive[report.channels.inputs[layer.name]] & exact[layer.name]
+            folded[layer.name] |= dead
+            columns = layers[layer.name].columns & ~np.repeat(dead, layer.columns // layer.inputs)
+            layers[layer.name] = without_empty(report, layer, replace(layers[layer.name], columns=columns))
+        used = report.channels.used(read_labels(layers, report))
+        for layer in report.layers:
+            filters = layers[layer.name].filters & used[report.labels(layer.name)]
+            layers[layer.name] = replace(layers[layer.name], filters=filters)
+        if sum(layer.weights for layer in layers.values()) == before:
+            break
+    check_something_left(layers, report)
     for layer in report.layers:
-        name, kept = layer.name, without_empty(layer, layers[layer.name])
-        layers[name] = kept
-        if layer.link is None or kept.filters.all():
-            continue
-        consumer = report[layer.link.consumer]
-        reader, values = model.get_submodule(consumer.name), arriving[consumer.name].reshape(2, layer.shape[0], -1)
-        low, high = values[0].amin(dim=1), values[1].amax(dim=1)
-        read = torch.from_numpy(layers[consumer.name].columns.reshape(layer.shape[0], -1).any(axis=1))
-        rounding = 8 * torch.finfo(low.dtype).eps * torch.maximum(low.abs(), high.abs())
-        exact = (high - low <= rounding) & ((low == 0) | torch.tensor(not _pads_with_zeros(reader))) | ~read
-        empty = torch.from_numpy(~kept.filters)
-        layers[name] = _with_filters(kept, (empty & ~exact).numpy())
-        cut = empty & exact
-        weight = _tensor(reader, "weight").reshape(consumer.shape[0], layer.shape[0], -1)
-        constant = torch.where(cut & read, low, 0).double()
-        if bool((constant != 0).any()):
-            _add_to_bias(reader, weight.double().sum(dim=2) @ constant)
-        columns = layers[consumer.name].columns & ~np.repeat(cut.numpy(), weight.shape[2])
-        layers[consumer.name] = replace(layers[consumer.name], columns=columns)
-    return Plan(layers).tied(report)
+        _fold(model.get_submodule(layer.name), layer, torch.from_numpy(folded[layer.name]), arriving[layer.name][0])
+    return _with_biases(model, Plan(layers), report)
+
+
+def _with_biases(model: nn.Module, plan: Plan, report: Report) -> Plan:
+    """The plan with the filters in place that have no weight left, but a bias that somebody reads."""
+    used = report.channels.used(read_labels(dict(plan), report))
+    layers = {}
+    for layer in report.layers:
+        bias, kept = getattr(model.get_submodule(layer.name), "bias", None), plan[layer.name]
+        if bias is not None:
+            more = (bias.detach() != 0).cpu().numpy() & used[report.labels(layer.name)] & ~kept.filters
+            kept = _with_filters(kept, more)
+        layers[layer.name] = kept
+    return Plan(layers)
+
+
+def _foldable(reader: nn.Module, low: torch.Tensor, high: torch.Tensor) -> npt.NDArray[np.bool_]:
+    """(C,) whether the input channel is one number that the reader's bias can stand for."""
+    rounding = 8 * torch.finfo(low.dtype).eps * torch.maximum(low.abs(), high.abs())
+    anywhere = not (_pads_with_zeros(reader) or isinstance(reader, _TRANSPOSED))
+    exact: npt.NDArray[np.bool_] = ((high - low <= rounding) & ((low == 0) | anywhere)).numpy()
+    return exact
+
+
+def _fold(reader: nn.Module, layer: Layer, folded: torch.Tensor, values: torch.Tensor) -> None:
+    """Add to the bias what the folded channels contribute."""
+    constant = torch.where(folded, values, 0).double()
+    if not bool((constant != 0).any()):
+        return
+    weight = (
+        _tensor(reader, "weight").double().reshape(layer.groups, layer.shape[0] // layer.groups, layer.shape[1], -1)
+    )
+    shift = torch.einsum("gpck,gc->gp", weight, constant.reshape(layer.groups, -1)).flatten()
+    _add_to_bias(reader, shift)
 
 
 def _with_filters(layer: LayerPlan, more: npt.NDArray[np.bool_]) -> LayerPlan:
     """The plan with these filters, which have no weight left, in place."""
-    elements = layer.elements
-    if elements is not None:
-        elements = elements | more.reshape(-1, *[1] * (len(layer.shape) - 1))
+    if not more.any():
+        return layer
+    elements = layer.mask()
     return replace(layer, filters=layer.filters | more, elements=elements)
 
 
-def _arriving(model: nn.Module, readers: Iterable[str], inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    """(2, C, ...): least and largest value over the batch that each reader gets when the model runs on `inputs`."""
-    seen: dict[str, torch.Tensor] = {}
+def _arriving(
+    model: nn.Module, report: Report, examples: Sequence[tuple[torch.Tensor, ...]]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Layer -> (C,) least and (C,) largest value that arrives in each of its input channels."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            seen[name] = torch.stack(x.detach().aminmax(dim=0))
+            x = (args[0] if args else kwargs["input"]).detach()
+            channel = x.dim() - 1 if layer.kind == "linear" else x.dim() - len(layer.shape) + 1
+            low, high = x.movedim(channel, 0).reshape(layer.inputs, -1).aminmax(dim=1)
+            if layer.name in seen:
+                low, high = torch.minimum(low, seen[layer.name][0]), torch.maximum(high, seen[layer.name][1])
+            seen[layer.name] = low, high
 
         return measure
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in readers]
+    handles = [
+        model.get_submodule(layer.name).register_forward_pre_hook(hook(layer), with_kwargs=True)
+        for layer in report.layers
+    ]
     try:
         with torch.no_grad():
-            model(*inputs)
+            for inputs in examples:
+                model(*inputs)
     finally:
         for handle in handles:
             handle.remove()
+    for layer in report.layers:  # a layer whose weight is used without calling it: nothing is known to be constant
+        dtype = _tensor(model.get_submodule(layer.name), "weight").dtype
+        seen.setdefault(layer.name, (torch.zeros(layer.inputs, dtype=dtype), torch.ones(layer.inputs, dtype=dtype)))
     return seen
+
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _pads_with_zeros(module: nn.Module) -> bool:
@@ -336,38 +406,95 @@ def _add_to_bias(module: nn.Module, shift: torch.Tensor) -> None:
     module.register_parameter("bias", nn.Parameter((old + shift).to(weight.dtype), trained))
 
 
-def _read_columns(layer: Layer, alive: Plan, report: Report) -> IntArray:
-    """The columns of the layer's weight whose input still exists: those of the producer's filters that are left."""
-    producer = report.producer(layer.name)
-    channels = np.ones(1, bool) if producer is None else alive[producer.name].filters
-    return np.flatnonzero(np.repeat(channels, layer.weights // layer.shape[0] // channels.size))
+def _kept_labels(alive: Plan, report: Report) -> npt.NDArray[np.bool_]:
+    """(labels,) whether the group of each stays: one filter or one column of it is kept, or it cannot be cut.
+
+    Every tensor keeps at least one entry along every dimension.
+    """
+    channels = report.channels
+    stays = channels.frozen > 0
+    stays[DATA] = True
+    for layer in report.layers:
+        stays[report.labels(layer.name)[alive[layer.name].filters]] = True
+    stays[read_labels(dict(alive), report)] = True
+    groups = np.zeros(stays.size, bool)
+    groups[channels.group[stays]] = True
+    # Groups of parameters and paddings alone are no channels of a layer: they stay.
+    made = np.zeros(stays.size, bool)
+    for layer in report.layers:
+        made[channels.group[report.labels(layer.name)]] = True
+    groups |= ~made
+    along = [*channels.slices.values(), *channels.inputs.values()]
+    while True:
+        before = int(groups.sum())
+        for labels in along:
+            if not groups[channels.group[labels]].any():
+                groups[channels.group[labels[0]]] = True
+        if int(groups.sum()) == before:
+            kept: npt.NDArray[np.bool_] = groups[channels.group]
+            return kept
 
 
-def _shrink(model: nn.Module, layer: Layer, kept: Kept, read: IntArray) -> None:
-    """Make the layer, and the normalisations behind it, smaller in place; `read`: the columns that still get input."""
-    module = model.get_submodule(layer.name)
-    if len(kept.filters) * len(kept.columns) == layer.weights:
-        return
-    filters, columns = torch.from_numpy(kept.filters), torch.from_numpy(kept.columns)
-    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
-    small = weight.detach().reshape(layer.shape[0], -1)[filters][:, columns].clone()
-    small_bias = None if bias is None else bias.detach()[filters].clone()
-    index = torch.from_numpy(np.searchsorted(read, kept.columns))
-    if len(kept.columns) == len(read):
-        small = small.reshape(len(filters), -1, *layer.shape[2:])
-        _set_parameter(module, "weight", small)
-        if small_bias is not None:
-            _set_parameter(module, "bias", small_bias)
-        inputs, outputs = ("in_features", "out_features") if layer.kind == "linear" else ("in_channels", "out_channels")
-        setattr(module, inputs, small.shape[1])
-        setattr(module, outputs, len(filters))
-    else:
-        columns_left = _column_layer(module, small, index, small_bias, len(read))
-        for name, parameter in columns_left.named_parameters():
+def _shrink(model: nn.Module, report: Report, keep: npt.NDArray[np.bool_]) -> None:
+    """Cut out, in place, every tensor's slices of groups that go, and tell the modules their new sizes."""
+    for (name, dim), labels in report.channels.slices.items():
+        if keep[labels].all():
+            continue
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        value = getattr(owner, attribute)
+        small = value.detach().index_select(dim, torch.from_numpy(np.flatnonzero(keep[labels]))).clone()
+        if isinstance(value, nn.Parameter):
+            _set_parameter(owner, attribute, small)
+        else:
+            owner.register_buffer(attribute, small, persistent=attribute not in owner._non_persistent_buffers_set)
+    for layer in report.layers:
+        module = model.get_submodule(layer.name)
+        filters = int(keep[report.labels(layer.name)].sum())
+        inputs = int(keep[report.channels.inputs[layer.name]].sum())
+        # (a bias that was folded into a layer without one lies as the filters do)
+        bias = getattr(module, "bias", None)
+        if bias is not None and bias.shape[0] != filters:
+            index = torch.from_numpy(np.flatnonzero(keep[report.labels(layer.name)]))
+            _set_parameter(module, "bias", bias.detach()[index].clone())
+        if layer.kind == "linear":
+            _set_sizes(module, in_features=inputs, out_features=filters)
+        else:
+            groups = inputs if layer.groups > 1 and layer.shape[1] == 1 else layer.groups
+            _set_sizes(module, in_channels=inputs, out_channels=filters, groups=groups)
+    for path, (groups, labels) in report.channels.norms.items():
+        module, kept = model.get_submodule(path), int(keep[labels].sum())
+        if isinstance(module, nn.GroupNorm):
+            _set_sizes(module, num_channels=kept, num_groups=kept * groups // labels.size)
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            _set_sizes(module, num_features=kept)
+    for module in model.modules():
+        if isinstance(module, nn.PReLU):
+            _set_sizes(module, num_parameters=module.weight.numel())
+
+
+def _set_sizes(module: nn.Module, **sizes: int) -> None:
+    for name, size in sizes.items():
+        setattr(module, name, size)
+
+
+def _cut_columns(model: nn.Module, alive: Plan, kept: dict[str, Kept], report: Report) -> None:
+    """Replace layers that keep only some of their columns, in place."""
+    for layer in report.layers:
+        module, columns = model.get_submodule(layer.name), kept[layer.name].columns
+        chosen = alive[layer.name].columns[columns]
+        if chosen.all() or not chosen.any() or not _cuts_columns(module) or not layer.columns_prunable:
+            continue
+        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+        index = torch.from_numpy(np.flatnonzero(chosen))
+        small = weight.detach().flatten(1)[:, index].clone()
+        replaced = _column_layer(module, small, index, None if bias is None else bias.detach().clone(), len(columns))
+        for name, parameter in replaced.named_parameters():
             parameter.requires_grad_(module.get_parameter(name).requires_grad)
-        model.set_submodule(layer.name, columns_left)
-    for norm in layer.link.norms if layer.link is not None else ():
-        _shrink_norm(model.get_submodule(norm), filters)
+        for path, other in list(model.named_modules(remove_duplicate=False)):
+            if other is module:
+                model.set_submodule(path, replaced)
+        kept[layer.name] = Kept(kept[layer.name].filters, columns[chosen])
 
 
 def _column_layer(
@@ -388,14 +515,6 @@ def _column_layer(
     )
 
 
-def _shrink_norm(norm: nn.Module, filters: torch.Tensor) -> None:
-    for name, parameter in list(norm.named_parameters(recurse=False)):
-        _set_parameter(norm, name, parameter.detach()[filters].clone())
-    for name in ("running_mean", "running_var"):
-        norm.register_buffer(name, _tensor(norm, name)[filters].clone())
-    setattr(norm, "num_features", len(filters))  # noqa: B010 (a plain int, which nn.Module's types do not foresee)
-
-
 def _set_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
     """Another parameter of that name, trained if the one before was."""
     module.register_parameter(name, nn.Parameter(value, module.get_parameter(name).requires_grad))
@@ -411,45 +530,80 @@ def _remaining(small: nn.Module, alive: Plan, kept: dict[str, Kept], report: Rep
     layers = {}
     for layer in report.layers:
         rows, columns, plan = kept[layer.name].filters, kept[layer.name].columns, alive[layer.name]
-        shape = tuple(_tensor(small.get_submodule(layer.name), "weight").shape)
-        if shape != plan.shape:
-            elements = plan.elements
-            if elements is not None:
-                elements = elements.reshape(layer.shape[0], -1)[np.ix_(rows, columns)].reshape(shape)
-            plan = LayerPlan(shape, plan.filters[rows], plan.columns[columns], elements, norms=plan.norms)
-        layers[layer.name] = plan
+        width = layer.columns // layer.groups
+        inside = np.unique(columns % width)
+        groups = layer.groups
+        if groups > 1 and layer.shape[1] == 1:
+            groups = len(columns) // width
+        elements = plan.elements
+        if elements is not None:
+            elements = elements.reshape(layer.shape[0], -1)[np.ix_(rows, inside)]
+        weight = _tensor(small.get_submodule(layer.name), "weight")
+        shape = tuple(weight.shape)
+        if layer.transposed:
+            shape = (len(rows), shape[0] // groups, *shape[2:])
+        layers[layer.name] = LayerPlan(
+            shape,
+            plan.filters[rows],
+            plan.columns[columns],
+            None if elements is None else elements.reshape(shape),
+            groups,
+            layer.transposed,
+        )
     return Plan(layers)
 
 
-def _check_same(masked: nn.Module, small: nn.Module, inputs: tuple[torch.Tensor, ...], tolerance: float) -> float:
-    """Compare the outputs, in eval mode, on the example and on random inputs."""
-    generator = torch.Generator().manual_seed(0)
-    random = tuple(torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in inputs)
+def _difference(
+    small: nn.Module, inputs: tuple[torch.Tensor, ...], expected: Sequence[torch.Tensor], tolerance: float
+) -> float:
+    """Compare the outputs, in eval mode, on the example and on random inputs.
+
+    Raises:
+        AssertionError: they differ by more than `tolerance` of the largest output.
+    """
     worst = 0.0
-    for arguments in (inputs, random):
-        with torch.no_grad():
-            expected, got = _flat(masked(*arguments)), _flat(small(*arguments))
-        scale = float(expected.abs().max()) or 1.0
-        difference = float((expected - got).abs().max()) / scale
+    for arguments, wanted in zip((inputs, _random_like(inputs)), expected, strict=True):
+        got = _outputs(small, arguments)
+        if got.shape != wanted.shape:
+            raise AssertionError(
+                f"the compacted network puts out {got.numel()} values, the masked one {wanted.numel()}"
+            )
+        scale = float(wanted.abs().max()) or 1.0
+        difference = float((wanted - got).abs().max()) / scale
         if not difference <= tolerance:
             raise AssertionError(
                 f"the compacted network differs from the masked one by {difference:.3g} of the largest output "
-                f"({str(expected.dtype).removeprefix('torch.')}, allowed {tolerance:g}); nothing is returned"
+                f"({str(wanted.dtype).removeprefix('torch.')}, allowed {tolerance:g}); nothing is returned"
             )
         worst = max(worst, difference)
     return worst
+
+
+def _random_like(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) if x.is_floating_point() else x
+        for x in inputs
+    )
 
 
 def _cast(inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
 
 
+def _outputs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        return _flat(model(*inputs))
+
+
 def _flat(outputs: object) -> torch.Tensor:
     if isinstance(outputs, torch.Tensor):
         return outputs.flatten()
-    parts = outputs.values() if isinstance(outputs, dict) else outputs
-    assert isinstance(parts, Iterable)
-    return torch.cat([_flat(part) for part in parts])
+    parts = outputs.values() if isinstance(outputs, Mapping) else outputs
+    if not isinstance(parts, Iterable):
+        return torch.zeros(0)
+    found = [_flat(part) for part in parts]
+    return torch.cat([part.to(found[0]) for part in found]) if found else torch.zeros(0)
 
 
 def _tensor(module: nn.Module, name: str) -> torch.Tensor:

@@ -355,9 +355,9 @@ def _rounds(
         allowed = allocate(now, part, report.counts(), recipe.structure)
 
         filled = functools.partial(fill, now, part, report.counts(), allowed)
-        constraints = filled(ADMM(small, allowed, links=now.links()).plan)
+        constraints = filled(ADMM(small, allowed, report=now).plan)
         for step, step_constraints in enumerate(_steps(constraints, recipe.structure)):
-            admm = ADMM(small, step_constraints, rho=recipe.rho, links=now.links())
+            admm = ADMM(small, step_constraints, rho=recipe.rho, report=now)
             name = f"round{number}.admm" + (f"{step + 1}" if step else "")
             stages.run(small, name, recipe.training("admm", number), admm=admm, masks=masks)
             masks = admm.plan(filled(admm.plan) if step_constraints == constraints else None).tied(now)

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from autocompress_fast import ops
+from autocompress_fast._baked import baked
 from autocompress_fast._files import write_atomically
+from autocompress_fast.graph.operators import oriented
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +43,7 @@ class LayerPlan:
         columns: (groups * K,) bool; the i-th block of K belongs to the i-th block of P / groups filters.
         elements: bool of `shape` for irregular pruning, None when every weight of kept filters and columns is kept.
         groups: of a grouped convolution.
-        norms: module paths of the batch normalisations whose channels live and die with the filters.
+        transposed: of a transposed convolution, whose weight is (C, P/groups, ...).
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -51,7 +54,7 @@ class LayerPlan:
     columns: BoolArray
     elements: BoolArray | None = None
     groups: int = 1
-    norms: tuple[str, ...] = ()
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         shape = tuple(int(n) for n in self.shape)
@@ -62,7 +65,6 @@ class LayerPlan:
         width = int(np.prod(shape[1:]))
         expected = {"filters": (shape[0],), "columns": (self.groups * width,), "elements": shape}
         object.__setattr__(self, "shape", shape)
-        object.__setattr__(self, "norms", tuple(self.norms))
         for field, size in expected.items():
             value = getattr(self, field)
             if value is None and field == "elements":
@@ -74,10 +76,10 @@ class LayerPlan:
             object.__setattr__(self, field, array)
 
     @classmethod
-    def dense(cls, shape: tuple[int, ...], groups: int = 1) -> LayerPlan:
+    def dense(cls, shape: tuple[int, ...], groups: int = 1, *, transposed: bool = False) -> LayerPlan:
         """The plan that keeps everything."""
         width = int(np.prod(shape[1:]))
-        return cls(shape, np.ones(shape[0], bool), np.ones(groups * width, bool), None, groups)
+        return cls(shape, np.ones(shape[0], bool), np.ones(groups * width, bool), None, groups, transposed)
 
     @classmethod
     def from_mask(cls, mask: npt.ArrayLike, groups: int = 1) -> LayerPlan:
@@ -95,6 +97,17 @@ class LayerPlan:
         columns = self.columns.reshape(self.groups, 1, -1)
         kept = (rows & columns).reshape(self.shape)
         return kept if self.elements is None else kept & self.elements
+
+    def weight_mask(self) -> BoolArray:
+        """True where a weight is kept, as the weight of the layer lies: (C, P/groups, ...) when it is transposed."""
+        kept: BoolArray = oriented(self.mask(), self.groups, transposed=self.transposed)
+        return kept
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the layer's weight: `shape`, or (C, P/groups, ...) when it is transposed."""
+        filters, inputs, *kernel = self.shape
+        return (inputs * self.groups, filters // self.groups, *kernel) if self.transposed else self.shape
 
     @property
     def weights(self) -> int:
@@ -127,8 +140,12 @@ class LayerPlan:
 class Plan(Mapping[str, LayerPlan]):
     """What is kept, per layer; a read-only mapping from the layer's module path to its `LayerPlan`.
 
-    Layers that the plan does not name are kept whole. A dropped filter takes its bias and the affine parameters of the
-    batch normalisation behind it along: it puts out nothing.
+    Layers that the plan does not name are kept whole. A dropped filter takes its bias along, and everything else that
+    lives and dies with it (`tied`): it puts out nothing.
+
+    Args:
+        layers: what is kept of each.
+        tied: other parameter, such as the weight of a normalisation -> (dimension, bool: what is kept along it).
 
     Example:
         >>> import numpy as np
@@ -137,11 +154,14 @@ class Plan(Mapping[str, LayerPlan]):
         ([True, False], [True, False, True], 2)
     """
 
-    def __init__(self, layers: Mapping[str, LayerPlan]) -> None:
+    def __init__(
+        self, layers: Mapping[str, LayerPlan], tied: Mapping[str, tuple[int, BoolArray]] | None = None
+    ) -> None:
         for name, layer in layers.items():
             if not isinstance(name, str) or not isinstance(layer, LayerPlan):
                 raise TypeError(f"a plan maps layer names to LayerPlan, got {name!r}: {type(layer).__name__}")
         self._layers = dict(layers)
+        self.parameters = {name: (int(dim), np.array(kept, bool)) for name, (dim, kept) in (tied or {}).items()}
 
     def __getitem__(self, name: str) -> LayerPlan:
         return self._layers[name]
@@ -177,7 +197,9 @@ class Plan(Mapping[str, LayerPlan]):
 
     @classmethod
     def uniform(cls, report: Report, *, filters: float = 0.0, columns: float = 0.0) -> Plan:
-        """The same share of filters and columns removed from every layer that allows it, the smallest norms first.
+        """The same share of filters and columns removed wherever that is possible, the smallest norms first.
+
+        Filters that are tied go together, those whose joint norm is smallest.
 
         Args:
             report: of `acf.inspect`.
@@ -192,44 +214,53 @@ class Plan(Mapping[str, LayerPlan]):
             >>> model = torch.nn.Sequential(torch.nn.Conv2d(2, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 5))
             >>> plan = Plan.uniform(inspect(model, torch.zeros(1, 2, 8, 8)), filters=0.5, columns=0.25)
             >>> [(int(layer.filters.sum()), int(layer.columns.sum())) for layer in plan.values()]
-            [(4, 14), (5, 216)]
+            [(4, 14), (5, 108)]
         """
-        from autocompress_fast import ops
-
         for name, share in (("filters", filters), ("columns", columns)):
             if not 0 <= share < 1:
                 raise ValueError(f"{name} is the share removed, 0 <= share < 1, got {share}")
-        layers: dict[str, LayerPlan] = {}
+        kept = {layer.name: np.ones(layer.shape[0], bool) for layer in report.layers}
+        weights = {layer.name: report.weight(layer.name) for layer in report.layers}
+        norms = {name: ops.group_norms(weight, "filter").double().numpy() for name, weight in weights.items()}
+        for tied in report.sets:
+            joint = tied.joint(norms)
+            chosen = np.append(largest(joint, max(1, round(tied.size * (1 - filters)))), True)  # [-1]: frozen filters
+            for positions in tied.readers.values():
+                if not chosen[positions].any():  # nobody is left without anything to read
+                    chosen[positions[np.argmax(joint[positions])]] = True
+            for name in tied.layers:
+                kept[name] &= chosen[tied.rows[name]]
+        alive = report.channels.alive(kept)
+        layers = {}
         for layer in report.layers:
-            weight = report.weight(layer.name)
-            rows, width = layer.shape[0], layer.groups * int(np.prod(layer.shape[1:]))
-            kept_rows = max(1, round(rows * (1 - filters))) if layer.filters_prunable else rows
-            kept_columns = max(1, round(width * (1 - columns))) if layer.columns_prunable else width
-            if layer.groups == 1:
-                kept = ops.project_filters_and_columns(weight, filters=kept_rows, columns=kept_columns)
-            else:
-                kept = ops.project(weight, "column", keep=kept_columns, groups=layer.groups)
-            plan = LayerPlan.from_mask(kept != 0, layer.groups)
+            living, chosen = report.living_columns(alive, layer.name), np.ones(layer.columns, bool)
+            if layer.columns_prunable and columns:
+                matrix = weights[layer.name].double().flatten(1).numpy()[kept[layer.name]]
+                count = min(max(1, round(layer.columns * (1 - columns))), int(living.sum()))
+                chosen = largest(np.where(living, np.linalg.norm(matrix, axis=0), -1.0), count)
             layers[layer.name] = LayerPlan(
-                layer.shape,
-                _filled_up(plan.filters, kept_rows),
-                _filled_up(plan.columns, kept_columns),
-                groups=layer.groups,
+                layer.shape, kept[layer.name], chosen & living, None, layer.groups, layer.transposed
             )
         return cls(layers).tied(report)
 
     def tied(self, report: Report) -> Plan:
-        """The same plan with the normalisations that `report` finds behind each layer tied to its filters.
+        """The same plan with all that `report` finds tied to the dropped filters, such as normalisations behind them.
 
         Layers that the report does not have stay as they are.
         """
-        links = {layer.name: layer.link for layer in report.layers}
-        return Plan(
-            {
-                name: replace(layer, norms=link.norms) if (link := links.get(name)) is not None else layer
-                for name, layer in self.items()
-            }
-        )
+        channels = report.channels
+        filters = {
+            layer.name: self[layer.name].filters if layer.name in self else np.ones(layer.shape[0], bool)
+            for layer in report.layers
+        }
+        alive = channels.alive(filters)
+        own = {f"{layer.name}.{part}" for layer in report.layers for part in ("weight", "bias")}
+        tied = {}
+        for (name, dim), labels in channels.slices.items():
+            dead = channels.dead(labels, alive)
+            if name not in own and report.trace.tensors[name].is_floating_point() and dead.any():
+                tied[name] = (dim, ~dead)
+        return Plan(self, tied)
 
     @classmethod
     def from_masks(cls, masks: Mapping[str, Any], *, groups: Mapping[str, int] | None = None) -> Plan:
@@ -243,7 +274,7 @@ class Plan(Mapping[str, LayerPlan]):
 
     def masks(self) -> dict[str, BoolArray]:
         """True where a weight is kept, per layer, in the weights' shapes."""
-        return {name: layer.mask() for name, layer in self.items()}
+        return {name: layer.weight_mask() for name, layer in self.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON: kept filters and columns as indices, elements as packed bits in base64.
@@ -252,7 +283,9 @@ class Plan(Mapping[str, LayerPlan]):
             OSError: the file cannot be written; one that was there stays as it was.
         """
         layers = {name: _to_json(layer) for name, layer in self.items()}
-        text = json.dumps({"autocompress_fast.plan": _FORMAT_VERSION, "layers": layers}, indent=1)
+        tied = {n: {"dim": dim, "of": kept.size, "kept": _indices(kept)} for n, (dim, kept) in self.parameters.items()}
+        content = {"autocompress_fast.plan": _FORMAT_VERSION, "layers": layers, "tied": tied}
+        text = json.dumps(content, indent=1)
         write_atomically(path, text.encode())
 
     @classmethod
@@ -268,15 +301,15 @@ class Plan(Mapping[str, LayerPlan]):
             content = json.loads(text)
             if not isinstance(content, dict) or content.get("autocompress_fast.plan") != _FORMAT_VERSION:
                 raise ValueError(f'expected "autocompress_fast.plan": {_FORMAT_VERSION} at the top level')
-            return cls(_layers_from_json(content.get("layers")))
+            return cls(_layers_from_json(content.get("layers")), _tied_from_json(content.get("tied", {})))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a plan: {error}") from error
 
 
-def _filled_up(kept: BoolArray, count: int) -> BoolArray:
-    """Exactly `count` of them: those kept, then the first others (whose weights are all zero)."""
-    chosen = np.zeros(kept.size, bool)
-    chosen[np.argsort(~kept, kind="stable")[:count]] = True
+def largest(norms: npt.NDArray[np.float64], count: int) -> BoolArray:
+    """Which `count` are the largest; of equal ones, the first."""
+    chosen = np.zeros(norms.size, bool)
+    chosen[np.argsort(-norms, kind="stable")[:count]] = True
     return chosen
 
 
@@ -297,8 +330,9 @@ def mask(model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
     """
     import copy
 
-    check_fits(model, plan)
-    masked = copy.deepcopy(model)
+    plain = baked(model)
+    check_fits(plain, plan)
+    masked = copy.deepcopy(plain) if plain is model else plain
     apply_masks(masked, plan)
     return masked
 
@@ -312,14 +346,16 @@ def check_fits(model: torch.nn.Module, plan: Plan) -> None:
             raise ValueError(f"the plan names {name!r}, which is no layer with a weight; layers: {_weighted(modules)}")
         if "weight" not in modules[name]._parameters:
             raise ValueError(f"the plan names {name!r}, whose weight is no parameter but computed")
-        if tuple(weight.shape) != layer.shape:
+        if tuple(weight.shape) != layer.weight_shape:
             raise ValueError(
-                f"the plan of {name!r} is for a weight {layer.shape}, the model's has {tuple(weight.shape)}"
+                f"the plan of {name!r} is for a weight {layer.weight_shape}, the model's has {tuple(weight.shape)}"
             )
-        for norm in layer.norms:
-            size = getattr(getattr(modules.get(norm), "running_mean", None), "shape", None)
-            if size != (layer.shape[0],):
-                raise ValueError(f"the plan ties {name!r} to {norm!r}, no normalisation of {layer.shape[0]} channels")
+    for name, (dim, kept) in plan.parameters.items():
+        path, _, attribute = name.rpartition(".")
+        value = getattr(modules.get(path), attribute, None)
+        shape = tuple(getattr(value, "shape", ()))
+        if dim >= len(shape) or shape[dim] != kept.size:
+            raise ValueError(f"the plan ties {name!r} of size {kept.size} in dimension {dim}, the model's has {shape}")
 
 
 def apply_masks(model: torch.nn.Module, plan: Plan) -> None:
@@ -327,9 +363,8 @@ def apply_masks(model: torch.nn.Module, plan: Plan) -> None:
     import torch
 
     with torch.no_grad():
-        for name, layer in plan.items():
-            for parameter, kept in _parameter_masks(model, name, layer):
-                parameter.masked_fill_(~kept, 0)
+        for parameter, kept in _parameter_masks(model, plan):
+            parameter.masked_fill_(~kept, 0)
 
 
 class MaskedParameters:
@@ -365,12 +400,7 @@ class MaskedParameters:
 
         check_fits(model, plan)
         apply_masks(model, plan)
-        pairs = [
-            (parameter, kept)
-            for name, layer in plan.items()
-            for parameter, kept in _parameter_masks(model, name, layer)
-            if not bool(kept.all())
-        ]
+        pairs = [(parameter, kept) for parameter, kept in _parameter_masks(model, plan) if not bool(kept.all())]
         self._parameters: list[torch.Tensor] = [parameter for parameter, _ in pairs]
         self._factors = [kept.to(parameter.dtype) for parameter, kept in pairs]
         gradient = [
@@ -409,20 +439,23 @@ class _Multiply:
             parameter.grad.mul_(self.factor)
 
 
-def _parameter_masks(
-    model: torch.nn.Module, name: str, layer: LayerPlan
-) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """(parameter, bool mask) for a layer's weight, and for everything that lives and dies with its filters."""
+def _parameter_masks(model: torch.nn.Module, plan: Plan) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """(parameter, bool mask) for the weights, the biases, and everything else that lives and dies with filters."""
     import torch
 
-    module = model.get_submodule(name)
-    weight = module.weight
-    assert isinstance(weight, torch.nn.Parameter)
-    yield weight, torch.from_numpy(layer.mask()).to(weight.device)
-    norms = [model.get_submodule(norm) for norm in layer.norms]
-    for tied in (getattr(module, "bias", None), *(getattr(n, part) for n in norms for part in ("weight", "bias"))):
-        if isinstance(tied, torch.nn.Parameter):
-            yield tied, torch.from_numpy(layer.filters.copy()).to(tied.device)
+    for name, layer in plan.items():
+        module = model.get_submodule(name)
+        weight, bias = module.weight, getattr(module, "bias", None)
+        assert isinstance(weight, torch.nn.Parameter)
+        yield weight, torch.from_numpy(layer.weight_mask()).to(weight.device)
+        if isinstance(bias, torch.nn.Parameter):
+            yield bias, torch.from_numpy(layer.filters.copy()).to(bias.device)
+    for name, (dim, kept) in plan.parameters.items():
+        path, _, attribute = name.rpartition(".")
+        parameter = getattr(model.get_submodule(path), attribute)
+        if isinstance(parameter, torch.nn.Parameter):  # statistics and other buffers stay
+            along = torch.from_numpy(kept).reshape([-1 if d == dim else 1 for d in range(parameter.dim())])
+            yield parameter, along.expand(parameter.shape).to(parameter.device)
 
 
 def _weighted(modules: Mapping[str, torch.nn.Module]) -> str:
@@ -434,13 +467,41 @@ def _to_json(layer: LayerPlan) -> dict[str, Any]:
     content: dict[str, Any] = {
         "shape": list(layer.shape),
         "groups": layer.groups,
-        "filters": np.flatnonzero(layer.filters).tolist(),
-        "columns": np.flatnonzero(layer.columns).tolist(),
-        "norms": list(layer.norms),
+        "transposed": layer.transposed,
+        "filters": _indices(layer.filters),
+        "columns": _indices(layer.columns),
     }
     if layer.elements is not None:
         content["elements"] = base64.b64encode(np.packbits(layer.elements).tobytes()).decode()
     return content
+
+
+def _indices(kept: BoolArray) -> list[int]:
+    found: list[int] = np.flatnonzero(kept).tolist()
+    return found
+
+
+def _tied_from_json(content: Any) -> dict[str, tuple[int, BoolArray]]:
+    if not isinstance(content, dict):
+        raise ValueError(f'"tied" must be an object, got {type(content).__name__}')
+    tied, total = {}, 0
+    for name, value in content.items():
+        dim, size = (value.get(key) if isinstance(value, dict) else None for key in ("dim", "of"))
+        if type(dim) is not int or not 0 <= dim < 16 or type(size) is not int or size < 1:
+            raise ValueError(f"tied {name!r} must have a dim of 0 to 15 and a positive size, got {value!r:.100}")
+        total += size
+        if total > _MOST_SIZES:
+            raise ValueError(f"the parameters up to {name!r} have {total} entries, allowed are {_MOST_SIZES}")
+        tied[name] = dim, _from_indices(value.get("kept"), size, f"kept of {name!r}")
+    return tied
+
+
+def _from_indices(index: Any, length: int, what: str) -> BoolArray:
+    if not isinstance(index, list) or not all(type(i) is int and 0 <= i < length for i in index):
+        raise ValueError(f"{what} must be a list of indices from 0 to {length - 1}")
+    kept = np.zeros(length, bool)
+    kept[index] = True
+    return kept
 
 
 def _layers_from_json(content: Any) -> dict[str, LayerPlan]:
@@ -468,16 +529,11 @@ def _sizes(name: str, content: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _from_json(name: str, content: Mapping[str, Any]) -> LayerPlan:
-    shape, norms = tuple(content["shape"]), content.get("norms")
-    kept = {}
-    for field, length in _sizes(name, content).items():
-        index = content.get(field)
-        if not isinstance(index, list) or not all(type(i) is int and 0 <= i < length for i in index):
-            raise ValueError(f"{field} of layer {name!r} must be a list of indices from 0 to {length - 1}")
-        kept[field] = np.zeros(length, bool)
-        kept[field][index] = True
-    if not isinstance(norms, list) or not all(isinstance(norm, str) for norm in norms):
-        raise ValueError(f"norms of layer {name!r} must be a list of module paths, got {norms!r:.100}")
+    shape, transposed = tuple(content["shape"]), content.get("transposed", False)
+    sizes = _sizes(name, content)
+    kept = {what: _from_indices(content.get(what), size, f"{what} of layer {name!r}") for what, size in sizes.items()}
+    if not isinstance(transposed, bool):
+        raise ValueError(f"transposed of layer {name!r} must be true or false, got {transposed!r:.100}")
     elements = None
     if "elements" in content:
         size = math.prod(shape)
@@ -486,4 +542,4 @@ def _from_json(name: str, content: Mapping[str, Any]) -> LayerPlan:
         if len(bits) != (size + 7) // 8:
             raise ValueError(f"elements of layer {name!r} must be {size} bits in base64, got {len(bits)} bytes")
         elements = np.unpackbits(np.frombuffer(bits, np.uint8), count=size).astype(bool).reshape(shape)
-    return LayerPlan(shape, kept["filters"], kept["columns"], elements, content["groups"], tuple(norms))
+    return LayerPlan(shape, kept["filters"], kept["columns"], elements, content["groups"], transposed)

@@ -5,22 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from autocompress_fast.graph import Layer, Report
 from autocompress_fast.plan import LayerPlan, Plan
 
 __all__ = ["unused_paths"]
 
+BoolArray = npt.NDArray[np.bool_]
+
 
 def unused_paths(plan: Plan, report: Report) -> Plan:
     """Drop every path through the network that is dead at one end, to a fixed point.
 
-    Forwards: a filter without any weight feeds an empty channel to the next layer, whose columns for it do nothing.
-    Backwards: a channel of which no column is left is read by nobody, so the filter that makes it does nothing.
-    Layers that the plan does not name count as kept whole. The result keeps a subset of what `plan` keeps; the masked
-    network computes the same with both when an empty filter puts out zero (its bias and normalisation are dropped with
-    it, and the activation maps 0 to 0); `compact` folds the constant forward where it does not. Filters that cannot be
-    cut out (of the output layer, or in front of an addition) are left as the plan has them.
+    Forwards: a filter without any weight puts out nothing; columns of channels to which nothing arrives do nothing. A
+    sum is dead when all its terms are, a product when one of its factors is. Backwards: a channel that no layer reads
+    any more is needed by nobody, so the filters that make it do nothing. Layers that the plan does not name count as
+    kept whole.
+
+    The result keeps a subset of what `plan` keeps; the masked network computes the same with both when an empty filter
+    puts out zero (its bias and normalisation are dropped with it, and the activation maps 0 to 0); `compact` folds the
+    constant forward where it does not. Filters that cannot be cut out (of the output layer, for one) are left as the
+    plan has them.
 
     Args:
         plan: what is kept.
@@ -30,7 +36,7 @@ def unused_paths(plan: Plan, report: Report) -> Plan:
         a plan for all layers of the report.
 
     Raises:
-        ValueError: nothing would be left of a layer, or the plan is for other layers than the report's.
+        ValueError: nothing would be left of the output layers, or the plan is for other layers.
 
     Example:
         >>> import numpy as np, torch
@@ -41,20 +47,20 @@ def unused_paths(plan: Plan, report: Report) -> Plan:
         [True, False]
     """
     layers = whole(plan, report)
-    order = [layer for layer in report.layers if layer.link is not None]
     while True:
         before = sum(layer.weights for layer in layers.values())
         for layer in report.layers:
-            layers[layer.name] = without_empty(layer, layers[layer.name])
-        for producer in order:
-            assert producer.link is not None
-            consumer = producer.link.consumer
-            used = layers[consumer].columns.reshape(producer.shape[0], -1).any(axis=1)
-            alive = layers[producer.name].filters & used
-            columns = layers[consumer].columns & np.repeat(alive, layers[consumer].columns.size // alive.size)
-            layers[producer.name] = replace(layers[producer.name], filters=alive)
-            layers[consumer] = replace(layers[consumer], columns=columns)
+            layers[layer.name] = without_empty(report, layer, layers[layer.name])
+        alive = report.channels.alive(with_weights(layers))
+        for layer in report.layers:
+            columns = layers[layer.name].columns & report.living_columns(alive, layer.name)
+            layers[layer.name] = without_empty(report, layer, replace(layers[layer.name], columns=columns))
+        used = report.channels.used(read_labels(layers, report))
+        for layer in report.layers:
+            filters = layers[layer.name].filters & used[report.labels(layer.name)]
+            layers[layer.name] = without_empty(report, layer, replace(layers[layer.name], filters=filters))
         if sum(layer.weights for layer in layers.values()) == before:
+            check_something_left(layers, report)
             return Plan({layer.name: layers[layer.name] for layer in report.layers}).tied(report)
 
 
@@ -69,18 +75,41 @@ def whole(plan: Plan, report: Report) -> dict[str, LayerPlan]:
                 f"the plan of {name!r} is for a weight {layer.shape}, the model's has {report[name].shape}"
             )
     return {
-        layer.name: plan[layer.name] if layer.name in plan else LayerPlan.dense(layer.shape, layer.groups)
+        layer.name: plan[layer.name]
+        if layer.name in plan
+        else LayerPlan.dense(layer.shape, layer.groups, transposed=layer.transposed)
         for layer in report.layers
     }
 
 
-def without_empty(layer: Layer, kept: LayerPlan) -> LayerPlan:
-    """The layer's plan without the columns, and the filters that can be cut out, in which no weight is left.
+def with_weights(layers: dict[str, LayerPlan]) -> dict[str, BoolArray]:
+    """Layer -> which filters have any weight left."""
+    found: dict[str, BoolArray] = {}
+    for name, layer in layers.items():
+        found[name] = np.asarray(layer.mask().reshape(layer.shape[0], -1).any(axis=1))
+    return found
 
-    Raises:
-        ValueError: no weight is left.
-    """
+
+def read_labels(layers: dict[str, LayerPlan], report: Report) -> BoolArray:
+    """(labels,) which are read by a weight that is kept."""
+    read = np.zeros(report.channels.group.size, bool)
+    for layer in report.layers:
+        kept = layers[layer.name]
+        inputs = kept.mask().reshape(layer.groups, layer.shape[0] // layer.groups, layer.shape[1], -1).any(axis=(1, 3))
+        read[report.channels.inputs[layer.name][inputs.ravel()]] = True
+    return read
+
+
+def without_empty(report: Report, layer: Layer, kept: LayerPlan) -> LayerPlan:
+    """The layer's plan without the columns, and the filters that can be cut out, in which no weight is left."""
     seen = LayerPlan.from_mask(kept.mask(), kept.groups)
-    if not seen.filters.any():
-        raise ValueError(f"nothing would be left of layer {layer.name!r}: the network would be a constant")
-    return replace(kept, filters=kept.filters if layer.link is None else seen.filters, columns=seen.columns)
+    frozen = report.frozen_filters(layer.name)
+    return replace(kept, filters=np.where(frozen, kept.filters, seen.filters), columns=seen.columns)
+
+
+def check_something_left(layers: dict[str, LayerPlan], report: Report) -> None:
+    """Raise ValueError when the network would be a constant: no weight is left of a layer that nothing can replace."""
+    ends = [layer for layer in report.layers if report.frozen_filters(layer.name).all()]
+    empty = [layer.name for layer in ends if not layers[layer.name].mask().any()]
+    if empty and len(empty) == len(ends):
+        raise ValueError(f"nothing would be left of layer {empty[-1]!r}: the network would be a constant")

@@ -15,7 +15,7 @@ import numpy as np
 
 from autocompress_fast import ops
 from autocompress_fast.admm import Constraint
-from autocompress_fast.graph import Counts, Layer, Report
+from autocompress_fast.graph import Counts, Layer, Report, Set
 from autocompress_fast.plan import Plan
 from autocompress_fast.purify import unused_paths
 
@@ -137,7 +137,11 @@ def allocate(
         return {name: Constraint("element", weights, report[name].groups) for name, weights in budget.items()}
     if structure == "filter":
         filters = _filters(report, budget)
-        return {layer.name: Constraint("filter", filters[layer.name]) for layer in report.layers if layer.link}
+        return {
+            layer.name: Constraint("filter", filters[layer.name], layer.groups)
+            for layer in report.layers
+            if layer.filters_prunable
+        }
     if structure == "column":
         return {
             layer.name: Constraint("column", max(1, budget[layer.name] // layer.shape[0]))
@@ -178,7 +182,7 @@ def fill(
         >>> model = torch.nn.Sequential(torch.nn.Linear(100, 50), torch.nn.ReLU(), torch.nn.Linear(50, 10))
         >>> report, target = inspect(model, torch.zeros(1, 100)), Target(params=50)
         >>> constraints = allocate(report, target, report.counts(), "element")
-        >>> admm = ADMM(model, constraints, links=report.links())
+        >>> admm = ADMM(model, constraints, report=report)
         >>> filled = fill(report, target, report.counts(), constraints, admm.plan)
         >>> [unused_paths(admm.plan(c), report).weights for c in (constraints, filled)]
         [81, 110]
@@ -259,7 +263,9 @@ def _least(layer: Layer, structure: str) -> int:
     """The smallest budget of the layer: one weight, or what is frozen of it."""
     if structure in ("element", "filter"):  # for whole filters, _filters knows what is frozen
         return 1
-    filters = 1 if layer.link is not None and structure != "column" else layer.shape[0]
+    if layer.groups > 1 or layer.transposed:
+        return layer.weights
+    filters = 1 if layer.filters_prunable and structure != "column" else layer.shape[0]
     columns = 1 if layer.columns_prunable else layer.weights // layer.shape[0]
     return filters * columns
 
@@ -271,8 +277,7 @@ def _counts(report: Report, budget: dict[str, int], structure: str) -> Counts:
         filters = _filters(report, budget)
         kept = {}
         for layer in report.layers:
-            producer = report.producer(layer.name)
-            channels = 1.0 if producer is None else filters[producer.name] / producer.shape[0]
+            channels = 1.0 if layer.groups > 1 else _channel_share(report, layer, filters)
             kept[layer.name] = round(filters[layer.name] * layer.weights / layer.shape[0] * channels)
     return Counts(
         conv=sum(kept[layer.name] for layer in report.layers if layer.is_conv),
@@ -281,35 +286,83 @@ def _counts(report: Report, budget: dict[str, int], structure: str) -> Counts:
     )
 
 
+def _channel_share(report: Report, layer: Layer, filters: dict[str, int]) -> float:
+    """Share of the input channels that is left when so many filters of every layer are."""
+    share = np.ones(layer.inputs)
+    for tied in report.sets:
+        if layer.name in tied.readers:
+            first = tied.layers[0]
+            share[tied.readers[layer.name] >= 0] = filters[first] / report[first].shape[0]
+    return float(share.mean())
+
+
 def _filters(report: Report, budget: dict[str, int]) -> dict[str, int]:
-    """Filters to keep when whole filters go: the square root of the layer's share, as channels go with them."""
-    return {
-        layer.name: max(1, int(layer.shape[0] * math.sqrt(budget[layer.name] / layer.weights)))
-        if layer.link is not None
-        else layer.shape[0]
-        for layer in report.layers
-    }
+    """Filters to keep when whole filters go: the square root of the layers' share, as channels go with them."""
+    filters = {layer.name: layer.shape[0] for layer in report.layers}
+    for tied in report.sets:
+        kept = sum(min(budget[name], report[name].weights) for name in tied.layers)
+        share = kept / sum(report[name].weights for name in tied.layers)
+        groups = max(1, int(tied.size * math.sqrt(share)))
+        filters.update({name: tied.filters(name, groups) for name in tied.layers})
+    return filters
 
 
 def _filters_and_columns(report: Report, budget: dict[str, int]) -> dict[str, Constraint]:
     """Split every layer's weights into filters x columns, from the output backwards.
 
-    A filter that the next layer does not read is wasted, and a column without its filter as well: a layer keeps at
-    least as many filters as its reader's columns need, and exactly as many where every filter is one column there.
+    A filter that nobody reads is wasted, and a column without its filter as well: a layer keeps at least as many
+    filters as its readers' columns need, and exactly as many where every filter is one column there. Layers whose
+    filters are tied keep the same; of grouped and transposed convolutions, the filters alone are chosen.
     """
     sizes: dict[str, tuple[int, int]] = {}
+    groups: dict[Set, int] = {}
+    constraints: dict[str, Constraint] = {}
     for layer in reversed(report.layers):
-        rows, width, weights = layer.shape[0], layer.weights // layer.shape[0], budget[layer.name]
-        if layer.link is None:
-            filters = rows
-        else:
-            reader = report[layer.link.consumer]
-            per_filter = (reader.weights // reader.shape[0]) // rows
-            least = min(rows, weights, math.ceil(sizes[reader.name][1] / per_filter))
-            filters = least if per_filter == 1 else _best_filters(report, layer, weights, least)
-        columns = min(width, max(1, weights // filters)) if layer.columns_prunable else width
-        sizes[layer.name] = filters, columns
-    return {layer.name: Constraint("filter+column", sizes[layer.name]) for layer in report.layers if layer.groups == 1}
+        rows, width = layer.shape[0], layer.weights // layer.shape[0]
+        tied = report.set_of.get(layer.name)
+        if tied is not None and tied not in groups:
+            groups[tied] = _groups(report, tied, budget, sizes)
+        filters = rows if tied is None else tied.filters(layer.name, groups[tied])
+        if layer.columns_prunable:
+            sizes[layer.name] = filters, min(width, max(1, budget[layer.name] // filters))
+            constraints[layer.name] = Constraint("filter+column", sizes[layer.name])
+        elif tied is not None:
+            constraints[layer.name] = Constraint("filter", filters, layer.groups)
+    return {layer.name: constraints[layer.name] for layer in report.layers if layer.name in constraints}
+
+
+def _groups(report: Report, tied: Set, budget: dict[str, int], sizes: dict[str, tuple[int, int]]) -> int:
+    """Number of groups of tied filters: what readers need, or those with which the layers keep most energy."""
+    least = 1
+    for reader, positions in tied.readers.items():
+        if reader in sizes and (positions >= 0).all():
+            layer = report[reader]
+            per_group = positions.size / tied.size * (layer.columns // layer.inputs)
+            least = max(least, min(tied.size, math.ceil(sizes[reader][1] / per_group)))
+            if per_group == 1 and len(tied.layers) == 1:
+                return min(least, budget[tied.layers[0]])
+    members = [report[name] for name in tied.layers if report[name].columns_prunable]
+    if not members:
+        return max(least, round(tied.size * min(1.0, budget[tied.layers[0]] / report[tied.layers[0]].weights)))
+    if len(tied.layers) == 1:
+        least = min(least, budget[members[0].name])
+    fewest = max(math.ceil(budget[m.name] / (m.weights // m.shape[0]) * tied.size / m.shape[0]) for m in members)
+    most = min(tied.size, *(budget[m.name] for m in members))
+    low = max(1, min(tied.size, max(least, fewest)))
+    candidates = sorted({round(n) for n in np.geomspace(low, max(low, most), _FILTER_CHOICES)})
+    weights = {m.name: report.weight(m.name) for m in members}
+
+    def energy(groups: int) -> float:
+        total = 0.0
+        for member in members:
+            filters, width = tied.filters(member.name, groups), member.weights // member.shape[0]
+            columns = min(width, max(1, budget[member.name] // filters))
+            kept = ops.project_filters_and_columns(weights[member.name], filters=filters, columns=columns)
+            total += float((kept**2).sum())
+        return total
+
+    best: int = max(candidates, key=energy)
+    return best
 
 
 def _weights(layer: Layer, constraint: Constraint) -> int:
@@ -323,48 +376,38 @@ def _weights(layer: Layer, constraint: Constraint) -> int:
 def _grown(report: Report, constraints: dict[str, Constraint], factors: dict[bool, float]) -> dict[str, Constraint]:
     """The constraints with so many times the weights, no count smaller than before, and none above what there is."""
     grown: dict[str, Constraint] = {}
+    groups: dict[Set, int] = {}
     for layer in reversed(report.layers):
         if layer.name not in constraints:
             continue
         old, factor = constraints[layer.name], factors[layer.is_conv]
-        rows, width = layer.shape[0], layer.weights // layer.shape[0]
+        tied = report.set_of.get(layer.name)
         keep: int | tuple[int, int]
-        if isinstance(old.keep, tuple):
-            filters = _grown_filters(report, layer, old.keep[0], factor, grown)
-            keep = filters, min(width, max(old.keep[1], int(old.keep[0] * old.keep[1] * factor / filters)))
-        elif old.structure == "filter":  # channels go with them
-            keep = min(rows, int(old.keep * math.sqrt(factor)))
+        if isinstance(old.keep, tuple) or old.structure == "filter":
+            first = old.keep[0] if isinstance(old.keep, tuple) else old.keep
+            if tied is not None and tied not in groups:
+                groups[tied] = _grown_groups(report, tied, layer, first, factor, grown)
+            filters = first if tied is None else max(first, tied.filters(layer.name, groups[tied]))
+            keep = filters
+            if isinstance(old.keep, tuple):
+                weights = int(old.keep[0] * old.keep[1] * factor)
+                keep = filters, min(layer.weights // layer.shape[0], max(old.keep[1], weights // filters))
         else:
             keep = min(layer.weights if old.structure == "element" else layer.columns, int(old.keep * factor))
         grown[layer.name] = Constraint(old.structure, keep, old.groups)
     return {name: grown[name] for name in constraints}
 
 
-def _grown_filters(report: Report, layer: Layer, filters: int, factor: float, grown: dict[str, Constraint]) -> int:
-    """As many as its reader's columns where every filter is one column there; otherwise half of the growth."""
-    if layer.link is None:
-        return filters
-    reader = grown.get(layer.link.consumer)
-    if (
-        reader is not None
-        and isinstance(reader.keep, tuple)
-        and layer.link.positions == 1
-        and not report[layer.link.consumer].is_conv
-    ):
-        return max(filters, min(layer.shape[0], reader.keep[1]))
-    return min(layer.shape[0], int(filters * math.sqrt(factor)))
-
-
-def _best_filters(report: Report, layer: Layer, weights: int, least: int) -> int:
-    """The number of filters with which the nearest filters x columns pattern of `weights` keeps most energy."""
-    rows, width = layer.shape[0], layer.weights // layer.shape[0]
-    low = max(least, math.ceil(weights / width))
-    candidates = sorted({round(n) for n in np.geomspace(low, max(low, min(rows, weights)), _FILTER_CHOICES)})
-    weight = report.weight(layer.name)
-
-    def energy(filters: int) -> float:
-        kept = ops.project_filters_and_columns(weight, filters=filters, columns=min(width, weights // filters))
-        return float((kept**2).sum())
-
-    best: int = max(candidates, key=energy)
-    return best
+def _grown_groups(
+    report: Report, tied: Set, layer: Layer, filters: int, factor: float, grown: dict[str, Constraint]
+) -> int:
+    """As many as the reader's columns where every filter is one column there; otherwise half of the growth."""
+    for reader, positions in tied.readers.items():
+        keep = grown[reader].keep if reader in grown else None
+        one = positions.size == tied.size and report[reader].columns == report[reader].inputs
+        if isinstance(keep, tuple) and one and (positions >= 0).all() and len(tied.layers) == 1:
+            return min(tied.size, max(filters, keep[1]))
+    rows = tied.rows[layer.name]
+    free = int((rows >= 0).sum())
+    groups = (filters - (rows.size - free)) * tied.size / free
+    return min(tied.size, max(1, int(groups * math.sqrt(factor) + 1e-9)))

@@ -115,6 +115,8 @@ class Trace:
         tensors: parameters, buffers and constants under their state_dict names; detached, sharing the model's memory.
         aliases: for a tensor with several names, each further name -> the one used in `nodes` and `tensors`.
         dynamic_batch: whether the trace holds for every batch size or for that of the example alone.
+        constants: which of the tensors are no parameters or buffers, but made by the model's code.
+        structure: how the outputs make up what the model returns (a pytree spec); None for a single tensor.
     """
 
     inputs: tuple[Input, ...]
@@ -123,6 +125,8 @@ class Trace:
     tensors: Mapping[str, torch.Tensor]
     aliases: Mapping[str, str]
     dynamic_batch: bool
+    constants: frozenset[str] = frozenset()
+    structure: Any = None
 
     @cached_property
     def _users(self) -> dict[str, tuple[Node, ...]]:
@@ -215,7 +219,43 @@ def _export(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[A
                     pass
             return _functional(torch.export.export(frozen, inputs, strict=False)), False
         except Exception as error:
-            raise TraceError(f"cannot trace {name}: {_cause(error)}") from error
+            try:  # a model whose code looks at its data: the path that it takes for the example
+                return _Recorded(frozen, inputs), False
+            except Exception:
+                raise TraceError(f"cannot trace {name}: {_cause(error)}") from error
+
+
+class _Recorded:
+    """The operators that a model calls for one example, recorded while it runs on it."""
+
+    def __init__(self, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        from torch.fx.experimental.proxy_tensor import make_fx
+        from torch.utils._pytree import tree_flatten
+
+        structure: list[Any] = []
+
+        def run(*arguments: torch.Tensor) -> Any:
+            flat, spec = tree_flatten(model(*arguments))
+            structure.append(spec)
+            return flat
+
+        module = make_fx(run, pre_dispatch=True, tracing_mode="real", _error_on_data_dependent_ops=False)(*inputs)
+        self.graph, self.spec = module.graph, structure[-1]
+        for node in reversed(list(self.graph.nodes)):  # what only decided about the path
+            mutable = getattr(getattr(node.target, "_schema", None), "is_mutable", True)
+            if node.op == "call_function" and not node.users and not mutable:
+                self.graph.erase_node(node)
+        named, _ = _named_tensors(model)
+        names = {(value.data_ptr(), value.shape, value.stride()): name for name, value in named.items()}
+        self.attributes: dict[str, str] = {}  # of the recording -> tensor's name
+        self.constants: dict[str, torch.Tensor] = {}
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                value = getattr(module, node.target)
+                name = names.get((value.data_ptr(), value.shape, value.stride()))
+                if name is None:
+                    self.constants[node.target] = value
+                self.attributes[node.target] = name or node.target
 
 
 def _cause(error: Exception) -> str:
@@ -254,14 +294,19 @@ class _Reader:
     def __init__(self, model: torch.nn.Module, exported: Any) -> None:
         self.exported = exported
         self.tensors, self.aliases = _named_tensors(model)
+        self.constants: list[str] = []
         for name, value in exported.constants.items():
             if name not in self.tensors and name not in self.aliases:
                 self.tensors[name] = value.detach()
+                self.constants.append(name)
         self.values: dict[Any, Any] = {}  # graph node -> what stands for it in the trace
         self.taken = set(self.tensors) | set(self.aliases)
 
     def read(self, dynamic: bool) -> Trace:
-        targets = {s.arg.name: s.target for s in self.exported.graph_signature.input_specs if s.target is not None}
+        recorded = self.exported.attributes if isinstance(self.exported, _Recorded) else {}
+        signature = None if isinstance(self.exported, _Recorded) else self.exported.graph_signature
+        specs = [] if signature is None else signature.input_specs
+        targets = {s.arg.name: s.target for s in specs if s.target is not None}
         inputs: list[Input] = []
         nodes: list[Node] = []
         outputs: tuple[Any, ...] = ()
@@ -273,9 +318,13 @@ class _Reader:
                 inputs.append(Input(self._name(node), shape, dtype))
             elif node.op == "output":
                 # Changes of the model's own buffers come back as outputs too.
-                kinds = [spec.kind.name for spec in self.exported.graph_signature.output_specs]
-                results = zip(self._value(node.args[0]), kinds, strict=True)
-                outputs = tuple(value for value, kind in results if kind == "USER_OUTPUT")
+                results = self._value(node.args[0])
+                kinds = (
+                    [spec.kind.name for spec in signature.output_specs] if signature else ["USER_OUTPUT"] * len(results)
+                )
+                outputs = tuple(x for x, kind in zip(results, kinds, strict=True) if kind == "USER_OUTPUT")
+            elif node.op == "get_attr" and node.target in recorded:
+                self.values[node] = Tensor(recorded[node.target])
             elif node.op == "get_attr":
                 raise TraceError(f"the model branches on data or calls a nested graph ({node.target}): not supported")
             elif _is_number(node):
@@ -284,7 +333,17 @@ class _Reader:
                 nodes.append(self._node(node))
         if not outputs or not all(isinstance(x, Ref | Tensor) for x in outputs):
             raise TraceError(f"the model must return tensors, not {outputs}")
-        return Trace(tuple(inputs), outputs, tuple(_merge_batch_norm(nodes)), self.tensors, self.aliases, dynamic)
+        spec = self.exported.spec if signature is None else self.exported.call_spec.out_spec
+        return Trace(
+            tuple(inputs),
+            outputs,
+            tuple(_merge_batch_norm(nodes)),
+            self.tensors,
+            self.aliases,
+            dynamic,
+            frozenset(self.constants),
+            None if spec is None or spec.is_leaf() else spec,
+        )
 
     def _name(self, node: Any) -> str:
         name = node.name

@@ -16,6 +16,7 @@ from torch import nn
 
 from autocompress_fast.admm import ADMM, Constraint, RhoSchedule
 from autocompress_fast.data import Augmentation, BatchLoader, Dataset, UserBatches
+from autocompress_fast.graph import inspect
 from autocompress_fast.plan import LayerPlan, Plan
 from autocompress_fast.progress import Progress
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
@@ -116,7 +117,8 @@ def trainer(folder, options, *, epochs=4, progress=None):
     model = network()
     augmentation = Augmentation(shift=1, flip=True) if options.pop("augmentation", False) else None
     schedule = RhoSchedule(1e-2, factor=2.0)
-    admm = ADMM(model, CONSTRAINTS, rho=schedule, links={"3": "0"}) if options.pop("admm", False) else None
+    report = inspect(model, torch.zeros(1, 1, 6, 6))
+    admm = ADMM(model, CONSTRAINTS, rho=schedule, report=report) if options.pop("admm", False) else None
     masks = plan() if options.pop("plan", False) else None
     every = options.pop("admm_every", 1)
     return Trainer(

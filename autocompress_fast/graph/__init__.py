@@ -1,5 +1,7 @@
-"""The channel graph: which layers a model has, what of them can be pruned, and what is frozen and why."""
+"""The channel graph: a model's layers, and which of their channels live and die together."""
 
-from autocompress_fast.graph.report import Counts, Layer, Report, inspect
+from autocompress_fast.graph.channels import DATA, Channels
+from autocompress_fast.graph.operators import oriented
+from autocompress_fast.graph.report import Counts, Group, Layer, Report, Set, inspect
 
-__all__ = ["Counts", "Layer", "Report", "inspect"]
+__all__ = ["DATA", "Channels", "Counts", "Group", "Layer", "Report", "Set", "inspect", "oriented"]

@@ -8,14 +8,22 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from autocompress_fast.graph.links import LAYERS, Frozen, Link, follow
+import numpy as np
+import numpy.typing as npt
+
+from autocompress_fast._baked import baked
+from autocompress_fast.graph.channels import DATA, Channels, follow
+from autocompress_fast.graph.operators import LAYERS, Geometry, oriented
 from autocompress_fast.trace import Node, Tensor, Trace, trace
 
 if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["Counts", "Layer", "Report", "inspect"]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+__all__ = ["Counts", "Group", "Layer", "Report", "Set", "inspect"]
 
 
 class Sized(Protocol):
@@ -44,16 +52,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution or linear layer.
+    """One convolution, transposed convolution or linear layer.
 
     Attributes:
         name: module path; its weight is `name`.weight.
-        kind: "conv1d", "conv2d", "conv3d" or "linear".
-        shape: of the weight, (P, C / groups, ...).
+        kind: "conv1d" ... "conv3d", "conv_transpose1d" ... or "linear".
+        shape: (P, C / groups, ...): of the weight, or of a transposed convolution's with filters and inputs exchanged.
         groups: of a convolution; 1 for linear layers.
-        outputs: positions that every filter computes for one input (H * W; 1 for linear).
-        link: where the filters' output goes, when they can be cut out.
-        frozen_filters, frozen_columns: why filters or columns cannot be pruned; empty when they can.
+        outputs: positions that every filter computes for one input (H * W; 1 for linear), over all calls.
+        frozen_filters, frozen_columns: why no filter, or no column, can be pruned; empty when some can.
     """
 
     name: str
@@ -61,7 +68,6 @@ class Layer:
     shape: tuple[int, ...]
     groups: int
     outputs: int
-    link: Link | None
     frozen_filters: str
     frozen_columns: str
 
@@ -81,6 +87,11 @@ class Layer:
         return self.kind != "linear"
 
     @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution."""
+        return self.kind.startswith("conv_transpose")
+
+    @property
     def weights(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
@@ -91,9 +102,62 @@ class Layer:
         return self.groups * math.prod(self.shape[1:])
 
     @property
+    def inputs(self) -> int:
+        """Number of input channels C (input features of a linear layer)."""
+        return self.groups * self.shape[1]
+
+    @property
     def macs(self) -> int:
         """Multiply-adds for one input."""
         return self.weights * self.outputs
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that live and die together.
+
+    Attributes:
+        filters: layer -> its filters (output channels) in the group.
+        channels: layer -> its input channels in the group; of a linear layer, its input features.
+        tied: other parameters and buffers by their state_dict names -> indices along their channel dimension.
+        frozen: why the group cannot be cut; empty when it can.
+    """
+
+    filters: Mapping[str, tuple[int, ...]]
+    channels: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, tuple[int, ...]]
+    frozen: str
+
+
+@dataclass(frozen=True, eq=False)
+class Set:
+    """Layers whose filters are tied to each other's, and the groups that they have in common.
+
+    Attributes:
+        layers: with filters in the set, in execution order.
+        rows: layer -> (P,) position of each filter's group in the set, -1 for filters that are frozen.
+        size: number of groups that can be cut.
+        readers: layer -> (C,) position of the group that each of its input channels belongs to, -1 for others.
+    """
+
+    layers: tuple[str, ...]
+    rows: Mapping[str, IntArray]
+    size: int
+    readers: Mapping[str, IntArray]
+
+    def filters(self, layer: str, groups: int) -> int:
+        """How many filters of a layer stay when so many groups do."""
+        rows = self.rows[layer]
+        frozen = int((rows < 0).sum())
+        return frozen + round(groups * (rows.size - frozen) / self.size)
+
+    def joint(self, norms: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+        """(size,) norm of every group from those of the filters of all its layers."""
+        squares = np.zeros(self.size)
+        for name, rows in self.rows.items():
+            free = rows >= 0
+            np.add.at(squares, rows[free], norms[name][free] ** 2)
+        return np.sqrt(squares)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +167,7 @@ class Report:
     Attributes:
         model_name: class of the model.
         layers: in execution order.
+        channels: where every channel comes from and goes to.
         trace: the model as operators.
         skipped: convolutions and linear operators that are no layer here, because their weight is shared, computed or
             not that of a plain torch layer -> why. They are left as they are, and no size counts them.
@@ -110,6 +175,7 @@ class Report:
 
     model_name: str
     layers: tuple[Layer, ...]
+    channels: Channels
     trace: Trace
     skipped: Mapping[str, str] = field(default_factory=dict)
 
@@ -143,8 +209,22 @@ class Report:
 
     @property
     def prunable_macs(self) -> int:
-        """Multiply-adds of the layers of which filters or columns can be pruned."""
-        return sum(layer.macs for layer in self.layers if layer.filters_prunable or layer.columns_prunable)
+        """Multiply-adds in filters or input channels that can be cut out; the others are frozen at both ends."""
+        return sum(round(layer.macs * self._prunable_share[layer.name]) for layer in self.layers)
+
+    @property
+    def prunable_params(self) -> int:
+        """Weights in filters or input channels that can be cut out."""
+        return sum(round(layer.weights * self._prunable_share[layer.name]) for layer in self.layers)
+
+    @cached_property
+    def _prunable_share(self) -> dict[str, float]:
+        shares = {}
+        for layer in self.layers:
+            filters, inputs = self.frozen_filters(layer.name), self._frozen_of(self.channels.inputs[layer.name])
+            blocks = filters.reshape(layer.groups, -1).mean(axis=1) * inputs.reshape(layer.groups, -1).mean(axis=1)
+            shares[layer.name] = 1.0 - float(blocks.mean())
+        return shares
 
     @property
     def frozen(self) -> dict[str, str]:
@@ -157,8 +237,12 @@ class Report:
         return found
 
     def weight(self, name: str) -> torch.Tensor:
-        """The weight of a layer, sharing the model's memory."""
-        return self.trace.tensors[f"{name}.weight"].detach()
+        """The weight of a layer as (P, C / groups, ...), sharing the model's memory where that is its shape."""
+        layer = self[name]
+        weight: torch.Tensor = oriented(
+            self.trace.tensors[f"{name}.weight"].detach(), layer.groups, transposed=layer.transposed
+        )
+        return weight
 
     def counts(self, plan: Mapping[str, Sized] | None = None) -> Counts:
         """Sizes of the network, of what `plan` keeps when one is given."""
@@ -170,17 +254,85 @@ class Report:
             macs += weights * layer.outputs
         return Counts(conv, params, macs)
 
-    def links(self) -> dict[str, str]:
-        """Layer -> the layer whose filters are its channels, where they can be cut out."""
-        return {consumer: layer.name for consumer, layer in self._producers.items()}
+    def labels(self, name: str) -> IntArray:
+        """(P,) the labels of a layer's filters."""
+        return self.channels.filters(name, self[name].shape[0])
 
-    def producer(self, consumer: str) -> Layer | None:
-        """The layer whose filters are the channels of `consumer`, when they can be cut out."""
-        return self._producers.get(consumer)
+    def frozen_filters(self, name: str) -> BoolArray:
+        """(P,) which filters of a layer cannot be cut out."""
+        return self._frozen_of(self.labels(name))
+
+    def _frozen_of(self, labels: IntArray) -> BoolArray:
+        frozen: BoolArray = (labels == DATA) | (self.channels.frozen[labels] > 0)
+        return frozen
+
+    def living_columns(self, alive: BoolArray, name: str) -> BoolArray:
+        """(groups * K,) the columns of a layer that read a label which is alive."""
+        layer = self[name]
+        return np.repeat(alive[self.channels.inputs[name]], layer.columns // layer.inputs)
 
     @cached_property
-    def _producers(self) -> dict[str, Layer]:
-        return {layer.link.consumer: layer for layer in self.layers if layer.link is not None}
+    def sets(self) -> tuple[Set, ...]:
+        """Layers whose filters are tied to each other; a layer without prunable filters is in none."""
+        group = self.channels.group
+        root = _Roots()
+        for layer in self.layers:
+            groups = group[self.labels(layer.name)[~self.frozen_filters(layer.name)]]
+            for other in groups.tolist():
+                root.join(("layer", layer.name), ("group", other))
+        members: dict[Any, list[Layer]] = {}
+        for layer in self.layers:
+            if layer.filters_prunable:
+                members.setdefault(root.of(("layer", layer.name)), []).append(layer)
+        return tuple(self._set(layers) for layers in members.values())
+
+    @cached_property
+    def set_of(self) -> dict[str, Set]:
+        """Layer -> the set that its filters are in."""
+        return {name: tied for tied in self.sets for name in tied.layers}
+
+    def _set(self, layers: list[Layer]) -> Set:
+        group = self.channels.group
+        labels = {layer.name: self.labels(layer.name) for layer in layers}
+        free = [group[found[~self._frozen_of(found)]] for found in labels.values()]
+        groups = np.unique(np.concatenate(free))
+        position = np.full(group.size, -1)
+        position[groups] = np.arange(groups.size)
+        position = position[group]
+        position[DATA] = -1
+        readers = {name: position[inputs] for name, inputs in self.channels.inputs.items()}
+        return Set(
+            tuple(labels),
+            {name: position[found] for name, found in labels.items()},
+            groups.size,
+            {name: found for name, found in readers.items() if (found >= 0).any()},
+        )
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Every group with a filter in it, in the order of the first."""
+        channels = self.channels
+        weights = {f"{layer.name}.{part}" for layer in self.layers for part in ("weight", "bias")}
+        found: dict[int, tuple[dict[str, list[int]], dict[str, list[int]], dict[str, list[int]]]] = {}
+
+        def collect(part: int, name: str, labels: IntArray) -> None:
+            for index, root in enumerate(channels.group[labels].tolist()):
+                if root != DATA and (part == 0 or root in found):
+                    found.setdefault(root, ({}, {}, {}))[part].setdefault(name, []).append(index)
+
+        for layer in self.layers:
+            collect(0, layer.name, self.labels(layer.name))
+        for layer in self.layers:
+            collect(1, layer.name, channels.inputs[layer.name])
+        for (name, _), labels in channels.slices.items():
+            if name not in weights:
+                collect(2, name, labels)
+        frozen = {root: channels.reasons[channels.frozen[root]] for root in found}
+        groups = []
+        for root, parts in found.items():
+            filters, inputs, tied = ({name: tuple(index) for name, index in part.items()} for part in parts)
+            groups.append(Group(filters, inputs, tied, frozen[root]))
+        return tuple(groups)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain numbers and strings."""
@@ -190,6 +342,7 @@ class Report:
             "params": self.params,
             "conv_params": self.conv_params,
             "prunable_macs": self.prunable_macs,
+            "prunable_params": self.prunable_params,
             "skipped": dict(self.skipped),
             "layers": [
                 {
@@ -204,17 +357,32 @@ class Report:
                 }
                 for layer in self.layers
             ],
+            "sets": [{"layers": list(one.layers), "groups": one.size} for one in self.sets],
         }
 
 
-def inspect(model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch.Tensor]) -> Report:
-    """Read a model: its layers, what of them can be pruned, and what is frozen and why.
+class _Roots:
+    """Sets of things that are joined pairwise."""
 
-    Filters can be pruned where their output goes to exactly one layer (plain chains: convolution, normalisation,
-    activation, pooling, flatten, linear); columns of every convolution and linear layer with a weight of its own.
+    def __init__(self) -> None:
+        self.parent: dict[Any, Any] = {}
+
+    def of(self, thing: Any) -> Any:
+        while (up := self.parent.get(thing, thing)) != thing:
+            thing = up
+        return thing
+
+    def join(self, a: Any, b: Any) -> None:
+        a, b = self.of(a), self.of(b)
+        if a != b:
+            self.parent[b] = a
+
+
+def inspect(model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch.Tensor]) -> Report:
+    """Read a model: its layers, what lives and dies together, what can be pruned, and what is frozen and why.
 
     Args:
-        model: any module that torch.export can read; it is not changed.
+        model: any module that `torch.export` can read, or whose forward can be recorded for the example; not changed.
         example_input: a tensor, or a tuple of tensors, that the model takes.
 
     Raises:
@@ -225,11 +393,15 @@ def inspect(model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
         >>> report = inspect(model, torch.zeros(1, 1, 8, 8))
         >>> report.params, report.macs, report.frozen
-        (108, 2448, {'2': 'filters: it is the output layer'})
+        (108, 2448, {'2': 'filters: it is an output of the model'})
+        >>> report.groups[3]
+        Group(filters={'0': (3,)}, channels={'2': (3,)}, tied={}, frozen='')
     """
+    name, model = type(model).__name__, baked(model)
     traced = trace(model, example_input)
     modules = dict(model.named_modules(remove_duplicate=False))
     nodes = [node for node in traced.nodes if node.op in LAYERS]
+    calls: dict[str, list[Node]] = {}  # layer -> its calls
     names: dict[str, str] = {}  # of the weight -> of the layer
     skipped: dict[str, str] = {}
     for node in nodes:
@@ -238,41 +410,59 @@ def inspect(model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch
             skipped[path or node.name] = reason
         else:
             names[node.args[1].name] = path
-    layers = tuple(_layer(traced, node, names) for node in nodes if getattr(node.args[1], "name", "") in names)
-    return Report(type(model).__name__, layers, traced, skipped)
+            calls.setdefault(path, []).append(node)
+    for path in set(calls) & set(skipped):
+        del calls[path], names[f"{path}.weight"]
+    channels = follow(traced, names)
+    layers = tuple(_layer(traced, path, found, channels) for path, found in calls.items())
+    return Report(name, layers, channels, traced, skipped)
+
+
+_LAYER_CLASSES = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear")
 
 
 def _why_no_layer(traced: Trace, node: Node, modules: dict[str, torch.nn.Module]) -> str:
-    """Why the operator is not a torch layer with a weight and a bias of its own, used once; empty when it is."""
+    """Why the operator is not a torch layer with a weight and a bias of its own; empty when it is."""
     from torch import nn
 
     for operand in node.args[1:3]:
-        if isinstance(operand, Tensor) and (
-            len(traced.users(operand.name)) != 1 or operand.name in traced.aliases.values()
-        ):
-            return f"its {operand.name.rpartition('.')[2]} is used more than once, or has several names"
-    module = modules.get(node.module)
-    if not node.module or not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
-        where = f"{type(module).__name__} {node.module!r}" if node.module else "the model itself"
+        if isinstance(operand, Tensor):
+            what = operand.name.rpartition(".")[2]
+            if any(user.op != node.op or user.args[1:3] != node.args[1:3] for user in traced.users(operand.name)):
+                return f"its {what} is used by other operators too"
+            others = [alias for alias, name in traced.aliases.items() if name == operand.name]
+            owner = modules.get(operand.name.rpartition(".")[0])
+            if any(modules.get(alias.rpartition(".")[0]) is not owner for alias in others):
+                return f"its {what} has several owners"
+    if not isinstance(node.args[1], Tensor):
+        return "its weight is computed"
+    path, _, attribute = node.args[1].name.rpartition(".")
+    module = modules.get(path)
+    if attribute != "weight" or not path or not isinstance(module, tuple(getattr(nn, n) for n in _LAYER_CLASSES)):
+        where = f"{type(module).__name__} {path!r}" if path else "the model itself"
         return f"the {node.op} is called by {where}, not by a convolution or linear layer in it"
-    for operand, name in zip(node.args[1:3], ("weight", "bias"), strict=True):
-        if operand is not None and operand != Tensor(f"{node.module}.{name}"):
-            return f"its {name} is computed, or belongs to another layer"
+    if node.args[2] is not None and node.args[2] != Tensor(f"{path}.bias"):
+        return "its bias is computed, or belongs to another layer"
     return ""
 
 
-def _layer(traced: Trace, node: Node, names: dict[str, str]) -> Layer:
-    weight = node.args[1].name
-    shape = tuple(traced.tensors[weight].shape)
-    groups = 1 if node.op == "linear" else node.args[6]
-    link = Frozen(f"it is a grouped convolution ({groups} groups)") if groups > 1 else follow(traced, node, names)
+def _layer(traced: Trace, path: str, calls: list[Node], channels: Channels) -> Layer:
+    node = calls[0]
+    weight = traced.tensors[node.args[1].name]
+    geometry = Geometry.of(node, tuple(weight.shape))
+    labels = channels.filters(path, geometry.filters)
+    reasons = {channels.reasons[i] for i in channels.frozen[labels].tolist()}
+    frozen_columns = ""
+    if geometry.groups > 1:
+        frozen_columns = f"it is a grouped convolution ({geometry.groups} groups)"
+    elif geometry.transposed:
+        frozen_columns = "it is a transposed convolution"
     return Layer(
-        name=names[weight],
+        name=path,
         kind=node.op,
-        shape=shape,
-        groups=groups,
-        outputs=math.prod(node.shape[2:]) if node.op != "linear" else math.prod(node.shape[1:-1]),
-        link=link if isinstance(link, Link) else None,
-        frozen_filters=link.reason if isinstance(link, Frozen) else "",
-        frozen_columns="" if groups == 1 else f"it is a grouped convolution ({groups} groups)",
+        shape=tuple(oriented(weight, geometry.groups, transposed=geometry.transposed).shape),
+        groups=geometry.groups,
+        outputs=sum(math.prod(n.shape[-geometry.spatial :] if geometry.spatial else n.shape[1:-1]) for n in calls),
+        frozen_filters="" if "" in reasons else sorted(reasons)[0],
+        frozen_columns=frozen_columns,
     )

@@ -21,7 +21,11 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 # name -> (what it is, target, further options)
 ROWS = {
-    "structured-40x": ("filters + columns, CONV 40x", "conv=40", ["--no-base-augment", "--final-epochs", "40"]),
+    "structured-40x": (
+        "filters + columns, CONV 40x",
+        "conv=40,params=8",
+        ["--no-base-augment", "--final-epochs", "40"],
+    ),
     "structured-88x": (
         "filters + columns, CONV 88x",
         "conv=88,params=12",
@@ -30,7 +34,7 @@ ROWS = {
     "irregular-100x": (
         "single weights, all 100x",
         "params=100",
-        ["--structure", "element", "--no-augment", "--base-augment", "--rounds", "2", "--final-epochs", "12"],
+        ["--structure", "element", "--rounds", "2", "--final-epochs", "30"],
     ),
 }
 
