@@ -358,10 +358,10 @@ def test_inspect_shows_layers_reasons_and_effects():
     text = run("inspect", "lenet5")
     assert text.exit_code == 0
     assert "430,500 weights, 25,500 of them in convolutions" in text.stdout
-    assert "fc2: filters: it is the output layer" in text.stdout
+    assert "fc2: filters: it is an output of the model" in text.stdout
     printed = json.loads(run("inspect", "lenet5", "--json").stdout)
     assert [layer["name"] for layer in printed["layers"]] == ["conv1", "conv2", "fc1", "fc2"]
-    assert printed["frozen"] == {"fc2": "filters: it is the output layer"}
+    assert printed["frozen"] == {"fc2": "filters: it is an output of the model"}
     half = printed["uniform"][0]
     assert (half["filters"], half["columns"]) == (0.5, 0.0)
     assert half["conv"] == pytest.approx(25500 / (10 * 25 + 25 * 250), abs=1e-3)

@@ -258,8 +258,10 @@ def test_grouped_layers_lose_whole_filters_of_all_groups_alike():
             admm = ADMM(rebuilt(report), constraints, report=report)
             filled = fill(report, Target(params=rate), dense, constraints, admm.plan)
             for chosen in (constraints, filled):
-                plan = unused_paths(admm.plan(chosen), report)
-                assert Target(params=rate).met(dense, report.counts(plan))
+                plan = admm.plan(chosen)
+                assert Target(params=rate).met(dense, report.counts(unused_paths(plan, report)))
+                if "2" not in plan:
+                    continue
                 kept = plan["2"].filters.reshape(4, 4)
                 assert (kept == kept[0]).all()
                 if structure == "filter":

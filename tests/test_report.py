@@ -24,7 +24,7 @@ def result():
 
 @pytest.fixture(scope="module")
 def branching():
-    """A network whose first layer goes two ways: its filters are frozen."""
+    """A network whose first layer goes two ways, once through a grouped convolution."""
 
     class Branching(torch.nn.Module):
         def __init__(self):
@@ -166,8 +166,11 @@ def test_plot_of_accuracy_shows_every_epoch_and_where_stages_begin():
 def test_inspection_lists_layers_and_reasons(branching):
     text = str(reports.Inspection(branching))
     assert f"{branching.params:,} weights" in text
-    assert cells(text, "stem  ")[:2] == ["conv2d", "columns"]
-    assert "conv2d 2 groups nothing" in " ".join(cells(text, "body  "))
+    assert cells(text, "stem  ")[:3] == ["conv2d", "filters", "columns"]
+    assert "conv2d 2 groups filters" in " ".join(cells(text, "body  "))
+    assert "conv2d 2 groups filters columns" not in " ".join(cells(text, "body  "))
+    assert cells(text, "head  ")[:2] == ["linear", "columns"]
+    assert set(branching.frozen) == {"body", "head"}
     for name, reason in branching.frozen.items():
         assert f"  {name}: {reason}" in text
 
@@ -192,8 +195,8 @@ def test_inspection_predicts_what_uniform_pruning_leaves(result):
             assert effect[name] == pytest.approx(getattr(report.counts(), name) / getattr(counts, name), abs=1e-3)
 
 
-def test_inspection_of_what_cannot_lose_so_much():
-    """Columns and filters of a narrow network that miss each other: no rate is invented."""
+def test_inspection_of_a_network_in_which_little_can_stay():
+    """Columns and filters of a narrow network meet: one weight of the first layer, and what the second one reads."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     with torch.no_grad():
@@ -202,8 +205,8 @@ def test_inspection_of_what_cannot_lose_so_much():
     report = acf.inspect(model, torch.zeros(1, 4))
     inspection = reports.Inspection(report)
     last = inspection.to_json()["uniform"][-1]
-    assert last == {"filters": 0.75, "columns": 0.75}
-    assert str(inspection).splitlines()[-1].split()[-3:] == ["-", "-", "-"]
+    assert last == {"filters": 0.75, "columns": 0.75, "params": 8.0, "macs": 8.0}
+    assert str(inspection).splitlines()[-1].split()[-3:] == ["-", "8.0x", "8.0x"]  # it has no convolution
 
 
 # ---- a dry run

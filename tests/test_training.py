@@ -83,12 +83,14 @@ class StopAfter(Progress):
 
 def plan() -> Plan:
     rng = np.random.default_rng(0)
+    filters = np.array([1, 0, 1, 1], bool)
     return Plan(
         {
-            "0": LayerPlan((4, 1, 3, 3), [1, 0, 1, 1], np.ones(9), norms=("1",)),
+            "0": LayerPlan((4, 1, 3, 3), filters, np.ones(9)),
             "3": LayerPlan((5, 4, 3, 3), np.ones(5), rng.random(36) < 0.5),
             "7": LayerPlan((3, 80), np.ones(3), np.ones(80), rng.random((3, 80)) < 0.5),
-        }
+        },
+        {"1.weight": (0, filters), "1.bias": (0, filters)},
     )
 
 
