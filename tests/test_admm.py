@@ -577,6 +577,28 @@ def test_without_a_report_every_layer_keeps_filters_of_its_own():
     assert len({tuple(plan[name].filters.tolist()) for name in ADDED}) > 1
 
 
+@pytest.mark.parametrize("large", [(0, 1, 6, 7), (2, 3, 4, 5), (0, 2, 4, 6)])
+def test_layers_that_are_tied_in_part_keep_their_counts_and_the_same_of_what_they_share(large):
+    """The four filters of `narrow` are added onto the middle of the eight of `wide`, wherever the large ones are."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow, self.wide, self.head = nn.Linear(5, 4), nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(nn.functional.pad(self.narrow(x), (2, 2)) + self.wide(x))
+
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():
+        model.wide.weight[list(large)] *= 10
+    report = inspect(model, torch.zeros(1, 5))
+    plan = ADMM(model, {"narrow": Constraint("filter", 2), "wide": Constraint("filter", 4)}, report=report).plan()
+    assert (plan["narrow"].filters.sum(), plan["wide"].filters.sum()) == (2, 4)
+    assert plan["narrow"].filters.tolist() == plan["wide"].filters[2:6].tolist()
+
+
 def test_filters_that_cannot_go_stay_and_count():
     class Net(nn.Module):
         def __init__(self) -> None:
