@@ -202,6 +202,7 @@ def compact(
     example_input: torch.Tensor | Sequence[torch.Tensor],
     *,
     columns: bool = True,
+    report: Report | None = None,
 ) -> Compacted:
     """Cut out of a copy of `model` what `plan` drops, and all that is dead then; check that it computes the same.
 
@@ -215,6 +216,7 @@ def compact(
         example_input: a tensor, or a tuple of tensors, that the model takes.
         columns: also cut out dropped columns (`ColumnConv2d`, `ColumnLinear`); if not, they stay as zeros and as masks
             in the returned plan, which suits further training.
+        report: of `inspect` on this model, when there is one: saves reading it again.
 
     Raises:
         ValueError: the plan does not fit the model, names a layer that `inspect` leaves out, or leaves nothing of one.
@@ -231,36 +233,48 @@ def compact(
     """
     inputs = (example_input,) if isinstance(example_input, torch.Tensor) else tuple(example_input)
     masked = mask(model, plan).eval()
-    report = inspect(masked, inputs)
-    # In float64 first: there the two must agree to rounding, whatever constants were folded into float32 biases.
-    if (double := _in_float64(masked, inputs)) is not None:
-        _cut(*double, plan, report, columns, _FLOAT64_TOLERANCE)
-    small = _cut(masked, inputs, plan, report, columns, _FLOAT32_TOLERANCE)
+    report = inspect(masked, inputs) if report is None else report
+    _check_report(report, masked)
+    exact = all(x.dtype == torch.float64 for x in masked.parameters())
+    if not exact:  # in float64 the two must agree to rounding, whatever constants were folded into float32 biases
+        double, cast = copy.deepcopy(masked).double(), _cast(inputs, torch.float64)
+        try:
+            arriving, expected = _measured(double, report, (cast, _random_like(cast)))
+        except RuntimeError:  # its code insists on another dtype
+            pass
+        else:
+            _cut(double, cast, plan, report, columns, arriving, expected, _FLOAT64_TOLERANCE)
+        del double
+    arriving, expected = _measured(masked, report, (inputs, _random_like(inputs)))
+    tolerance = _FLOAT64_TOLERANCE if exact else _FLOAT32_TOLERANCE
+    small = _cut(masked, inputs, plan, report, columns, arriving, expected, tolerance)
     training = {name: module.training for name, module in model.named_modules()}
     for name, module in small.model.named_modules():
         module.training = training.get(name, model.training)
     return small
 
 
-def _in_float64(
-    model: nn.Module, inputs: tuple[torch.Tensor, ...]
-) -> tuple[nn.Module, tuple[torch.Tensor, ...]] | None:
-    """A copy of the model and the inputs in float64; None for a model whose forward insists on another dtype."""
-    double, cast = copy.deepcopy(model).double(), _cast(inputs, torch.float64)
-    try:
-        with torch.no_grad():
-            double(*cast)
-    except RuntimeError:
-        return None
-    return double, cast
+def _check_report(report: Report, model: nn.Module) -> None:
+    for layer in report.layers:
+        module = dict(model.named_modules()).get(layer.name)
+        shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
+        expected = tuple(report.trace.tensors[f"{layer.name}.weight"].shape)
+        if shape != expected:
+            raise ValueError(f"the report is on another model: {layer.name!r} has a weight {expected}, not {shape}")
 
 
 def _cut(
-    masked: nn.Module, inputs: tuple[torch.Tensor, ...], plan: Plan, report: Report, columns: bool, tolerance: float
+    small: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    plan: Plan,
+    report: Report,
+    columns: bool,
+    arriving: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    expected: Sequence[torch.Tensor],
+    tolerance: float,
 ) -> Compacted:
-    """The smaller network, after the comparison with the masked one."""
-    small = copy.deepcopy(masked)
-    alive = _fold_constants(small, plan, report, (inputs, _random_like(inputs)))
+    """Make the masked network `small` physically smaller, in place, and compare it with what was measured of it."""
+    alive = _fold_constants(small, plan, report, arriving)
     apply_masks(small, alive)
     keep = _kept_labels(alive, report)
     kept = {}
@@ -270,7 +284,6 @@ def _cut(
     _shrink(small, report, keep)
     if columns:
         _cut_columns(small, alive, kept, report)
-    expected = [_outputs(masked, arguments) for arguments in (inputs, _random_like(inputs))]
     try:
         worst = _difference(small, inputs, expected, tolerance)
         kind, reason = "module", ""
@@ -281,7 +294,9 @@ def _cut(
     return Compacted(small, _remaining(small, alive, kept, report), kept, worst, kind, reason)
 
 
-def _fold_constants(model: nn.Module, plan: Plan, report: Report, examples: Sequence[tuple[torch.Tensor, ...]]) -> Plan:
+def _fold_constants(
+    model: nn.Module, plan: Plan, report: Report, arriving: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> Plan:
     """Fold what empty filters put out into the biases of the layers that read it, in place; return what is left.
 
     A channel is empty when all filters that it is made of are dropped, or read empty channels alone. It is the same
@@ -290,7 +305,6 @@ def _fold_constants(model: nn.Module, plan: Plan, report: Report, examples: Sequ
     Backwards, filters that nobody reads any more are dropped, until nothing changes.
     """
     layers = whole(plan, report)
-    arriving = _arriving(model, report, examples)
     exact = {name: _foldable(model.get_submodule(name), low, high) for name, (low, high) in arriving.items()}
     folded = {layer.name: np.zeros(layer.inputs, bool) for layer in report.layers}
     while True:
@@ -356,10 +370,10 @@ def _with_filters(layer: LayerPlan, more: npt.NDArray[np.bool_]) -> LayerPlan:
     return replace(layer, filters=layer.filters | more, elements=elements)
 
 
-def _arriving(
+def _measured(
     model: nn.Module, report: Report, examples: Sequence[tuple[torch.Tensor, ...]]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Layer -> (C,) least and (C,) largest value that arrives in each of its input channels."""
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]:
+    """Layer -> (C,) least and (C,) largest value that arrives in each of its input channels; and the outputs."""
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def hook(layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -378,16 +392,14 @@ def _arriving(
         for layer in report.layers
     ]
     try:
-        with torch.no_grad():
-            for inputs in examples:
-                model(*inputs)
+        outputs = [_outputs(model, inputs) for inputs in examples]
     finally:
         for handle in handles:
             handle.remove()
     for layer in report.layers:  # a layer whose weight is used without calling it: nothing is known to be constant
         dtype = _tensor(model.get_submodule(layer.name), "weight").dtype
         seen.setdefault(layer.name, (torch.zeros(layer.inputs, dtype=dtype), torch.ones(layer.inputs, dtype=dtype)))
-    return seen
+    return seen, outputs
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -363,7 +363,7 @@ def _rounds(
             masks = admm.plan(filled(admm.plan) if step_constraints == constraints else None).tied(now)
             apply_masks(small, masks)
         assert masks is not None
-        cut = compact(small, masks, example, columns=False)
+        cut = compact(small, masks, example, columns=False, report=now)
         small, masks = cut.model, cut.plan
         kept = {name: kept[name].then(inner) for name, inner in cut.kept.items()}
         kind = "final" if number == rounds else "retrain"

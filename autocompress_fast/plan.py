@@ -103,6 +103,15 @@ class LayerPlan:
         kept: BoolArray = oriented(self.mask(), self.groups, transposed=self.transposed)
         return kept
 
+    def used(self) -> tuple[BoolArray, BoolArray]:
+        """(P,) filters and (groups * K,) columns in which any weight is kept."""
+        rows, columns = self.filters.reshape(self.groups, -1), self.columns.reshape(self.groups, -1)
+        if self.elements is None:
+            filled = (rows & columns.any(axis=1, keepdims=True)).ravel()
+            return filled, (columns & rows.any(axis=1, keepdims=True)).ravel()
+        blocks = self.mask().reshape(self.groups, rows.shape[1], -1)
+        return blocks.any(axis=2).ravel(), blocks.any(axis=1).ravel()
+
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the layer's weight: `shape`, or (C, P/groups, ...) when it is transposed."""
@@ -214,7 +223,7 @@ class Plan(Mapping[str, LayerPlan]):
             >>> model = torch.nn.Sequential(torch.nn.Conv2d(2, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 5))
             >>> plan = Plan.uniform(inspect(model, torch.zeros(1, 2, 8, 8)), filters=0.5, columns=0.25)
             >>> [(int(layer.filters.sum()), int(layer.columns.sum())) for layer in plan.values()]
-            [(4, 14), (5, 108)]
+            [(4, 14), (5, 144)]
         """
         for name, share in (("filters", filters), ("columns", columns)):
             if not 0 <= share < 1:

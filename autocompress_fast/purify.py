@@ -84,32 +84,28 @@ def whole(plan: Plan, report: Report) -> dict[str, LayerPlan]:
 
 def with_weights(layers: dict[str, LayerPlan]) -> dict[str, BoolArray]:
     """Layer -> which filters have any weight left."""
-    found: dict[str, BoolArray] = {}
-    for name, layer in layers.items():
-        found[name] = np.asarray(layer.mask().reshape(layer.shape[0], -1).any(axis=1))
-    return found
+    return {name: layer.used()[0] for name, layer in layers.items()}
 
 
 def read_labels(layers: dict[str, LayerPlan], report: Report) -> BoolArray:
     """(labels,) which are read by a weight that is kept."""
     read = np.zeros(report.channels.group.size, bool)
     for layer in report.layers:
-        kept = layers[layer.name]
-        inputs = kept.mask().reshape(layer.groups, layer.shape[0] // layer.groups, layer.shape[1], -1).any(axis=(1, 3))
-        read[report.channels.inputs[layer.name][inputs.ravel()]] = True
+        inputs = layers[layer.name].used()[1].reshape(layer.inputs, -1).any(axis=1)
+        read[report.channels.inputs[layer.name][inputs]] = True
     return read
 
 
 def without_empty(report: Report, layer: Layer, kept: LayerPlan) -> LayerPlan:
     """The layer's plan without the columns, and the filters that can be cut out, in which no weight is left."""
-    seen = LayerPlan.from_mask(kept.mask(), kept.groups)
+    filters, columns = kept.used()
     frozen = report.frozen_filters(layer.name)
-    return replace(kept, filters=np.where(frozen, kept.filters, seen.filters), columns=seen.columns)
+    return replace(kept, filters=np.where(frozen, kept.filters, filters), columns=columns)
 
 
 def check_something_left(layers: dict[str, LayerPlan], report: Report) -> None:
     """Raise ValueError when the network would be a constant: no weight is left of a layer that nothing can replace."""
     ends = [layer for layer in report.layers if report.frozen_filters(layer.name).all()]
-    empty = [layer.name for layer in ends if not layers[layer.name].mask().any()]
+    empty = [layer.name for layer in ends if not layers[layer.name].used()[0].any()]
     if empty and len(empty) == len(ends):
         raise ValueError(f"nothing would be left of layer {empty[-1]!r}: the network would be a constant")
