@@ -236,9 +236,52 @@ def test_a_number_made_of_the_batch_size_is_not_minus_one():
     assert repr(traced.inputs[0].shape) == "(BATCH, 3)"
 
 
-class Branches(nn.Module):
+def test_of_a_model_that_looks_at_its_data_the_path_of_the_example_is_read():
+    """Writes in place, parameters of the model and constants are all in it."""
+
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.norm(self.first(x))
+            y = y.relu_() if float(x.sum()) > 0 else y.neg_()
+            y += torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1)
+            return {"mean": self.last(y.mean((2, 3))), "all": y}
+
+    model, x = Looks(), torch.rand(2, 3, 6, 6)
+    before = copy.deepcopy(model.state_dict())
+    for sign, op in ((1, "relu"), (-1, "neg")):
+        traced = trace(model, sign * x)
+        assert not traced.dynamic_batch
+        same(traced, model, sign * x)
+        same(traced, model, sign * torch.rand(2, 3, 6, 6))
+        ops = {node.op for node in traced.nodes}
+        assert op in ops
+        assert not {"relu", "neg"} - {op} & ops
+        layers = [node for node in traced.nodes if node.op in ("conv2d", "linear")]
+        assert [(node.args[1], node.module) for node in layers] == [
+            (Tensor("first.weight"), "first"),
+            (Tensor("last.weight"), "last"),
+        ]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_write_into_a_slice_reaches_its_base_on_the_path_of_the_example_too():
+    class Looks(nn.Module):
+        def forward(self, x):
+            y = x * 2 if float(x.sum()) > 0 else -x
+            y[:, :2] += 1
+            return y * 3
+
+    for x in (torch.ones(2, 3), -torch.ones(2, 3)):
+        same(trace(Looks(), x), Looks(), x)
+
+
+class Fails(nn.Module):
     def forward(self, x):
-        return x if x.sum() > 0 else -x
+        return self.missing(x) if x.sum() > 0 else self.nothing(x)
 
 
 class Uncopyable(nn.Module):
@@ -249,7 +292,7 @@ class Uncopyable(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Branches(), r"cannot trace Branches: .*data-dependent"),
+        (Fails(), r"cannot trace Fails: .*"),
         (Uncopyable(), r"cannot trace Uncopyable: it cannot be copied: RuntimeError: one of a kind"),
         (nn.Linear(3, 2), r"cannot trace Linear: .*"),
     ],
