@@ -11,6 +11,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from autocompress_fast.compact import Compacted, compact
 from autocompress_fast.graph import Report, inspect
-from autocompress_fast.plan import Plan, mask
+from autocompress_fast.plan import LayerPlan, Plan, mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -728,7 +729,7 @@ def test_channel_shuffle_module():
     assert small.kind == "module"
 
 
-@pytest.mark.parametrize("shuffle", SHUFFLES[:3], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shuffle", SHUFFLES, ids=lambda f: f.__name__)
 def test_channel_shuffle_of_many_small_groups(shuffle):
     """(6, 2) -> (2, 6): both channels of a group, which come to lie six apart."""
     model = net(lambda m, x: m.head(shuffle(m.a(x), 6)), a=conv(3, 12), head=conv(12, 4))
@@ -1427,6 +1428,20 @@ def test_a_layer_that_reads_two():
     check(model, {f"a:{i} b:{i} > s:{i}" for i in range(8)} | {f"s:{i} > head:{i} head2:{i}" for i in range(6)})
 
 
+def test_a_layer_that_reads_the_input_and_itself_freezes():
+    """Its channels are those of the input, and its filters become its channels."""
+    model = net(lambda m, x: m.head(m.b(m.s(F.relu(m.s(x))))), s=conv(3, 3), b=conv(3, 6), head=conv(6, 4))
+    check(model, {f"b:{i} > head:{i}" for i in range(6)}, {"s": ""})
+
+
+def test_a_layer_that_reads_frozen_channels_and_itself_freezes():
+    def forward(m, x):
+        return m.head(m.b(m.s(F.relu(m.s(m.norm(m.a(x)))))))
+
+    model = net(forward, a=conv(3, 8), norm=nn.GroupNorm(1, 8), s=conv(8, 8), b=conv(8, 6), head=conv(6, 4))
+    check(model, {f"b:{i} > head:{i}" for i in range(6)}, {"a": "norm", "s": ""})
+
+
 def test_a_normalisation_that_is_shared():
     model = net(
         lambda m, x: m.head(torch.cat([m.bn(m.a(x)), m.bn(m.b(x))], 1)),
@@ -1608,6 +1623,96 @@ def test_the_layers_around_any_operator_are_read(name):
     )
     free = {f"a:{i} > b:{i}" for i in range(6)} | {f"c:{i} > head:{i}" for i in range(6)}
     check(model, free, at_least=True)
+
+
+# Plans of other than whole groups
+
+
+def partial(report: Report, **dropped: list[int]) -> Plan:
+    """Without these filters, or, of `layer_inputs`, without the columns of these input channels."""
+    layers = {}
+    for layer in report.layers:
+        filters, columns = np.ones(layer.shape[0], bool), np.ones(layer.columns, bool)
+        filters[dropped.get(layer.name, [])] = False
+        columns.reshape(layer.shape[1] * layer.groups, -1)[dropped.get(f"{layer.name}_inputs", [])] = False
+        layers[layer.name] = LayerPlan(layer.shape, filters, columns, None, layer.groups, layer.transposed)
+    return Plan(layers)
+
+
+def check_partial(model: nn.Module, **dropped: list[int]) -> Compacted:
+    """Compaction of such a plan is exact, on inputs of either sign as well."""
+    model = model.double()
+    x = torch.rand(2, *IMAGE).double()
+    plan = partial(inspect(model, x), **dropped)
+    small, masked = compact(model, plan, x), mask(model, plan).eval()
+    for inputs in (x, -x, 10 * x - 5, torch.zeros_like(x)):
+        with torch.no_grad():
+            expected, got = masked(inputs), small.model.eval()(inputs)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+    return small
+
+
+def test_a_dropped_filter_of_a_norm_group_puts_out_what_the_others_make_of_it():
+    """Zero minus the mean of the group: negative on positive inputs, where the ReLU makes a constant of it."""
+    model = seq(a=conv(3, 4, 1, bias=False), norm=nn.GroupNorm(2, 4), act=nn.ReLU(), head=conv(4, 2, 1))
+    nn.init.ones_(model.a.weight)
+    nn.init.constant_(model.norm.bias, -0.5)
+    with torch.no_grad():
+        model.head.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0])[None, :, None, None].expand(2, 4, 1, 1))
+    assert check_partial(model, a=[0]).model.head.weight.numel() == 8
+
+
+def test_a_filter_that_nobody_reads_still_counts_in_its_norm_group():
+    check_partial(seq(a=conv(3, 4), norm=nn.GroupNorm(2, 4), head=conv(4, 2)), head_inputs=[0])
+
+
+@pytest.mark.parametrize("dropped", [[0], [1, 2, 3], [5, 6]])
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Identity()], ids=str)
+def test_some_of_the_filters_that_pixel_shuffle_makes_a_channel_of(pool, dropped):
+    check_partial(seq(a=conv(3, 12), up=nn.PixelShuffle(2), pool=pool, head=conv(3, 2, 1)), a=dropped)
+
+
+@pytest.mark.parametrize("dropped", [[0], [2], [3], [2, 3]])
+def test_channels_of_pixel_unshuffle_in_pieces_that_are_not_whole(dropped):
+    """A piece ends within a channel, and another is made of one channel alone, which is dropped."""
+
+    def forward(m, x):
+        p, _, q = F.pixel_unshuffle(m.a(x), 2).split([9, 4, 3], 1)
+        return m.head(torch.cat([q, p], 1))
+
+    check_partial(net(forward, a=conv(3, 4), head=conv(12, 2)), a=dropped)
+
+
+def test_a_constant_for_a_layer_without_bias_in_a_graph():
+    """The layer pads by reflection and has no bias to fold the constant into; its code has sizes in the way."""
+
+    def forward(m, x):
+        y = m.bn(m.a(x))
+        return m.head(m.b(y.view(-1, 6, 8, 8)))
+
+    bn = nn.BatchNorm2d(6)
+    nn.init.normal_(bn.bias)
+    b = conv(6, 4, bias=False, padding_mode="reflect")
+    small = check_partial(net(forward, a=conv(3, 6, bias=False), bn=bn, b=b, head=conv(4, 2)), a=[0])
+    assert small.kind == "graph"
+    assert small.plan["b"].shape == (4, 5, 3, 3)
+
+
+def test_one_branch_of_an_addition_alone():
+    def forward(m, x):
+        return m.head(m.a(x) + m.b(x))
+
+    small = check_partial(net(forward, a=conv(3, 4), b=conv(3, 4), head=conv(4, 2)), a=[0, 1], b=[1, 2])
+    assert small.plan["head"].shape == (2, 3, 3, 3)
+
+
+def test_a_branch_that_is_dead_as_a_whole():
+    def forward(m, x):
+        y = m.a(x)
+        return m.head(y + m.c(F.relu(m.b(y))))
+
+    parts = {"a": conv(3, 6), "b": conv(6, 8), "c": conv(8, 6, bias=False), "head": conv(6, 4)}
+    assert check_partial(net(forward, **parts), c=list(range(6))).plan.weights <= 6 * 27 + 4 * 54 + 8 * 54 // 8 + 54
 
 
 # What comes out

@@ -478,7 +478,7 @@ class Builder:
         if max(self.size(value)) > 4 and self.chance(0.5):
             value = self.call(self.part(nn.AdaptiveAvgPool2d(self.rng.choice([1, 2]))), value)
         if self.chance(0.2):
-            return self.conv(value, 4, 1)
+            return self.conv(value, 4, 1, bias=True)  # without, the mean of a normalised value is rounding alone
         size = self.tensors[value][0].numel()
         text, function = self.rng.choice(
             [
