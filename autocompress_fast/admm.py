@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from autocompress_fast import ops
 from autocompress_fast.graph import oriented
-from autocompress_fast.plan import LayerPlan, Plan, apply_masks, largest
+from autocompress_fast.plan import LayerPlan, Plan, apply_masks
 
 if TYPE_CHECKING:
     import torch
@@ -346,10 +346,8 @@ class ADMM:
             norms |= {name: np.zeros(len(tied.rows[name])) for name in tied.layers if name not in norms}
             keep = constraints[members[0]].keep
             count = keep[0] if isinstance(keep, tuple) else keep
-            own = tied.rows[members[0]]
-            free = int((own >= 0).sum())
-            groups = max(1, round((count - (own.size - free)) * tied.size / free))
-            chosen = np.append(largest(tied.joint(norms), groups), True)  # the last is for frozen filters
+            groups = tied.groups(members[0], count)
+            chosen = np.append(tied.chosen(tied.joint(norms), groups), True)  # the last is for frozen filters
             rows.update({name: chosen[tied.rows[name]] for name in members})
         return rows
 

@@ -474,10 +474,10 @@ def _shrink(model: nn.Module, report: Report, keep: npt.NDArray[np.bool_]) -> No
         else:
             groups = inputs if layer.groups > 1 and layer.shape[1] == 1 else layer.groups
             _set_sizes(module, in_channels=inputs, out_channels=filters, groups=groups)
-    for path, (groups, labels) in report.channels.norms.items():
-        module, kept = model.get_submodule(path), int(keep[labels].sum())
+    for norm in report.channels.norms.values():
+        module, kept = model.get_submodule(norm.module), int(keep[norm.labels].sum())
         if isinstance(module, nn.GroupNorm):
-            _set_sizes(module, num_channels=kept, num_groups=kept * groups // labels.size)
+            _set_sizes(module, num_channels=kept, num_groups=kept * norm.groups // norm.labels.size)
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             _set_sizes(module, num_features=kept)
     for module in model.modules():

@@ -233,7 +233,9 @@ class Plan(Mapping[str, LayerPlan]):
         norms = {name: ops.group_norms(weight, "filter").double().numpy() for name, weight in weights.items()}
         for tied in report.sets:
             joint = tied.joint(norms)
-            chosen = np.append(largest(joint, max(1, round(tied.size * (1 - filters)))), True)  # [-1]: frozen filters
+            chosen = np.append(
+                tied.chosen(joint, max(1, round(tied.size * (1 - filters)))), True
+            )  # [-1]: frozen filters
             for positions in tied.readers.values():
                 if not chosen[positions].any():  # nobody is left without anything to read
                     chosen[positions[np.argmax(joint[positions])]] = True

@@ -407,7 +407,4 @@ def _grown_groups(
         one = positions.size == tied.size and report[reader].columns == report[reader].inputs
         if isinstance(keep, tuple) and one and (positions >= 0).all() and len(tied.layers) == 1:
             return min(tied.size, max(filters, keep[1]))
-    rows = tied.rows[layer.name]
-    free = int((rows >= 0).sum())
-    groups = (filters - (rows.size - free)) * tied.size / free
-    return min(tied.size, max(1, int(groups * math.sqrt(factor) + 1e-9)))
+    return min(tied.size, max(1, int(tied.groups(layer.name, filters) * math.sqrt(factor) + 1e-9)))

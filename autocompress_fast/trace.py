@@ -229,6 +229,7 @@ class _Recorded:
     """The operators that a model calls for one example, recorded while it runs on it."""
 
     def __init__(self, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        import torch
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.utils._pytree import tree_flatten
 
@@ -240,6 +241,9 @@ class _Recorded:
             return flat
 
         module = make_fx(run, pre_dispatch=True, tracing_mode="real", _error_on_data_dependent_ops=False)(*inputs)
+        if _writes_through_views(module.graph):
+            plain = torch.func.functionalize(run, remove="mutations_and_views")
+            module = make_fx(plain, tracing_mode="real", _error_on_data_dependent_ops=False)(*inputs)
         self.graph, self.spec = module.graph, structure[-1]
         for node in reversed(list(self.graph.nodes)):  # what only decided about the path
             mutable = getattr(getattr(node.target, "_schema", None), "is_mutable", True)
@@ -270,8 +274,12 @@ def _functional(exported: Any) -> Any:
     Export hands the result of an in-place operator to whoever reads that tensor later, so that plain ``relu_`` and
     ``add_`` read as if they were out of place. A write into a slice changes its base behind the graph's back.
     """
+    return exported.run_decompositions({}) if _writes_through_views(exported.graph) else exported
+
+
+def _writes_through_views(graph: Any) -> bool:
     views: set[Any] = set()
-    for node in exported.graph.nodes:
+    for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None:
             continue
@@ -282,10 +290,10 @@ def _functional(exported: Any) -> Any:
             if node.target.__name__.startswith("detach_"):
                 continue
             if any(x in views for x in aliased):
-                return exported.run_decompositions({})
+                return True
         else:
             views.update(aliased, (node,))
-    return exported
+    return False
 
 
 class _Reader:
@@ -364,6 +372,9 @@ class _Reader:
             args = self._all_arguments(node, args, kwargs)
         shape, dtype = _meta(node)
         module = _module_path(node.meta.get("nn_module_stack"))
+        if isinstance(self.exported, _Recorded):  # which says nothing of modules
+            owners = [x.name.rpartition(".")[0] for x in args if isinstance(x, Tensor) and x.name not in self.constants]
+            module = owners[0] if owners else ""
         return Node(self._name(node), op, target, args, kwargs, shape, dtype, module, _source(node))
 
     def _all_arguments(self, node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -55,6 +55,15 @@ class Join:
     alive: str
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation: its module (empty when unknown), its number of groups (0 but for a GroupNorm), its channels."""
+
+    module: str
+    groups: int
+    labels: IntArray
+
+
 @dataclass(frozen=True, eq=False)
 class Channels:
     """Where every channel comes from and goes to.
@@ -69,7 +78,7 @@ class Channels:
         joins: in execution order.
         read: labels that are read by something that is no layer.
         constant: (labels,) whether it stands for an element of a parameter, or for padding.
-        norms: module of a normalisation -> (number of its groups: 0 but for a GroupNorm, (C,) labels of its channels).
+        norms: node -> the normalisation that it is.
         values: (node, result) -> labels of its value in the model, for those that carry any.
     """
 
@@ -82,7 +91,7 @@ class Channels:
     joins: tuple[Join, ...]
     read: IntArray
     constant: BoolArray
-    norms: Mapping[str, tuple[int, IntArray]]
+    norms: Mapping[str, Norm]
     values: Mapping[str, Any]
 
     def alive(self, filters: Mapping[str, BoolArray]) -> BoolArray:
@@ -109,22 +118,15 @@ class Channels:
     def used(self, read: BoolArray) -> BoolArray:
         """(labels,) whether anybody reads it, when layers read those of `read`.
 
-        Who reads a sum reads its terms; who reads a channel that is normalised in a group reads the whole group.
+        Who reads a sum reads its terms.
         """
         used: BoolArray = read.copy()
         used[self.read] = True
-        while True:
-            before = int(used.sum())
-            for join in reversed(self.joins):
-                out = used[join.first : join.first + join.a.size]
-                used[join.a[out]] = True
-                used[join.b[out]] = True
-            for groups, labels in self.norms.values():
-                if groups:
-                    rows = labels.reshape(groups, -1)
-                    used[rows[used[rows].any(axis=1)]] = True
-            if int(used.sum()) == before:
-                return used
+        for join in reversed(self.joins):
+            out = used[join.first : join.first + join.a.size]
+            used[join.a[out]] = True
+            used[join.b[out]] = True
+        return used
 
     def filters(self, layer: str, count: int) -> IntArray:
         """Labels of the filters of a layer."""
@@ -186,7 +188,7 @@ class _Follower:
         self.marks: list[tuple[IntArray, int]] = []
         self.constant_ranges: list[tuple[int, int]] = []
         self.copies: list[tuple[int, int]] = []  # labels of one channel that is repeated, as ranges
-        self.norms: dict[str, tuple[int, IntArray]] = {}
+        self.norms: dict[str, Norm] = {}
 
     def run(self) -> Channels:
         for node in self.trace.nodes:
@@ -715,20 +717,32 @@ class _Follower:
             raise _NotFollowedError("it is a parameter of the normalisation")
         for tensor in node.args[1:5]:
             self._slice(tensor, 0, labels)
-        self.norms[node.module] = 0, labels
+        self.norms[node.name] = Norm(self._owner(node), 0, labels)
         return x
 
+    @staticmethod
+    def _owner(node: Node) -> str:
+        """The module of a normalisation: that of its tensors where the trace does not say."""
+        own = [x.name.rpartition(".")[0] for x in node.args if isinstance(x, Tensor)]
+        return node.module or (own[0] if own else "")
+
     def _group_norm(self, node: Node) -> Any:
+        import torch
+
         x, groups = self._of(node.args[0]), node.args[1]
         labels = self._along_one(x, 1, "the dimension that is normalised")
         rows = labels.reshape(groups, -1)
         if groups == 1 or bool((labels == DATA).any()):
             raise _NotFollowedError("it is normalised across channels")
         self.union.join(np.broadcast_to(rows[:, :1], rows.shape).ravel(), rows.ravel())
+        together = rows[:, 0]  # every channel of a group is made of the whole group
+        for column in range(1, rows.shape[1]):
+            together = self._joined(together, rows[:, column], _EITHER)
+        labels = self._joined(rows.reshape(-1), np.repeat(together, rows.shape[1]), _EITHER)
         for tensor in node.args[2:4]:
             self._slice(tensor, 0, labels)
-        self.norms[node.module] = groups, labels
-        return x
+        self.norms[node.name] = Norm(self._owner(node), groups, labels)
+        return torch.from_numpy(labels).reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape)
 
     def _layer_norm(self, node: Node) -> Any:
         x, size = self._of(node.args[0]), len(node.args[1])
@@ -815,7 +829,14 @@ class _Follower:
         known = name in self.first
         first = self.first.setdefault(name, 0 if known else self._new(geometry.filters))
         filters = np.arange(first, first + geometry.filters)
-        self.inputs[name] = self._joined(self.inputs[name], read, _EITHER) if known else read
+        if known:  # called before
+            mixed = (self.inputs[name] == DATA) != (read == DATA)
+            both = np.concatenate([self.inputs[name][mixed], read[mixed]])
+            self._freeze(
+                [torch.from_numpy(both)] if both.size else [], f"{node.where} reads it, and what is no channel"
+            )
+            read = self._joined(self.inputs[name], read, _EITHER)
+        self.inputs[name] = read
         self._tie_groups(geometry, filters, read)
         for dimension, along in geometry.along(filters, read).items():
             self._slice(weight, dimension, along)

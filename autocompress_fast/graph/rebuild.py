@@ -109,14 +109,15 @@ class _Builder:
         if resized is not None and self.labels.get(_of(node)) is not None:
             return resized(node)
         args = list(node.args)
+        if node.op in ops.LAYERS:
+            args[2] = self._bias(node)
         if node.op in ops.LAYERS and node.op != "linear":
             args[6] = self._groups(node)
         elif node.op in ops.FACTORIES and self.labels.get(node.name) is not None:
             at = ops.FACTORIES[node.op]
             args[at] = [n if n is BATCH else m for n, m in zip(node.args[at], self._sizes(node), strict=True)]
-        elif node.op == "group_norm":
-            groups, labels = self.report.channels.norms[node.module]
-            args[1] = int(self.keep[labels].sum()) * groups // labels.size
+        elif node.op == "group_norm" and (norm := self.report.channels.norms.get(node.name)) is not None:
+            args[1] = int(self.keep[norm.labels].sum()) * norm.groups // norm.labels.size
         return self._call(node, args)
 
     def _call(self, node: Node, args: Sequence[Any]) -> Any:
@@ -139,6 +140,12 @@ class _Builder:
             return None
         classes = tuple(getattr(nn, name) for name in _MODULES.get(node.op, ()))
         return path if classes and type(module) in classes else None
+
+    def _bias(self, node: Node) -> Any:
+        """A layer's bias, which it may have got when constants were folded into it."""
+        name = node.args[1].name.removesuffix(".weight") if isinstance(node.args[1], Tensor) else ""
+        has_one = name in self.report and getattr(self.modules[name], "bias", None) is not None
+        return Tensor(f"{name}.bias") if has_one else node.args[2]
 
     def _groups(self, node: Node) -> int:
         groups = int(node.args[6])
@@ -196,6 +203,11 @@ class _Builder:
         found: BoolArray = np.asarray(kept.any(axis=tuple(other)) if other else kept)
         return found
 
+    def _any(self, labels: torch.Tensor) -> bool:
+        """Whether anything is left of a value."""
+        inner = labels[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in labels.stride())]
+        return bool(self.keep[inner.numpy()].any())
+
     def _sizes(self, node: Node) -> list[int]:
         labels = self.labels[node.name]
         return [int(self._mask(labels, d).sum()) for d in range(labels.dim())]
@@ -221,7 +233,7 @@ class _Builder:
 
         pieces = self.labels[node.name]
         dim = int(node.args[2]) if len(node.args) > 2 else 0
-        sizes = [int(self._mask(piece, dim).sum()) for piece in pieces]
+        sizes = [int(self._mask(piece, dim).sum()) if self._any(piece) else 0 for piece in pieces]
         call = torch.ops.aten.split_with_sizes.default
         return self.graph.call_function(call, (self._value(node.args[0]), sizes, dim))
 
@@ -290,6 +302,11 @@ class _Builder:
                 amounts[2 * pair + 1] = int(added.sum()) - int(gone.sum())
         return self._call(node, [node.args[0], amounts, *node.args[2:]])
 
+    def _shuffle(self, node: Node) -> Any:
+        """Channels leave from every group, or whole groups do."""
+        grid = self._along(node.args[0].name, 1).reshape(node.args[1], -1)
+        return self._call(node, [node.args[0], int(grid.any(axis=1).sum())])
+
     def _roll(self, node: Node) -> Any:
         dims = node.args[2]
         if any(not self._along(node.name, d).all() for d in dims):
@@ -311,6 +328,7 @@ _RESIZED = {
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "tensor_split"), "split"),
     **dict.fromkeys(("slice", "narrow", "select", "index_select", "index"), "slice"),
     **dict.fromkeys(ops.PADDING, "pad"),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), "shuffle"),
     "unflatten": "unflatten",
     "roll": "roll",
 }

@@ -137,19 +137,45 @@ class Set:
         layers: with filters in the set, in execution order.
         rows: layer -> (P,) position of each filter's group in the set, -1 for filters that are frozen.
         size: number of groups that can be cut.
+        classes: (size,) which groups lie in the same layers: equal numbers do. A zero-padded shortcut, for one, ties
+            some filters of a layer to another layer's and leaves the others alone.
         readers: layer -> (C,) position of the group that each of its input channels belongs to, -1 for others.
     """
 
     layers: tuple[str, ...]
     rows: Mapping[str, IntArray]
     size: int
+    classes: IntArray
     readers: Mapping[str, IntArray]
+
+    def counts(self, groups: int) -> IntArray:
+        """How many groups of every class stay when so many do in all: the same share of each, and one at least."""
+        sizes = np.bincount(self.classes)
+        kept: IntArray = np.clip(np.floor(sizes * (groups / self.size) + 1e-9).astype(np.int64), 1, sizes)
+        return kept
+
+    def chosen(self, joint: npt.NDArray[np.float64], groups: int) -> BoolArray:
+        """(size,) the groups that stay: of every class those with the largest norm; of equal ones, the first."""
+        chosen = np.zeros(self.size, bool)
+        for number, count in enumerate(self.counts(groups).tolist()):
+            members = np.flatnonzero(self.classes == number)
+            chosen[members[np.argsort(-joint[members], kind="stable")[:count]]] = True
+        return chosen
 
     def filters(self, layer: str, groups: int) -> int:
         """How many filters of a layer stay when so many groups do."""
         rows = self.rows[layer]
-        frozen = int((rows < 0).sum())
-        return frozen + round(groups * (rows.size - frozen) / self.size)
+        per_class = np.bincount(self.classes[rows[rows >= 0]], minlength=int(self.classes.max()) + 1)
+        share = self.counts(groups) / np.bincount(self.classes)
+        return int((rows < 0).sum()) + round(float((per_class * share).sum()))
+
+    def groups(self, layer: str, filters: int) -> int:
+        """The largest number of groups with which no more than so many filters of a layer stay; 1 at least."""
+        low, high = 1, self.size
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.filters(layer, middle) <= filters else (low, middle - 1)
+        return low
 
     def joint(self, norms: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
         """(size,) norm of every group from those of the filters of all its layers."""
@@ -300,11 +326,17 @@ class Report:
         position[groups] = np.arange(groups.size)
         position = position[group]
         position[DATA] = -1
+        rows = {name: position[found] for name, found in labels.items()}
+        lies_in = np.zeros((groups.size, len(layers)), bool)
+        for number, found in enumerate(rows.values()):
+            lies_in[found[found >= 0], number] = True
+        _, classes = np.unique(lies_in, axis=0, return_inverse=True)
         readers = {name: position[inputs] for name, inputs in self.channels.inputs.items()}
         return Set(
             tuple(labels),
-            {name: position[found] for name, found in labels.items()},
+            rows,
             groups.size,
+            classes.reshape(-1),
             {name: found for name, found in readers.items() if (found >= 0).any()},
         )
 
