@@ -344,9 +344,9 @@ class ADMM:
                 continue
             norms = {name: _plain(values[name]).double().flatten(1).norm(dim=1).cpu().numpy() for name in members}
             norms |= {name: np.zeros(len(tied.rows[name])) for name in tied.layers if name not in norms}
-            keep = constraints[members[0]].keep
-            count = keep[0] if isinstance(keep, tuple) else keep
-            groups = tied.groups(members[0], count)
+            keep = {name: constraints[name].keep for name in members}
+            counts = {name: k[0] if isinstance(k, tuple) else k for name, k in keep.items()}
+            groups = min(tied.groups(name, count) for name, count in counts.items())
             chosen = np.append(tied.chosen(tied.joint(norms), groups), True)  # the last is for frozen filters
             rows.update({name: chosen[tied.rows[name]] for name in members})
         return rows

@@ -291,8 +291,9 @@ def _channel_share(report: Report, layer: Layer, filters: dict[str, int]) -> flo
     share = np.ones(layer.inputs)
     for tied in report.sets:
         if layer.name in tied.readers:
-            first = tied.layers[0]
-            share[tied.readers[layer.name] >= 0] = filters[first] / report[first].shape[0]
+            positions, first = tied.readers[layer.name], tied.layers[0]
+            per_class = tied.counts(tied.groups(first, filters[first])) / np.bincount(tied.classes)
+            share[positions >= 0] = per_class[tied.classes[positions[positions >= 0]]]
     return float(share.mean())
 
 
