@@ -489,11 +489,27 @@ def test_some_channels_are_frozen_and_the_others_of_the_layer_are_not():
 
 def test_how_many_filters_stay_and_the_norm_of_what_is_tied():
     rows = {"a": np.array([-1, 0, 1, 2]), "b": np.array([2, 2, 0, 0, 1, 1])}
-    tied = Set(("a", "b"), rows, 3, {})
+    tied = Set(("a", "b"), rows, 3, np.zeros(3, np.int64), {})
     assert [tied.filters("a", groups) for groups in (1, 2, 3)] == [2, 3, 4]
     assert [tied.filters("b", groups) for groups in (1, 2, 3)] == [2, 4, 6]
     norms = {"a": np.array([100.0, 1.0, 2.0, 3.0]), "b": np.array([1.0, 2.0, 3.0, 4.0, 0.0, 0.0])}
     np.testing.assert_allclose(tied.joint(norms), np.sqrt([1 + 9 + 16, 4, 9 + 1 + 4]))
+
+
+def test_layers_tied_in_part_keep_the_same_share_of_every_class():
+    rows = {"narrow": np.array([0, 1, 2, 3]), "wide": np.array([4, 0, 1, 2, 3, 5, 6, 7])}
+    tied = Set(("narrow", "wide"), rows, 8, np.array([0, 0, 0, 0, 1, 1, 1, 1]), {})
+    assert tied.counts(4).tolist() == [2, 2]
+    assert tied.counts(1).tolist() == [1, 1]
+    joint = np.array([9.0, 8.0, 7.0, 6.0, 1.0, 3.0, 3.0, 3.0])
+    assert np.flatnonzero(tied.chosen(joint, 4)).tolist() == [0, 1, 5, 6]
+    assert [(tied.filters("narrow", g), tied.filters("wide", g)) for g in (4, 5, 6, 8)] == [
+        (2, 4),
+        (2, 4),
+        (3, 6),
+        (4, 8),
+    ]
+    assert [tied.groups("wide", filters) for filters in (1, 4, 5, 8)] == [1, 5, 5, 8]
 
 
 def test_outputs_that_nobody_reads():
