@@ -34,5 +34,11 @@ def project_levels(
     weight: Array, levels: NDArray[np.float64], scale: float, values: Array, codes: NDArray[Any], threads: int
 ) -> None: ...
 def purification_scores(
-    weight: Array, groups: int, threads: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]: ...
+    layers: Sequence[tuple[Array, int]], threads: int, names: Sequence[str]
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]]: ...
+def purification_keep(
+    layers: Sequence[
+        tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], tuple[float, ...]]
+    ],
+    groups: int,
+) -> list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]: ...

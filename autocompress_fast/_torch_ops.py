@@ -61,10 +61,19 @@ def group_norms(weight: Tensor, structure: str, groups: int) -> Tensor:
     return weight.abs().double().reshape(-1) if structure == "element" else squares.sqrt()
 
 
-def purification_scores(weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `ops.purification_scores`."""
+def purification_scores_all(
+    layers: Sequence[tuple[Tensor, int]], names: Sequence[str]
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """See `ops.purification_scores_all`."""
+    return [
+        _scores(weight, groups, f" of {names[number]}" if names else "")
+        for number, (weight, groups) in enumerate(layers)
+    ]
+
+
+def _scores(weight: Tensor, groups: int, owner: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     columns = group_squares(weight, "column", groups)
-    check_finite("weight", weight)
+    check_finite("weight" + owner, weight)
     by_channel = columns.reshape(-1, blocks(weight, groups).shape[-1])
     filters = group_squares(weight, "filter", groups)
     return by_channel.mean(1), (by_channel != 0).double().mean(1), columns.sqrt(), filters.sqrt()

@@ -18,6 +18,7 @@ lowest index, and neither the number of threads nor the instruction set changes 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,22 @@ class PurificationScores:
     emptiness: Any
     column_norms: Any
     filter_norms: Any
+
+
+class PurificationLimits(NamedTuple):
+    """What of a layer goes: whatever is below.
+
+    Attributes:
+        column: of the norm of a column.
+        importance, emptiness: of the importance of a channel and the share of its columns that are left; it goes when
+            both are below. By default a channel's importance alone decides.
+        filter: of the norm of a filter, joint with all that is tied to it.
+    """
+
+    column: float = 0.0
+    importance: float = 0.0
+    emptiness: float = math.inf
+    filter: float = 0.0
 
 
 def group_norms(weight: ArrayT, structure: str, *, groups: int = 1, threads: int | None = None) -> ArrayT:
@@ -326,10 +343,83 @@ def purification_scores(weight: ArrayT, *, groups: int = 1, threads: int | None 
     >>> scores.importance, scores.emptiness
     (array([4.5, 1. ]), array([0.5, 1. ]))
     """
-    if (tensor := _on_device(weight)) is not None:
-        return PurificationScores(*_torch_ops().purification_scores(tensor, groups))
-    scores = _core.purification_scores(_readable(weight), groups, _count(threads))
-    return PurificationScores(*(_like(weight, score) for score in scores))
+    return purification_scores_all([(weight, groups)], threads=threads)[0]
+
+
+def purification_scores_all(
+    layers: Iterable[tuple[ArrayT, int]], *, names: Sequence[str] = (), threads: int | None = None
+) -> list[PurificationScores]:
+    """`purification_scores` for all layers of a network in one call, spread over the threads.
+
+    Args:
+        layers: (weight, groups) each; all of the same dtype and on the same kind of device.
+        names: of the layers, for messages.
+        threads: how many to use.
+
+    Returns:
+        The scores, in the order of the layers.
+
+    Raises:
+        ValueError, TypeError: as `purification_scores`.
+
+    >>> import numpy as np
+    >>> [scores.filter_norms for scores in purification_scores_all([(np.eye(2), 1), (2 * np.eye(3), 1)])]
+    [array([1., 1.]), array([2., 2., 2.])]
+    """
+    entries: list[tuple[Any, int]] = list(layers)
+    if any(_on_device(weight) is not None for weight, _ in entries):
+        return [PurificationScores(*scores) for scores in _torch_ops().purification_scores_all(entries, names)]
+    readable = [(_readable(weight), groups) for weight, groups in entries]
+    found = _core.purification_scores(readable, _count(threads), names)
+    return [
+        PurificationScores(*(_like(weight, score) for score in scores))
+        for (weight, _), scores in zip(entries, found, strict=True)
+    ]
+
+
+def purification_keep(
+    scores: Sequence[PurificationScores],
+    limits: Sequence[PurificationLimits],
+    *,
+    tied: Sequence[NDArray[np.int64]] | None = None,
+) -> list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """What of a network stays when everything below the limits of its layer goes.
+
+    A column goes when it is empty or its norm is below `column`. A channel then goes whole when its importance is below
+    `importance` and the share of its columns that are left below `emptiness`. A filter, with all that is tied to it,
+    goes when it is empty or the joint norm of the tied ones is below `filter` of each of their layers. What is dead
+    because of that is found by `acf.unused_paths`.
+
+    Args:
+        scores: of the layers, from `purification_scores_all`.
+        limits: of the layers.
+        tied: (P,) of every layer: the number of the group of tied filters that each filter belongs to, counted from 0
+            over all layers, or -1 for one that stays. Not given: every filter is a group of its own.
+
+    Returns:
+        (columns, filters) of every layer: True what stays.
+
+    Raises:
+        ValueError: numbers of layers or filters that differ, limits that are negative or NaN.
+
+    >>> import numpy as np
+    >>> scores = purification_scores_all([(np.array([[[3.0, 0.0], [0.1, 0.1]], [[0.2, 0.0], [0.0, 0.0]]]), 1)])
+    >>> columns, filters = purification_keep(scores, [PurificationLimits(importance=0.1, filter=1.0)])[0]
+    >>> columns, filters
+    (array([ True, False, False, False]), array([ True, False]))
+    """
+    if len(limits) != len(scores) or (tied is not None and len(tied) != len(scores)):
+        raise ValueError(
+            f"limits and tied must be as many as the {len(scores)} layers, got {len(limits)} and "
+            f"{'none' if tied is None else len(tied)}"
+        )
+    arrays = [[np.asarray(a) for a in (s.importance, s.column_norms, s.filter_norms)] for s in scores]
+    if tied is None:
+        firsts = np.cumsum([0, *(filters.size for _, _, filters in arrays)])
+        tied = [np.arange(first, end) for first, end in zip(firsts[:-1], firsts[1:], strict=True)]
+    groups = max((int(numbers.max(initial=-1)) for numbers in tied), default=-1) + 1
+    layers = [(*a, t, tuple(limit)) for a, t, limit in zip(arrays, tied, limits, strict=True)]
+    return _core.purification_keep(layers, groups)
 
 
 def _torch_ops() -> Any:

@@ -350,7 +350,7 @@ def test_device_path_gives_the_same_projection_and_update():
             assert torch.equal(u_device, u)
             assert (primal, dual) == pytest.approx(residuals, rel=1e-6)
         scores = ops.purification_scores(weight, groups=groups)
-        on_device = _torch_ops.purification_scores(weight, groups)
+        on_device = _torch_ops.purification_scores_all([(weight, groups)], [])[0]
         names = ("importance", "emptiness", "column_norms", "filter_norms")
         for name, result in zip(names, on_device, strict=True):
             torch.testing.assert_close(result, getattr(scores, name), rtol=1e-14, atol=0)
