@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from autocompress_fast.admm import Constraint as Constraint
     from autocompress_fast.admm import RhoSchedule as RhoSchedule
     from autocompress_fast.compact import compact as compact
+    from autocompress_fast._baked import baked as baked
     from autocompress_fast.config import show_config as show_config
     from autocompress_fast.engine import Engine as Engine
     from autocompress_fast.engine import FileFormatError as FileFormatError
@@ -62,6 +63,7 @@ _LAZY = {
     "Trainer": "training",
     "TrainingConfig": "training",
     "allocate": "rates",
+    "baked": "_baked",
     "compact": "compact",
     "compile": "engine",
     "compress": "pipeline",
@@ -69,6 +71,7 @@ _LAZY = {
     "inspect": "graph",
     "load": "engine",
     "mask": "plan",
+    "purify": "purify",
     "show_config": "config",
     "train": "pipeline",
     "unused_paths": "purify",
@@ -89,6 +92,7 @@ __all__ = [
     "TrainingConfig",
     "__version__",
     "allocate",
+    "baked",
     "compact",
     "compile",
     "compress",
@@ -100,6 +104,7 @@ __all__ = [
     "mask",
     "models",
     "ops",
+    "purify",
     "show_config",
     "train",
     "unused_paths",

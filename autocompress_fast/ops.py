@@ -415,10 +415,10 @@ def purification_keep(
         )
     arrays = [[np.asarray(a) for a in (s.importance, s.column_norms, s.filter_norms)] for s in scores]
     if tied is None:
-        firsts = np.cumsum([0, *(filters.size for _, _, filters in arrays)])
-        tied = [np.arange(first, end) for first, end in zip(firsts[:-1], firsts[1:], strict=True)]
+        ends = np.cumsum([filters.size for _, _, filters in arrays]).tolist()
+        tied = [np.arange(end - filters.size, end) for end, (_, _, filters) in zip(ends, arrays, strict=True)]
     groups = max((int(numbers.max(initial=-1)) for numbers in tied), default=-1) + 1
-    layers = [(*a, t, tuple(limit)) for a, t, limit in zip(arrays, tied, limits, strict=True)]
+    layers: Any = [(*a, t, tuple(limit)) for a, t, limit in zip(arrays, tied, limits, strict=True)]
     return _core.purification_keep(layers, groups)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autocompress_fast import ops
-from autocompress_fast._baked import baked
+from autocompress_fast._baked import baked, check_plain
 from autocompress_fast._files import write_atomically
 from autocompress_fast.graph.operators import oriented
 
@@ -202,7 +202,12 @@ class Plan(Mapping[str, LayerPlan]):
     @classmethod
     def dense(cls, report: Report) -> Plan:
         """The plan that keeps everything of the layers of `report`."""
-        return cls({layer.name: LayerPlan.dense(layer.shape, layer.groups) for layer in report.layers}).tied(report)
+        return cls(
+            {
+                layer.name: LayerPlan.dense(layer.shape, layer.groups, transposed=layer.transposed)
+                for layer in report.layers
+            }
+        ).tied(report)
 
     @classmethod
     def uniform(cls, report: Report, *, filters: float = 0.0, columns: float = 0.0) -> Plan:
@@ -356,7 +361,8 @@ def check_fits(model: torch.nn.Module, plan: Plan) -> None:
         if weight is None:
             raise ValueError(f"the plan names {name!r}, which is no layer with a weight; layers: {_weighted(modules)}")
         if "weight" not in modules[name]._parameters:
-            raise ValueError(f"the plan names {name!r}, whose weight is no parameter but computed")
+            raise ValueError(f"the plan names {name!r}, whose weight is no parameter but computed; acf.baked makes it one")
+        check_plain(name, modules[name])
         if tuple(weight.shape) != layer.weight_shape:
             raise ValueError(
                 f"the plan of {name!r} is for a weight {layer.weight_shape}, the model's has {tuple(weight.shape)}"

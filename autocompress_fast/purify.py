@@ -1,18 +1,337 @@
-"""Purification: removing what contributes nothing (P-RM, arXiv 1905.00136, Algorithm 1: unused paths)."""
+"""Purification: removing what contributes nothing (P-RM, arXiv 1905.00136, Algorithm 1).
+
+unused_paths    what is dead because of what was dropped, exactly
+purify          what contributes so little that the network does as well without it, within a tolerance
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from autocompress_fast.graph import Layer, Report
-from autocompress_fast.plan import LayerPlan, Plan
+from autocompress_fast import ops
+from autocompress_fast.graph import Counts, Layer, Report, Set, inspect
+from autocompress_fast.graph.operators import oriented
+from autocompress_fast.ops import PurificationLimits
+from autocompress_fast.plan import LayerPlan, Plan, apply_masks, mask
+from autocompress_fast.progress import Progress
 
-__all__ = ["unused_paths"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Purified", "PurifyStep", "purify", "unused_paths"]
 
 BoolArray = npt.NDArray[np.bool_]
+
+_FEWEST, _MOST = 2, 7  # evaluations that find one limit: it is then right to 1/4, or 1/128, of what could go
+
+
+@dataclass(frozen=True)
+class PurifyStep:
+    """A limit that was found, and what fell below it.
+
+    Attributes:
+        round: counted from 1.
+        layers: the layer, or the layers whose filters are tied.
+        limit: "filter", "column" or "channel": of its norm, or for a channel of its importance.
+        value: of the limit; 0 when nothing could go.
+        groups: how many filters (groups of tied ones), columns or channels went, and `of` how many.
+        weights, macs: that went in the whole network, unused paths with them.
+        score: of the network afterwards.
+        evaluations: how many networks were tried.
+    """
+
+    round: int
+    layers: tuple[str, ...]
+    limit: str
+    value: float
+    groups: int
+    of: int
+    weights: int
+    macs: int
+    score: float
+    evaluations: int
+
+
+@dataclass(frozen=True, eq=False)
+class Purified:
+    """What `purify` leaves.
+
+    Attributes:
+        plan: what is kept; a subset of the plan given.
+        model: a copy of the network, masked; retrained, if that was asked for.
+        steps: in order, the limits that were tried.
+        before, unused, after: sizes: as the plan given has it, without its unused paths, and of `plan`.
+        scores: of the network given, and after every round (after its retraining).
+        evaluations: how many networks were scored.
+    """
+
+    plan: Plan
+    model: torch.nn.Module
+    steps: tuple[PurifyStep, ...]
+    before: Counts
+    unused: Counts
+    after: Counts
+    scores: tuple[float, ...]
+    evaluations: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain numbers and strings."""
+        return {
+            "before": asdict(self.before),
+            "unused": asdict(self.unused),
+            "after": asdict(self.after),
+            "scores": list(self.scores),
+            "evaluations": self.evaluations,
+            "steps": [asdict(step) | {"layers": list(step.layers)} for step in self.steps],
+        }
+
+
+def purify(
+    model: torch.nn.Module,
+    score: Callable[[torch.nn.Module], float],
+    example_input: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    plan: Plan | None = None,
+    tolerance: float = 0.2,
+    evaluations: int = 200,
+    rounds: int = 1,
+    retrain: Callable[[torch.nn.Module, Plan], None] | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> Purified:
+    """Remove small columns, channels and filters, and all that is unused then, as far as the score allows.
+
+    For every layer three limits are looked for, by bisection: of the norm of its columns, of the importance of its
+    channels (sigma of the paper: the mean squared norm of a channel's columns), and of the norm of its filters, joint
+    over all that is tied. Each is the largest with which the network, masked and without its unused paths, still
+    scores enough. The layers that have most to save come first, and each has its part of the tolerance: after
+    layers with a share s of all that could go, the score may have fallen by s * tolerance; what one does not need, the
+    next ones have.
+
+    Args:
+        model: trained; not changed.
+        score: of a network, higher is better; called with masked copies of `model`. The accuracy, in percent, on some
+            validation images, for one. The copies are its to use, but for their weights.
+        example_input: what the model takes.
+        plan: what is kept so far; everything when not given.
+        tolerance: how far the score may fall below that of the network given, before retraining.
+        evaluations: the number of networks to score in a round, about; at least two for every limit are.
+        rounds: how often to go through all layers; with `retrain`, what one round lost the next can lose again.
+        retrain: called after every round with the masked copy and its plan, to train it in place and keep its masks
+            (`MaskedParameters`, or a `Trainer` with `plan`).
+        report: of `acf.inspect` on this model, when there is one.
+        progress: who is told.
+
+    Raises:
+        ValueError: a negative tolerance, a score that is not finite, a plan for other layers.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with torch.no_grad():
+        ...     model[0].weight[3:] *= 1e-3  # filters that hardly do anything
+        >>> x = torch.randn(64, 4)
+        >>> expected = model(x)
+        >>> purified = purify(model, lambda net: -float((net(x) - expected).abs().max()), x, tolerance=0.05)
+        >>> purified.plan["0"].filters.tolist()
+        [True, True, True, False, False, False, False, False]
+        >>> purified.plan["2"].columns.tolist() == purified.plan["0"].filters.tolist()
+        True
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be 0 or more, got {tolerance}")
+    for name, value in (("evaluations", evaluations), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
+    report = inspect(model, example_input) if report is None else report
+    told = progress or Progress()
+    given = Plan.dense(report) if plan is None else plan
+    search = _Search(mask(model, given), unused_paths(given, report), score, report, told)
+    unused, floor = report.counts(search.plan), search.score - tolerance
+    scores, steps = [search.score], []
+    for number in range(1, rounds + 1):
+        told.note(f"purification, round {number} of {rounds}: the score is {search.score:.4g}, at least {floor:.4g}")
+        found = list(search.round(number, floor, evaluations))
+        steps += found
+        if retrain is not None:
+            search.retrained(retrain)
+        scores.append(search.score)
+        if not any(step.groups for step in found):
+            break
+    apply_masks(search.model, search.plan)
+    return Purified(
+        search.plan,
+        search.model,
+        tuple(steps),
+        report.counts(given),
+        unused,
+        report.counts(search.plan),
+        tuple(scores),
+        search.evaluations,
+    )
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One limit to be found: of the columns or channels of a layer, or of the filters of tied layers."""
+
+    limit: str
+    layers: tuple[str, ...]
+
+
+class _Search:
+    """A network, what is kept of it so far, and its score."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        plan: Plan,
+        score: Callable[[torch.nn.Module], float],
+        report: Report,
+        progress: Progress,
+    ) -> None:
+        self.model, self.plan, self.report, self.progress = model, plan, report, progress
+        self._score_of = score
+        self._tried = copy.deepcopy(model)
+        self._tied = _numbered(report)
+        self.evaluations = 0
+        self.score = self._evaluate(plan)
+
+    def round(self, number: int, floor: float, evaluations: int) -> Iterator[PurifyStep]:
+        """Find one limit after the other, those with most to save first."""
+        kept = {name: layer.weights for name, layer in self.plan.items()}
+        units = sorted(self._units(), key=lambda unit: -sum(kept[name] for name in unit.layers))
+        savings = np.array([sum(kept[name] for name in unit.layers) for unit in units], float)
+        shares = np.cumsum(savings) / max(1.0, savings.sum())
+        each = min(_MOST, max(_FEWEST, evaluations // max(1, len(units))))
+        self.progress.start("purification", len(units))
+        begun = self.score
+        for unit, share in zip(units, shares.tolist(), strict=True):
+            step = self._step(number, unit, min(begun, floor + (1 - share) * max(0.0, begun - floor)), each)
+            self.progress.advance()
+            self.progress.tell(f"{', '.join(unit.layers)}: score {self.score:.4g}")
+            yield step
+        self.progress.finish()
+
+    def _units(self) -> Iterator[_Unit]:
+        for layer in self.report.layers:
+            if layer.columns_prunable:
+                if layer.columns > layer.inputs:  # where a channel is one column, the two limits are the same
+                    yield _Unit("channel", (layer.name,))
+                yield _Unit("column", (layer.name,))
+        for tied in self.report.sets:
+            yield _Unit("filter", tied.layers)
+
+    def _step(self, number: int, unit: _Unit, floor: float, evaluations: int) -> PurifyStep:
+        """The largest limit with which the score is at least `floor`, as far as so many evaluations tell."""
+        scores = self._scores()
+        norms = self._norms(unit, scores)
+        before, tried = self.report.counts(self.plan), self.evaluations
+        low, high = 0, norms.size  # so many of the smallest can go; so many are too many, as one has to stay
+        best = self.plan, self.score, 0.0
+        while high - low > 1 and self.evaluations - tried < evaluations:
+            middle = (low + high) // 2
+            value = float(norms[middle])  # what is below goes
+            plan = self._below(unit, value, scores)
+            found = None if plan is None else self._evaluate(plan)
+            if plan is not None and found is not None and found >= floor:
+                low, best = middle, (plan, found, value)
+            else:
+                high = middle
+        self.plan, self.score, value = best
+        after = self.report.counts(self.plan)
+        return PurifyStep(
+            number,
+            unit.layers,
+            unit.limit,
+            value,
+            int((norms < value).sum()),
+            norms.size,
+            before.params - after.params,
+            before.macs - after.macs,
+            self.score,
+            self.evaluations - tried,
+        )
+
+    def _scores(self) -> list[ops.PurificationScores]:
+        """Of all layers, as they are masked now."""
+        apply_masks(self.model, self.plan)
+        weights = []
+        for layer in self.report.layers:
+            weight: Any = self.model.get_submodule(layer.name).weight
+            plain = oriented(weight.detach(), layer.groups, transposed=layer.transposed)
+            weights.append((plain.contiguous(), layer.groups))
+        return ops.purification_scores_all(weights, names=[layer.name for layer in self.report.layers])
+
+    def _norms(self, unit: _Unit, scores: list[ops.PurificationScores]) -> npt.NDArray[np.float64]:
+        """Norms, or importances, of all that is left and could go, in order."""
+        by_name = {layer.name: score for layer, score in zip(self.report.layers, scores, strict=True)}
+        if unit.limit == "filter":
+            tied = self.report.set_of[unit.layers[0]]
+            found = tied.joint({name: np.asarray(by_name[name].filter_norms) for name in unit.layers})
+        else:
+            score = by_name[unit.layers[0]]
+            found = np.asarray(score.importance if unit.limit == "channel" else score.column_norms)
+        left: npt.NDArray[np.float64] = np.sort(found[found > 0])
+        return left
+
+    def _below(self, unit: _Unit, value: float, scores: list[ops.PurificationScores]) -> Plan | None:
+        """The plan without what is below the limit, and what is unused then; None when nothing would be left."""
+        limit = PurificationLimits(**{"importance" if unit.limit == "channel" else unit.limit: value})
+        nothing = PurificationLimits()
+        limits = [limit if layer.name in unit.layers else nothing for layer in self.report.layers]
+        kept = ops.purification_keep(scores, limits, tied=self._tied)
+        layers = {}
+        for layer, (columns, filters) in zip(self.report.layers, kept, strict=True):
+            now = self.plan[layer.name]
+            if layer.name in unit.layers:
+                if unit.limit == "filter":
+                    now = replace(now, filters=now.filters & filters)
+                else:
+                    now = replace(now, columns=now.columns & columns)
+            layers[layer.name] = now
+        try:
+            return unused_paths(Plan(layers), self.report)
+        except ValueError:  # nothing would be left
+            return None
+
+    def _evaluate(self, plan: Plan) -> float:
+        import torch
+
+        self._tried.load_state_dict(self.model.state_dict())
+        apply_masks(self._tried, plan)
+        with torch.no_grad():
+            value = float(self._score_of(self._tried))
+        if not np.isfinite(value):
+            raise ValueError(f"score must return a finite number, got {value}")
+        self.evaluations += 1
+        return value
+
+    def retrained(self, retrain: Callable[[torch.nn.Module, Plan], None]) -> None:
+        """Let the network be trained under its masks, and score it anew."""
+        apply_masks(self.model, self.plan)
+        retrain(self.model, self.plan)
+        self.score = self._evaluate(self.plan)
+
+
+def _numbered(report: Report) -> list[npt.NDArray[np.int64]]:
+    """(P,) of every layer: the number of each filter's group of tied filters, -1 where it cannot be cut."""
+    first: dict[Set, int] = {}
+    for tied in report.sets:
+        first[tied] = sum(other.size for other in first)
+    numbers = []
+    for layer in report.layers:
+        tied_set = report.set_of.get(layer.name)
+        rows = np.full(layer.shape[0], -1) if tied_set is None else tied_set.rows[layer.name]
+        numbers.append(np.where(rows < 0, -1, rows + (0 if tied_set is None else first[tied_set])).astype(np.int64))
+    return numbers
 
 
 def unused_paths(plan: Plan, report: Report) -> Plan:
