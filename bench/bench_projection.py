@@ -14,42 +14,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import datetime
 import functools
 import os
-import platform
 import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from measuring import NETWORKS, Shape, conditions, forced_isa, interleaved, network_layers, table
 
-import autocompress_fast as acf
 from autocompress_fast import _core, ops
 
-SHAPES = Path(__file__).parent / "shapes"
-NETWORKS = {"VGG-16 CIFAR": "vgg16_cifar", "ResNet-18 CIFAR": "resnet18_cifar", "ResNet-50": "resnet50_imagenet"}
 STRUCTURES = ("filter", "column", "element")
 SMALL = [(64, 3, 3, 3), (64, 64, 3, 3), (256, 64, 1, 1)]
 COMPILED = {(64, 64, 3, 3), (256, 64, 1, 1), (512, 512, 3, 3), (512, 2048, 1, 1)}  # in the report: compiling takes long
 FULL = bool(os.environ.get("ACF_BENCH_FULL"))
-Shape = tuple[int, ...]
-
-
-def network_layers(network: str) -> list[Shape]:
-    """The weights of the conv layers of a network, in order."""
-    with (SHAPES / f"{NETWORKS[network]}.csv").open() as file:
-        return [
-            tuple(int(row[name]) for name in ("filters", "channels", "kernel_h", "kernel_w"))
-            for row in csv.DictReader(file)
-        ]
 
 
 def distinct_layers() -> list[Shape]:
@@ -160,21 +144,6 @@ Update = Callable[[State, int], tuple[float, float]]
 PEERS: dict[str, Update] = {"numpy": update_numpy, "torch": update_torch, "torch.compile": update_compiled}
 
 
-@contextlib.contextmanager
-def forced_isa(isa: str) -> Iterator[None]:
-    """Our kernels with one instruction set."""
-    before = os.environ.get("ACF_FORCE_ISA")
-    os.environ["ACF_FORCE_ISA"] = isa
-    _core.reload_isa()
-    try:
-        yield
-    finally:
-        os.environ.pop("ACF_FORCE_ISA")
-        if before is not None:
-            os.environ["ACF_FORCE_ISA"] = before
-        _core.reload_isa()
-
-
 def check(state: State, residuals: tuple[float, float]) -> None:
     """The update that was timed did what it should: the right count, energy, U and residuals."""
     v = state.w + state.u_before
@@ -213,30 +182,9 @@ def test_admm_update(benchmark, who, shape, structure, threads):
 # ---- the report
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """How long one call takes."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def few(rounds: int) -> int:
     """Runs of what takes long."""
     return max(5, rounds // 4)
-
-
-def interleaved(
-    functions: dict[str, Callable[[], object]], prepare: Callable[[], object], rounds: int
-) -> dict[str, float]:
-    """The median time of each, in turns, so that all see the same machine."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            if torch.get_num_threads() > 1:
-                time.sleep(0.003)  # torch's threads spin for a while after each operation, on the cores of the next one
-            prepare()
-            times[name].append(seconds(function))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure(shape: Shape, structure: str, threads: int, *, with_compile: bool, rounds: int) -> dict[str, float]:
@@ -292,21 +240,6 @@ def measure_network(network: str, structure: str, threads: int, rounds: int) -> 
     )
 
 
-def processor() -> str:
-    """What the operating system calls it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def layer_table(structure: str, threads: int, *, with_compile: bool, rounds: int) -> tuple[str, list[float]]:
     """One row per distinct layer; and the shares of the floor of the layers that are not call overhead."""
     rows, shares = [], []
@@ -357,16 +290,10 @@ groups is kept; Z and U come from earlier updates of slowly moving weights.
 
 def report(path: Path, *, with_compile: bool, rounds: int, note: str) -> None:
     """Measure everything and write the page."""
-    config = acf.show_config()
     command = (
         f"python bench/bench_projection.py --report {path} --rounds {rounds}{'' if with_compile else ' --no-compile'}"
     )
-    conditions = (
-        f"{datetime.date.today():%Y-%m-%d}, {processor()}, {os.cpu_count()} cores, {platform.system()}; "
-        f"autocompress_fast {config['version']} ({config['compiler']}, {config['isa_active']}), torch "
-        f"{torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}. {note}".rstrip()
-    )
-    parts = [PREFACE.format(conditions=conditions, command=command, rounds=rounds, few=few(rounds))]
+    parts = [PREFACE.format(conditions=conditions(note), command=command, rounds=rounds, few=few(rounds))]
     for structure in STRUCTURES:
         for threads in (1, 2):
             text, shares = layer_table(structure, threads, with_compile=with_compile, rounds=rounds)
