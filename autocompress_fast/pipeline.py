@@ -1,7 +1,9 @@
 """The whole job: a trained network, data and a target in; a compacted network that meets the target out.
 
     round r of R:   rates  ->  ADMM training  ->  hard projection  ->  unused paths, compaction  ->  masked retraining
-    at the end:     longer masked retraining with distillation  ->  columns cut out  ->  test set, read once
+    at the end:     longer masked retraining with distillation
+    if asked for:   purification, unused paths, compaction  ->  masked retraining, in rounds of its own
+    then:           columns cut out  ->  test set, read once
 
 Every stage is a training with its own checkpoint in the work directory. Whatever lies between two trainings is a
 function of its inputs, so a run that was killed is continued by calling the same thing again: finished stages load
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from autocompress_fast._baked import baked
 from autocompress_fast._files import write_atomically
 from autocompress_fast.admm import ADMM, Constraint, RhoSchedule
 from autocompress_fast.compact import Kept, compact, restore
@@ -33,6 +36,7 @@ from autocompress_fast.data import Augmentation, Batches, Dataset, Splits, UserB
 from autocompress_fast.graph import Counts, Report, inspect
 from autocompress_fast.plan import Plan, apply_masks
 from autocompress_fast.progress import Progress, default_progress
+from autocompress_fast.purify import purify
 from autocompress_fast.rates import STRUCTURES, Target, allocate, fill
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
 
@@ -43,6 +47,7 @@ __all__ = ["DryRun", "Recipe", "Result", "compress", "train"]
 
 Example = torch.Tensor | Sequence[torch.Tensor]
 
+_KINDS = ("admm", "retrain", "final", "purify")  # of stages
 _EVALUATION_BATCH = 1000
 _TIMED_BATCHES = 8  # of a dry run
 
@@ -56,7 +61,10 @@ class Recipe:
             trainings a round), "filter", "column" or "element".
         rounds: how many times to prune and compact; each takes an equal part of the rate. None: about 6x a round.
         admm_epochs, retrain_epochs: in every round; final_epochs: instead of the latter in the last round.
-        admm_lr, retrain_lr, final_lr: peak learning rates.
+        purify_rounds: rounds of purification (`acf.purify`) after the target is met; they remove more, as far as the
+            validation accuracy stays within `purify_tolerance` points of what it was before, until `purify_epochs` of
+            masked retraining follow, which may win it back for the next round.
+        admm_lr, retrain_lr, final_lr, purify_lr: peak learning rates.
         rho: strength of the ADMM penalty over its updates, one after every epoch.
         optimizer, weight_decay, momentum: of all stages.
         distillation: share of the loss that compares with the dense network.
@@ -75,9 +83,13 @@ class Recipe:
     admm_epochs: int = 5
     retrain_epochs: int = 2
     final_epochs: int = 25
+    purify_rounds: int = 0
+    purify_tolerance: float = 0.5
+    purify_epochs: int = 5
     admm_lr: float = 1e-3
     retrain_lr: float = 2e-3
     final_lr: float = 6e-3
+    purify_lr: float = 2e-3
     rho: RhoSchedule = field(default_factory=lambda: RhoSchedule(1e-2, 2.0, maximum=1.0))
     optimizer: str = "adam"
     weight_decay: float = 0.0
@@ -99,11 +111,15 @@ class Recipe:
         for name in ("admm_epochs", "final_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for stage in ("admm", "retrain", "final"):
+        if isinstance(self.purify_rounds, bool) or self.purify_rounds < 0:
+            raise ValueError(f"purify_rounds must be 0 or more, got {self.purify_rounds}")
+        if not self.purify_tolerance >= 0:
+            raise ValueError(f"purify_tolerance must be 0 or more, got {self.purify_tolerance}")
+        for stage in _KINDS:
             self.training(stage, 0)  # checks the rest
 
     def training(self, kind: str, number: int) -> TrainingConfig:
-        """The configuration of stage "admm", "retrain" or "final" of round `number`."""
+        """The configuration of stage "admm", "retrain", "final" or "purify" of round `number`."""
         return TrainingConfig(
             epochs=getattr(self, f"{kind}_epochs"),
             optimizer=self.optimizer,
@@ -116,7 +132,7 @@ class Recipe:
             temperature=self.temperature,
             precision=best_precision() if self.precision == "auto" else self.precision,
             channels_last=self.channels_last,
-            seed=self.seed + 1000 * number + ("admm", "retrain", "final").index(kind),
+            seed=self.seed + 1000 * number + _KINDS.index(kind),
         )
 
     def rounds_for(self, target: Target) -> int:
@@ -293,6 +309,7 @@ def compress(
     )
     validation = batches(validation_part, _EVALUATION_BATCH)
     example = _example(example_input, validation)
+    model = baked(model)  # weights that are computed cannot be pulled towards zero
     report = inspect(model, example)
     rounds = recipe.rounds_for(goal)
     if dry_run:
@@ -305,7 +322,8 @@ def compress(
         stages = _Stages(loader, validation, copy.deepcopy(model).eval(), folder, told)
         base = evaluate(model, validation)
         told.note(f"dense: {base.accuracy:.2f}% of {base.samples} validation samples, {report.params:,} weights")
-        small, masks, kept = _rounds(model, report, example, goal, recipe, rounds, stages)
+        state = _rounds(model, report, example, goal, recipe, rounds, stages)
+        small, masks, kept = _purified(*state, report, example, recipe, stages)
         final = compact(small, masks, example)
         accuracy = {"base": base.accuracy, "final": evaluate(final.model, validation).accuracy}
         if test_part is not None:
@@ -374,6 +392,48 @@ def _rounds(
     return small, masks, kept
 
 
+def _purified(
+    small: nn.Module,
+    masks: Plan,
+    kept: dict[str, Kept],
+    report: Report,
+    example: tuple[torch.Tensor, ...],
+    recipe: Recipe,
+    stages: _Stages,
+) -> tuple[nn.Module, Plan, dict[str, Kept]]:
+    """Purify and retrain in rounds; what each decided is kept in the work directory, as it takes many evaluations."""
+    if recipe.purify_rounds == 0:
+        return small, masks, kept
+
+    def accuracy(model: nn.Module) -> float:
+        return evaluate(model, stages.validation).accuracy
+
+    floor = accuracy(small) - recipe.purify_tolerance
+    for number in range(1, recipe.purify_rounds + 1):
+        decided = None if stages.folder is None else stages.folder / f"purify{number}.json"
+        before = masks.weights
+        if decided is not None and decided.exists():
+            masks = Plan.load(decided)
+        else:
+            now = inspect(small, example)
+            tolerance = max(0.0, accuracy(small) - floor)
+            stages.progress.note(f"purification {number} of {recipe.purify_rounds}: at least {floor:.2f}%")
+            masks = purify(
+                small, accuracy, example, plan=masks, tolerance=tolerance, report=now, progress=stages.progress
+            ).plan
+            if decided is not None:
+                masks.save(decided)
+        if masks.weights == before:
+            break
+        cut = compact(small, masks, example, columns=False)
+        small, masks = cut.model, cut.plan
+        kept = {name: kept[name].then(inner) for name, inner in cut.kept.items()}
+        stages.run(small, f"purify{number}", recipe.training("purify", number), masks=masks)
+        counts = report.counts(restore(masks, kept, report))
+        stages.progress.note(f"purification {number} of {recipe.purify_rounds}: {_rates(report.counts(), counts)}")
+    return small, masks, kept
+
+
 def _steps(constraints: dict[str, Constraint], structure: str) -> list[dict[str, Constraint]]:
     """The ADMM trainings of a round: one, or filters first and then the columns of the filters that are left."""
     if structure != "filter-then-column":
@@ -429,6 +489,7 @@ def _dry_run(model: nn.Module, loader: Batches, report: Report, goal: Target, re
         chosen.insert(0, (part, allocate(report, part, report.counts(), recipe.structure)))
     trainings = len(_steps(chosen[-1][1], recipe.structure))
     epochs = rounds * trainings * recipe.admm_epochs + (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
+    epochs += recipe.purify_rounds * recipe.purify_epochs
     return DryRun(report, tuple(chosen), epochs, epochs * _epoch_seconds(model, loader, recipe))
 
 

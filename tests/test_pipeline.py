@@ -76,6 +76,9 @@ def variant(**changes: object) -> Recipe:
     return dataclasses.replace(RECIPE, **changes)
 
 
+PURIFYING = variant(rounds=1, purify_rounds=2, purify_tolerance=10.0, purify_epochs=1)
+
+
 class StopError(Exception):
     """What stands for a power cut."""
 
@@ -329,6 +332,35 @@ def test_a_run_killed_in_any_stage_ends_as_one_that_was_not(trained, whole, tmp_
     assert logged == result.history
 
 
+@pytest.fixture(scope="module")
+def purified(trained, tmp_path_factory) -> tuple[Result, Path]:
+    folder = tmp_path_factory.mktemp("purified")
+    return run(trained, target="2x", recipe=PURIFYING, workdir=folder), folder
+
+
+def test_purification_removes_more_than_the_target(trained, purified):
+    result, folder = purified
+    without = run(trained, target="2x", recipe=variant(rounds=1))
+    assert result.small.params < 0.8 * without.small.params
+    assert stored(result.model) == result.small.params == result.plan.weights
+    assert evaluate(result.model, BatchLoader(SPLITS.validation, 48)).accuracy == result.accuracy["final"]
+    assert result.accuracy["final"] >= without.accuracy["final"] - 10
+    stages = [row["stage"] for row in result.history]
+    assert stages[-2:] == ["purify1", "purify2"]
+    assert (folder / "purify2.json").exists()
+
+
+@pytest.mark.parametrize("kill", [{"steps": 25}, {"steps": 35}, {"notes": 4}, {"notes": 5}, {"notes": 6}])
+def test_a_run_killed_while_it_purifies_ends_as_one_that_was_not(trained, purified, tmp_path, kill):
+    expected, _ = purified
+    with pytest.raises(StopError):
+        run(trained, target="2x", recipe=PURIFYING, workdir=tmp_path, progress=Watcher(**kill))
+    result = run(trained, target="2x", recipe=PURIFYING, workdir=tmp_path)
+    assert_same(state(result.model), state(expected.model))
+    assert result.plan == expected.plan
+    assert without_seconds(result.history) == without_seconds(expected.history)
+
+
 def test_the_same_call_in_a_finished_directory_trains_nothing(trained, whole):
     expected, folder = whole
     before = (folder / "result.json").read_bytes()
@@ -403,6 +435,11 @@ def test_a_dry_run_counts_the_two_trainings_of_filters_before_columns(trained):
     assert plan.epochs == len(run(trained, recipe=recipe, progress=watcher).history)
 
 
+def test_a_dry_run_counts_the_epochs_after_purification(trained):
+    plan = compress(trained, SPLITS, target="2x", recipe=PURIFYING, dry_run=True)
+    assert plan.epochs == len(run(trained, target="2x", recipe=PURIFYING).history)
+
+
 def test_targets_out_of_reach_are_refused_before_anything_is_written(trained, tmp_path):
     for dry_run in (False, True):
         with pytest.raises(
@@ -421,6 +458,9 @@ def test_targets_out_of_reach_are_refused_before_anything_is_written(trained, tm
         ({"admm_epochs": 0}, "admm_epochs must be 1 or more"),
         ({"final_epochs": 0}, "final_epochs must be 1 or more"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"purify_rounds": -1}, "purify_rounds must be 0 or more"),
+        ({"purify_tolerance": -0.5}, "purify_tolerance must be 0 or more"),
+        ({"purify_epochs": -1}, "epochs must be an int, 0 or more"),
         ({"retrain_epochs": -1}, "epochs must be an int, 0 or more"),
         ({"admm_lr": 0.0}, "lr must be positive"),
         ({"optimizer": "lion"}, "optimizer must be one of"),
