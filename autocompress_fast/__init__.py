@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from autocompress_fast import engine as engine
     from autocompress_fast import models as models
     from autocompress_fast import ops as ops
+    from autocompress_fast._baked import baked as baked
     from autocompress_fast.admm import ADMM as ADMM
     from autocompress_fast.admm import Constraint as Constraint
     from autocompress_fast.admm import RhoSchedule as RhoSchedule
     from autocompress_fast.compact import compact as compact
-    from autocompress_fast._baked import baked as baked
     from autocompress_fast.config import show_config as show_config
     from autocompress_fast.engine import Engine as Engine
     from autocompress_fast.engine import FileFormatError as FileFormatError
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from autocompress_fast.plan import MaskedParameters as MaskedParameters
     from autocompress_fast.plan import Plan as Plan
     from autocompress_fast.plan import mask as mask
+    from autocompress_fast.purify import purify as purify
     from autocompress_fast.purify import unused_paths as unused_paths
     from autocompress_fast.rates import Target as Target
     from autocompress_fast.rates import allocate as allocate

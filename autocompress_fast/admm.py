@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autocompress_fast import ops
+from autocompress_fast._baked import check_plain
 from autocompress_fast.graph import oriented
 from autocompress_fast.plan import LayerPlan, Plan, apply_masks
 
@@ -142,7 +143,8 @@ class ADMM:
             channels alone.
 
     Raises:
-        ValueError: no constraint, an unknown layer, counts that do not fit its weight, NaN or infinity in a weight.
+        ValueError: no constraint, an unknown layer, one that computes its weight (`acf.baked` makes it plain), counts
+            that do not fit its weight, NaN or infinity in a weight.
 
     Example:
         >>> import torch
@@ -186,6 +188,8 @@ class ADMM:
         self._weights: dict[str, torch.nn.Parameter] = {}
         modules = dict(model.named_modules())
         for name in self.constraints:
+            if name in modules:
+                check_plain("constraints", name, modules[name])
             weight = getattr(modules.get(name), "weight", None)
             if not isinstance(weight, torch.nn.Parameter) or weight.ndim < 2:
                 raise ValueError(f"constraints names {name!r}, which is no layer of the model with a weight matrix")

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autocompress_fast._baked import baked, computed, copied
 from autocompress_fast.graph import DATA, Layer, Report, inspect
 from autocompress_fast.graph.rebuild import as_graph
 from autocompress_fast.plan import LayerPlan, Plan, apply_masks, mask
@@ -151,6 +152,8 @@ class Compacted:
         kind: "module", the user's own class with smaller layers in it; or "graph", a `torch.fx.GraphModule` of the same
             layers, where the Python code has sizes of its own in the way.
         reason: why it is a graph; empty when it is not.
+        baked: modules of which a computed weight has become a plain one; the model is trained further without what
+            computed it.
     """
 
     model: nn.Module
@@ -159,6 +162,7 @@ class Compacted:
     max_difference: float
     kind: str = "module"
     reason: str = ""
+    baked: tuple[str, ...] = ()
 
 
 def restore(plan: Plan, kept: Mapping[str, Kept], report: Report) -> Plan:
@@ -208,7 +212,7 @@ def compact(
 
     A dropped filter that puts out a constant (through a shift or an activation) has it folded into the bias of the
     layers that read it; where zero padding makes that inexact, the filter stays. Weights that are computed (weight_norm
-    and other parametrizations) become plain ones.
+    and other parametrizations, weight standardisation) become plain ones, as in `acf.baked`.
 
     Args:
         model: any model; it is not changed.
@@ -220,7 +224,8 @@ def compact(
 
     Raises:
         ValueError: the plan does not fit the model, names a layer that `inspect` leaves out, or leaves nothing of one.
-        AssertionError: masked and compacted network differ; nothing is returned.
+        AssertionError: masked and compacted network differ, or the model and what it is with plain weights; nothing is
+            returned.
 
     Example:
         >>> import torch
@@ -232,11 +237,17 @@ def compact(
         (torch.Size([2, 1, 3, 3]), torch.Size([2, 72]), True, 'module')
     """
     inputs = (example_input,) if isinstance(example_input, torch.Tensor) else tuple(example_input)
+    if changed := computed(model):
+        plain = baked(model)
+        _check_baked(model, plain, inputs)
+        return replace(compact(plain, plan, inputs, columns=columns, report=report), baked=changed)
     masked = mask(model, plan).eval()
     report = inspect(masked, inputs) if report is None else report
     _check_report(report, masked)
     exact = all(x.dtype == torch.float64 for x in masked.parameters())
-    if not exact:  # in float64 the two must agree to rounding, whatever constants were folded into float32 biases
+    if not exact and not _rounds(
+        report
+    ):  # in float64 the two must agree to rounding, whatever constants were folded into float32 biases
         double, cast = copy.deepcopy(masked).double(), _cast(inputs, torch.float64)
         try:
             arriving, expected = _measured(double, report, (cast, _random_like(cast)))
@@ -246,12 +257,27 @@ def compact(
             _cut(double, cast, plan, report, columns, arriving, expected, _FLOAT64_TOLERANCE)
         del double
     arriving, expected = _measured(masked, report, (inputs, _random_like(inputs)))
-    tolerance = _FLOAT64_TOLERANCE if exact else _FLOAT32_TOLERANCE
+    tolerance = _FLOAT64_TOLERANCE if exact and not _rounds(report) else _FLOAT32_TOLERANCE
     small = _cut(masked, inputs, plan, report, columns, arriving, expected, tolerance)
     training = {name: module.training for name, module in model.named_modules()}
     for name, module in small.model.named_modules():
         module.training = training.get(name, model.training)
     return small
+
+
+def _check_baked(model: nn.Module, plain: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Raise AssertionError when plain weights change what the model computes: it reads its parameters elsewhere too."""
+    expected, got = (_outputs(copied(x).eval(), inputs) for x in (model, plain))
+    tolerance = _FLOAT64_TOLERANCE if expected.dtype == torch.float64 else _FLOAT32_TOLERANCE
+    if not float((expected - got).abs().max()) <= tolerance * (float(expected.abs().max()) or 1.0):
+        raise AssertionError(f"{type(model).__name__} computes something else when its computed weights are plain ones")
+
+
+def _rounds(report: Report) -> bool:
+    """Whether the model casts to a lower precision, so that it is exact to that in float64 too."""
+    lower = (torch.float32, torch.float16, torch.bfloat16)
+    casts = (node for node in report.trace.nodes if node.op in ("to", "_to_copy"))
+    return any(isinstance(x, torch.dtype) and x in lower for n in casts for x in (*n.args, *n.kwargs.values()))
 
 
 def _check_report(report: Report, model: nn.Module) -> None:
@@ -408,6 +434,8 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _pads_with_zeros(module: nn.Module) -> bool:
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or module.padding_mode != "zeros":
         return False
+    if type(module).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+        return True  # its own code may pad
     return module.padding == "same" if isinstance(module.padding, str) else any(module.padding)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,6 +155,9 @@ class Plan(Mapping[str, LayerPlan]):
     Args:
         layers: what is kept of each.
         tied: other parameter, such as the weight of a normalisation -> (dimension, bool: what is kept along it).
+        held: layers that were excluded, or not selected: `compact` leaves them as they are, too.
+
+    Plans are equal when they keep the same of the same layers and parameters, and hold the same layers.
 
     Example:
         >>> import numpy as np
@@ -164,13 +167,17 @@ class Plan(Mapping[str, LayerPlan]):
     """
 
     def __init__(
-        self, layers: Mapping[str, LayerPlan], tied: Mapping[str, tuple[int, BoolArray]] | None = None
+        self,
+        layers: Mapping[str, LayerPlan],
+        tied: Mapping[str, tuple[int, BoolArray]] | None = None,
+        held: Iterable[str] = (),
     ) -> None:
         for name, layer in layers.items():
             if not isinstance(name, str) or not isinstance(layer, LayerPlan):
                 raise TypeError(f"a plan maps layer names to LayerPlan, got {name!r}: {type(layer).__name__}")
         self._layers = dict(layers)
         self.parameters = {name: (int(dim), np.array(kept, bool)) for name, (dim, kept) in (tied or {}).items()}
+        self.held = frozenset(held)
 
     def __getitem__(self, name: str) -> LayerPlan:
         return self._layers[name]
@@ -182,7 +189,10 @@ class Plan(Mapping[str, LayerPlan]):
         return len(self._layers)
 
     def __eq__(self, other: object) -> bool:
-        return self._layers == other._layers if isinstance(other, Plan) else NotImplemented
+        if not isinstance(other, Plan):
+            return NotImplemented
+        same = self._layers == other._layers and self.held == other.held
+        return same and _listed(self.parameters) == _listed(other.parameters)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -213,7 +223,8 @@ class Plan(Mapping[str, LayerPlan]):
     def uniform(cls, report: Report, *, filters: float = 0.0, columns: float = 0.0) -> Plan:
         """The same share of filters and columns removed wherever that is possible, the smallest norms first.
 
-        Filters that are tied go together, those whose joint norm is smallest.
+        Filters that are tied go together, those whose joint norm is smallest. The share of columns is that of the
+        columns that are left without those of dropped filters.
 
         Args:
             report: of `acf.inspect`.
@@ -228,7 +239,7 @@ class Plan(Mapping[str, LayerPlan]):
             >>> model = torch.nn.Sequential(torch.nn.Conv2d(2, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 5))
             >>> plan = Plan.uniform(inspect(model, torch.zeros(1, 2, 8, 8)), filters=0.5, columns=0.25)
             >>> [(int(layer.filters.sum()), int(layer.columns.sum())) for layer in plan.values()]
-            [(4, 14), (5, 144)]
+            [(4, 14), (5, 108)]
         """
         for name, share in (("filters", filters), ("columns", columns)):
             if not 0 <= share < 1:
@@ -252,7 +263,7 @@ class Plan(Mapping[str, LayerPlan]):
             living, chosen = report.living_columns(alive, layer.name), np.ones(layer.columns, bool)
             if layer.columns_prunable and columns:
                 matrix = weights[layer.name].double().flatten(1).numpy()[kept[layer.name]]
-                count = min(max(1, round(layer.columns * (1 - columns))), int(living.sum()))
+                count = max(1, round(int(living.sum()) * (1 - columns)))
                 chosen = largest(np.where(living, np.linalg.norm(matrix, axis=0), -1.0), count)
             layers[layer.name] = LayerPlan(
                 layer.shape, kept[layer.name], chosen & living, None, layer.groups, layer.transposed
@@ -260,9 +271,9 @@ class Plan(Mapping[str, LayerPlan]):
         return cls(layers).tied(report)
 
     def tied(self, report: Report) -> Plan:
-        """The same plan with all that `report` finds tied to the dropped filters, such as normalisations behind them.
+        """The same plan with all that `report` finds tied to the dropped filters, and the layers that it holds.
 
-        Layers that the report does not have stay as they are.
+        Such are the normalisations behind them. Layers that the report does not have stay as they are.
         """
         channels = report.channels
         filters = {
@@ -276,7 +287,7 @@ class Plan(Mapping[str, LayerPlan]):
             dead = channels.dead(labels, alive)
             if name not in own and report.trace.tensors[name].is_floating_point() and dead.any():
                 tied[name] = (dim, ~dead)
-        return Plan(self, tied)
+        return Plan(self, tied, report.held)
 
     @classmethod
     def from_masks(cls, masks: Mapping[str, Any], *, groups: Mapping[str, int] | None = None) -> Plan:
@@ -299,8 +310,12 @@ class Plan(Mapping[str, LayerPlan]):
             OSError: the file cannot be written; one that was there stays as it was.
         """
         layers = {name: _to_json(layer) for name, layer in self.items()}
-        tied = {n: {"dim": dim, "of": kept.size, "kept": _indices(kept)} for n, (dim, kept) in self.parameters.items()}
-        content = {"autocompress_fast.plan": _FORMAT_VERSION, "layers": layers, "tied": tied}
+        content = {
+            "autocompress_fast.plan": _FORMAT_VERSION,
+            "layers": layers,
+            "tied": _listed(self.parameters),
+            "held": sorted(self.held),
+        }
         text = json.dumps(content, indent=1)
         write_atomically(path, text.encode())
 
@@ -317,7 +332,10 @@ class Plan(Mapping[str, LayerPlan]):
             content = json.loads(text)
             if not isinstance(content, dict) or content.get("autocompress_fast.plan") != _FORMAT_VERSION:
                 raise ValueError(f'expected "autocompress_fast.plan": {_FORMAT_VERSION} at the top level')
-            return cls(_layers_from_json(content.get("layers")), _tied_from_json(content.get("tied", {})))
+            held = content.get("held", [])
+            if not isinstance(held, list) or not all(isinstance(name, str) for name in held):
+                raise ValueError(f'"held" must be a list of names, got {held!r:.100}')
+            return cls(_layers_from_json(content.get("layers")), _tied_from_json(content.get("tied", {})), held)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a plan: {error}") from error
 
@@ -360,9 +378,9 @@ def check_fits(model: torch.nn.Module, plan: Plan) -> None:
         weight = getattr(modules.get(name), "weight", None)
         if weight is None:
             raise ValueError(f"the plan names {name!r}, which is no layer with a weight; layers: {_weighted(modules)}")
+        check_plain("the plan", name, modules[name])
         if "weight" not in modules[name]._parameters:
-            raise ValueError(f"the plan names {name!r}, whose weight is no parameter but computed; acf.baked makes it one")
-        check_plain(name, modules[name])
+            raise ValueError(f"the plan names {name!r}, whose weight is no parameter but computed")
         if tuple(weight.shape) != layer.weight_shape:
             raise ValueError(
                 f"the plan of {name!r} is for a weight {layer.weight_shape}, the model's has {tuple(weight.shape)}"
@@ -496,6 +514,10 @@ def _to_json(layer: LayerPlan) -> dict[str, Any]:
 def _indices(kept: BoolArray) -> list[int]:
     found: list[int] = np.flatnonzero(kept).tolist()
     return found
+
+
+def _listed(parameters: Mapping[str, tuple[int, BoolArray]]) -> dict[str, dict[str, Any]]:
+    return {n: {"dim": dim, "of": kept.size, "kept": _indices(kept)} for n, (dim, kept) in parameters.items()}
 
 
 def _tied_from_json(content: Any) -> dict[str, tuple[int, BoolArray]]:

@@ -144,6 +144,13 @@ class Trace:
         """Return the nodes that read the value or tensor `name`, in order; empty when none does."""
         return self._users.get(name, ())
 
+    def shape(self, operand: Ref | Tensor) -> tuple[int, ...]:
+        """Return the shape of a value or a tensor."""
+        if isinstance(operand, Tensor):
+            return tuple(self.tensors[operand.name].shape)
+        known = self._by_name.get(operand.name) or next(x for x in self.inputs if x.name == operand.name)
+        return known.shape
+
     def node(self, name: str) -> Node | None:
         """Return the node of that name; None for an input or a tensor."""
         return self._by_name.get(name)
@@ -318,6 +325,7 @@ class _Reader:
         inputs: list[Input] = []
         nodes: list[Node] = []
         outputs: tuple[Any, ...] = ()
+        nested = getattr(self.exported, "graph_module", None)
         for node in self.exported.graph.nodes:
             if node.op == "placeholder" and node.name in targets:
                 self.values[node] = Tensor(self.aliases.get(targets[node.name], targets[node.name]))
@@ -333,12 +341,8 @@ class _Reader:
                 outputs = tuple(x for x, kind in zip(results, kinds, strict=True) if kind == "USER_OUTPUT")
             elif node.op == "get_attr" and node.target in recorded:
                 self.values[node] = Tensor(recorded[node.target])
-            elif node.op == "get_attr":
-                raise TraceError(f"the model branches on data or calls a nested graph ({node.target}): not supported")
-            elif _is_number(node):
-                self.values[node] = _size(node.meta["val"])
-            elif node.users:
-                nodes.append(self._node(node))
+            else:
+                nodes.extend(self._calls(node, nested))
         if not outputs or not all(isinstance(x, Ref | Tensor) for x in outputs):
             raise TraceError(f"the model must return tensors, not {outputs}")
         spec = self.exported.spec if signature is None else self.exported.call_spec.out_spec
@@ -352,6 +356,31 @@ class _Reader:
             frozenset(self.constants),
             None if spec is None or spec.is_leaf() else spec,
         )
+
+    def _calls(self, node: Any, owner: Any) -> Iterator[Node]:
+        """What a node stands for: an operator, nothing, or the operators of a graph that `owner` holds for it."""
+        if node.op == "get_attr":
+            if not all(_is_region(user) for user in node.users):
+                raise TraceError(f"the model branches on data or calls a nested graph ({node.target}): not supported")
+        elif _is_region(node):
+            position = next(i for i, x in enumerate(node.args) if getattr(x, "op", "") == "get_attr")
+            inner = getattr(owner, node.args[position].target)
+            if _writes_through_views(inner.graph):
+                raise TraceError(f"the model writes through views in a nested graph ({node.args[position].target})")
+            arguments = iter(node.args[position + 1 :])
+            for one in inner.graph.nodes:
+                if one.op == "placeholder":
+                    self.values[one] = self._value(next(arguments))
+                elif one.op == "output":
+                    self.values[node] = self._value(one.args[0])
+                else:
+                    yield from self._calls(one, inner)
+        elif node.target is operator.getitem and _is_region(node.args[0]):
+            self.values[node] = self.values[node.args[0]][node.args[1]]
+        elif _is_number(node):
+            self.values[node] = _size(node.meta["val"])
+        elif node.users:
+            yield self._node(node)
 
     def _name(self, node: Any) -> str:
         name = node.name
@@ -424,6 +453,13 @@ def _size(value: Any) -> Any:
     import torch
 
     return BATCH if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
+
+
+def _is_region(node: Any) -> bool:
+    """Whether it calls a nested graph that is a part of the code where a switch has no effect on what is computed."""
+    if getattr(node.target, "_name", "") == "wrap_with_autocast":
+        return not node.args[2]
+    return getattr(node.target, "_name", "") == "wrap_with_set_grad_enabled"
 
 
 def _is_number(node: Any) -> bool:

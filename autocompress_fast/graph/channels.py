@@ -525,9 +525,7 @@ class _Follower:
         return labels
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        node = self.trace.node(name)
-        shape = node.shape if node is not None else next(x.shape for x in self.trace.inputs if x.name == name)
-        return tuple(1 if n is BATCH else n for n in shape)
+        return tuple(1 if n is BATCH else n for n in self.trace.shape(Ref(name)))
 
     def _pad(self, node: Node, arguments: list[Any]) -> Any:
         """Constant padding puts labels of its own around the channels; other modes repeat what is there."""
@@ -815,6 +813,8 @@ class _Follower:
         weight, bias = node.args[1], node.args[2]
         x = self._of(node.args[0])
         name = self.layers.get(weight.name) if isinstance(weight, Tensor) else None
+        if name is None and x is not None and self._is_filter(node):
+            return self._filtered(node, x)
         if name is None:
             return self._give_up(node, f"its output goes into {node.where}, which is no layer with a weight of its own")
         if isinstance(bias, Ref) or self._of(weight) is not None:
@@ -848,6 +848,58 @@ class _Follower:
         if node.op == "linear":
             return labels.expand(shape)
         return labels.reshape(-1, *[1] * geometry.spatial).expand(shape)
+
+    def _is_filter(self, node: Node) -> bool:
+        """Whether it is a depthwise convolution with a kernel that no layer owns, such as a blur's."""
+        weight, bias = node.args[1:3]
+        if node.op == "linear" or not self._is_constant(weight) or not (bias is None or self._is_constant(bias)):
+            return False
+        return ops.Geometry.of(node, self.trace.shape(weight)).whole_groups
+
+    def _is_constant(self, operand: Any) -> bool:
+        """Whether a value depends on no input."""
+        if isinstance(operand, Tensor):
+            return True
+        node = self.trace.node(operand.name)
+        return node is not None and all(self._is_constant(x) for x in node.operands)
+
+    def _held(self, operand: Ref | Tensor | None) -> Tensor | None:
+        """The parameter or buffer that an operand is, or is a copy of, when nothing else is made of it."""
+        while isinstance(operand, Ref):
+            node = self.trace.node(operand.name)
+            operand = node.args[0] if node is not None and node.op in ops.UNCHANGED else None
+        if operand is None or operand.name in self.trace.constants or not self._feeds_layers(operand.name):
+            return None
+        return operand
+
+    def _feeds_layers(self, name: str) -> bool:
+        """Whether a value, and its copies, go into layers alone."""
+        return all(
+            user.op in ops.LAYERS or (user.op in ops.UNCHANGED and self._feeds_layers(user.name))
+            for user in self.trace.users(name)
+        )
+
+    def _filtered(self, node: Node, x: torch.Tensor) -> Any:
+        """Every channel is filtered by itself. A kernel that the model holds is cut too; a computed one is not."""
+        import torch
+
+        weight, bias = node.args[1:3]
+        geometry = ops.Geometry.of(node, self.trace.shape(weight))
+        channel = x.dim() - geometry.spatial - 1
+        try:
+            read = self._along_one(x, channel, "its inputs")
+        except _NotFollowedError as error:
+            return self._give_up(node, f"{error} in {node.where}")
+        out = np.repeat(read, geometry.filters // geometry.inputs)
+        for operand, along in ((weight, read if geometry.transposed else out), (bias, out)):
+            if (tensor := self._held(operand)) is not None:
+                self.constants.pop(tensor.name, None)  # a copy of it is no parameter used elementwise
+                self._slice(tensor, 0, along)
+        shape = [1 if n is BATCH else n for n in node.shape]
+        if channel:
+            shape[0] = x.shape[0]
+        result = torch.from_numpy(out).reshape(-1, *[1] * geometry.spatial).expand(shape)
+        return result if bias is None else self._not_zero(result)
 
     def _value_rank(self, node: Node) -> int:
         return len(node.shape)

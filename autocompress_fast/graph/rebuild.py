@@ -111,6 +111,8 @@ class _Builder:
         args = list(node.args)
         if node.op in ops.LAYERS:
             args[2] = self._bias(node)
+        if node.op in ops.LAYERS and not self._is_layer(node) and self.labels.get(node.name) is not None:
+            return self._filter(node)
         if node.op in ops.LAYERS and node.op != "linear":
             args[6] = self._groups(node)
         elif node.op in ops.FACTORIES and self.labels.get(node.name) is not None:
@@ -140,6 +142,33 @@ class _Builder:
             return None
         classes = tuple(getattr(nn, name) for name in _MODULES.get(node.op, ()))
         return path if classes and type(module) in classes else None
+
+    def _is_layer(self, node: Node) -> bool:
+        return isinstance(node.args[1], Tensor) and node.args[1].name.removesuffix(".weight") in self.report
+
+    def _filter(self, node: Node) -> Any:
+        """A depthwise convolution with a kernel that no layer owns, of the channels that are left."""
+        import torch
+
+        channel = len(node.shape) - len(self.report.trace.shape(node.args[1])) + 1
+        channels, filters = self._along(node.args[0].name, channel), self._along(node.name, channel)
+        args = list(node.args)
+        args[6] = int(channels.sum())
+        for position, left in ((1, channels if node.op.startswith("conv_transpose") else filters), (2, filters)):
+            operand = args[position]
+            if operand is None or left.all() or (self._held(operand), 0) in self.report.channels.slices:
+                continue
+            index = self._buffer(f"_index_of_{node.name}_{position}", torch.from_numpy(np.flatnonzero(left)))
+            call = torch.ops.aten.index_select.default
+            args[position] = self.graph.call_function(call, (self._value(operand), 0, index))
+        return self._call(node, args)
+
+    def _held(self, operand: Any) -> str:
+        """The tensor that an operand is, or is a copy of; empty when it is computed."""
+        if isinstance(operand, Tensor):
+            return operand.name
+        node = self.report.trace.node(operand.name)
+        return self._held(node.args[0]) if node is not None and node.op in ops.UNCHANGED else ""
 
     def _bias(self, node: Node) -> Any:
         """A layer's bias, which it may have got when constants were folded into it."""
