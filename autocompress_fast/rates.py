@@ -134,7 +134,11 @@ def allocate(
         raise ValueError(f"the target {target} is for convolutions, and {report.model_name} has none")
     budget = _budget(report, target, dense, structure, alpha)
     if structure == "element":
-        return {name: Constraint("element", weights, report[name].groups) for name, weights in budget.items()}
+        return {
+            name: Constraint("element", weights, report[name].groups)
+            for name, weights in budget.items()
+            if not report[name].held
+        }
     if structure == "filter":
         filters = _filters(report, budget)
         return {
@@ -261,6 +265,8 @@ def _budget(report: Report, target: Target, dense: Counts, structure: str, alpha
 
 def _least(layer: Layer, structure: str) -> int:
     """The smallest budget of the layer: one weight, or what is frozen of it."""
+    if layer.held:
+        return layer.weights
     if structure in ("element", "filter"):  # for whole filters, _filters knows what is frozen
         return 1
     if layer.groups > 1 or layer.transposed:

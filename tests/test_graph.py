@@ -1,7 +1,10 @@
 """`inspect`: what of every kind of network can be pruned, what is frozen or left out, and why."""
 
+import copy
 import json
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from autocompress_fast import models
+from autocompress_fast.admm import ADMM
 from autocompress_fast.compact import compact
-from autocompress_fast.graph import Counts, Group, Layer, Report, Set, inspect
+from autocompress_fast.graph import Counts, Frozen, Group, Kind, Layer, Report, Set, inspect
 from autocompress_fast.plan import LayerPlan, Plan
+from autocompress_fast.purify import purify, unused_paths
+from autocompress_fast.rates import STRUCTURES, Target, allocate, fill
+from autocompress_fast.report import Inspection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -672,3 +679,359 @@ def test_layer_sizes():
     assert layer.filters_prunable
     assert not layer.columns_prunable
     assert math.prod(layer.shape) == layer.weights
+
+
+# Layers that stay as they are
+
+
+class Wide(nn.Module):
+    """A residual addition, a depthwise, a grouped and a transposed layer, and a concatenation."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.block = nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1))
+        self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 12, 1, groups=2)
+        self.up = nn.ConvTranspose2d(20, 4, 2, stride=2)
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 64, 10), nn.ReLU(), nn.Linear(10, 3))
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.block(x)
+        deep = F.relu(self.depth(x))
+        return self.head(F.relu(self.up(torch.cat([x, F.relu(self.grouped(deep))], 1))))
+
+
+WIDE = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+WIDE_LAYERS = ["stem", "block.0", "block.2", "depth", "grouped", "up", "head.1", "head.3"]
+HEAD = ["head.1", "head.3"]
+REST = [name for name in WIDE_LAYERS if name not in HEAD]
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(0)
+    model = Wide().eval()
+    for tensor in (model.norm.weight, model.norm.bias, model.norm.running_mean):
+        nn.init.normal_(tensor)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("select", "exclude", "expected"),
+    [
+        (None, None, {}),
+        (None, [], {}),
+        (None, "stem", {"stem": "it is excluded (stem)"}),
+        (None, "block", dict.fromkeys(["block.0", "block.2"], "it is excluded (block)")),
+        (None, "b*.2", {"block.2": "it is excluded (b*.2)"}),
+        (None, "head.[12]", {"head.1": "it is excluded (head.[12])"}),
+        (None, "?????.0", {"block.0": "it is excluded (?????.0)"}),
+        (None, re.compile("up|he.*"), dict.fromkeys(["up", *HEAD], "it is excluded (re:up|he.*)")),
+        (None, nn.Linear, dict.fromkeys(HEAD, "it is excluded (type:Linear)")),
+        (None, nn.modules.conv._ConvTransposeNd, {"up": "it is excluded (type:_ConvTransposeNd)"}),
+        (None, nn.Sequential, dict.fromkeys(["block.0", "block.2", *HEAD], "it is excluded (type:Sequential)")),
+        (
+            None,
+            ["up", nn.Linear, "head.3"],
+            {"up": "it is excluded (up)", **dict.fromkeys(HEAD, "it is excluded (type:Linear)")},
+        ),
+        ("head", None, dict.fromkeys(REST, "it is not selected")),
+        ([re.compile("head.*"), nn.ConvTranspose2d], None, dict.fromkeys(REST[:-1], "it is not selected")),
+        (
+            ("head", *REST[:4]),
+            ("head.3", "depth"),
+            {
+                "depth": "it is excluded (depth)",
+                "grouped": "it is not selected",
+                "up": "it is not selected",
+                "head.3": "it is excluded (head.3)",
+            },
+        ),
+        ([], None, dict.fromkeys(WIDE_LAYERS, "it is not selected")),
+    ],
+)
+def test_patterns_say_which_layers_stay_as_they_are(select, exclude, expected):
+    report = inspect(wide(), WIDE, select=select, exclude=exclude)
+    assert [layer.name for layer in report.layers] == WIDE_LAYERS
+    assert report.held == expected
+    for layer in report.layers:
+        assert layer.held == expected.get(layer.name, "")
+        if layer.held:
+            assert (layer.frozen_filters, layer.frozen_columns) == (layer.held, layer.held)
+            assert report.frozen[layer.name] == f"filters: {layer.held}; columns: {layer.held}"
+
+
+@pytest.mark.parametrize("argument", ["select", "exclude"])
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("stern", "stern"),
+        ("norm", "norm"),
+        ("bloc", "bloc"),
+        ("", ""),
+        ("head.?.*", "head.?.*"),
+        (re.compile("head"), "re:head"),
+        (nn.Conv3d, "type:Conv3d"),
+        (nn.ReLU, "type:ReLU"),
+        (["stem", "block.1"], "block.1"),
+    ],
+)
+def test_patterns_that_no_layer_matches_are_refused(argument, pattern, text):
+    message = re.escape(f"{argument}: no layer matches {text!r}; layers: stem, block.0, block.2, depth")
+    with pytest.raises(ValueError, match=message):
+        inspect(wide(), WIDE, **{argument: pattern})
+
+
+@pytest.mark.parametrize("pattern", [3, b"stem", ["stem", None], [["stem"]], nn.Linear(1, 1), {"stem"}])
+def test_what_is_no_pattern_is_refused(pattern):
+    with pytest.raises(TypeError, match="exclude takes module paths, globs, regular expressions and classes"):
+        inspect(wide(), WIDE, exclude=pattern)
+
+
+def test_classes_are_those_of_the_model_that_was_given():
+    """A parametrized layer is of another class; the copy in which it is plain may be of a third."""
+
+    class Mine(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(Mine(3, 4, 3)), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    assert inspect(model, torch.zeros(1, 3, 8, 8), exclude=Mine).held == {"0": "it is excluded (type:Mine)"}
+
+
+def test_a_held_layer_freezes_what_it_reads_and_what_is_tied_to_it_and_nothing_else():
+    report = inspect(wide(), WIDE, exclude="depth")
+    free = inspect(wide(), WIDE)
+    tied = "it is tied to a layer that is excluded (depth)"
+    assert report.frozen["depth"].startswith("filters: it is excluded (depth)")
+    assert report.frozen["stem"] == report.frozen["block.2"] == f"filters: {tied}"
+    assert [one.layers for one in report.sets] == [("block.0",), ("grouped",), ("up",), ("head.1",)]
+    groups = {group.filters["stem"]: group for group in report.groups if "stem" in group.filters}
+    for before in free.groups:  # what lives and dies together is the same
+        after = groups.get(before.filters.get("stem", ()))
+        if after is not None:
+            assert (after.filters, after.channels, after.tied) == (before.filters, before.channels, before.tied)
+            assert (before.frozen, after.frozen) == ("", tied)
+    assert len(groups) == 4
+    assert not any(group.frozen for group in report.groups if "grouped" in group.filters)
+
+
+def test_a_reason_of_its_own_is_not_hidden_by_the_choice_of_a_neighbour():
+    report = inspect(wide(), WIDE, exclude="head.3")
+    assert report["head.1"].frozen_filters == "it is tied to a layer that is excluded (head.3)"
+    assert [group.frozen for group in report.groups if "head.3" in group.filters] == [
+        "it is an output of the model"
+    ] * 3
+    assert report["head.3"].frozen_filters == "it is excluded (head.3)"
+
+
+HELD = [[name] for name in WIDE_LAYERS] + [["stem", "grouped"], ["block.0", "up", "head.3"], HEAD]
+
+
+def whole_in(plan: Plan, names: list[str]) -> bool:
+    return all(plan[name].filters.all() and plan[name].columns.all() and plan[name].mask().all() for name in names)
+
+
+def assert_as_it_was(model: nn.Module, small: nn.Module, names: list[str]) -> None:
+    for name in names:
+        old, new = model.get_submodule(name), small.get_submodule(name)
+        assert type(old) is type(new)
+        assert torch.equal(old.weight, new.weight)
+
+
+@pytest.mark.parametrize("names", HELD, ids="+".join)
+def test_plans_leave_held_layers_whole_and_so_does_compaction(names):
+    model = wide()
+    report = inspect(model, WIDE, exclude=names)
+    dense = report.counts()
+    for filters, columns in ((0.5, 0.0), (0.0, 0.5), (0.5, 0.5), (0.99, 0.99)):
+        plan = Plan.uniform(report, filters=filters, columns=columns)
+        assert whole_in(plan, names)
+        plan = unused_paths(plan, report)
+        assert whole_in(plan, names)
+        assert plan.held == set(names)
+        assert report.counts(plan).params < dense.params or not (columns or report.sets)
+        small = compact(model, plan, WIDE, report=report)
+        assert_as_it_was(model, small.model, names)
+
+
+@pytest.mark.parametrize("names", HELD, ids="+".join)
+def test_what_is_dead_around_held_layers_does_not_touch_them(names):
+    """Random weights of all others go, and with them whole filters before a held layer and the readers behind it."""
+    model = wide()
+    report, free = inspect(model, WIDE, exclude=names), inspect(model, WIDE)
+    emptied = unread = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        layers = {}
+        for layer in report.layers:
+            kept = LayerPlan.dense(layer.shape, layer.groups, transposed=layer.transposed)
+            if not layer.held:
+                elements = rng.random(layer.shape) < rng.choice([0.02, 0.2])
+                if layer.name == "head.3":
+                    elements[:, 0] = True  # something is left of the outputs
+                kept = replace(kept, elements=elements)
+            layers[layer.name] = kept
+        try:
+            without = unused_paths(Plan(layers), free)
+        except ValueError:  # nothing is left of the outputs
+            continue
+        plan = unused_paths(Plan(layers), report)
+        assert whole_in(plan, names)
+        emptied += any(not without[name].columns.all() for name in names)
+        unread += any(not without[name].filters.all() for name in names)
+        small = compact(model, plan, WIDE, report=report)
+        assert_as_it_was(model, small.model, names)
+    assert emptied or names == ["stem"], "otherwise nothing was tested"
+    assert unread or names in (["head.3"], HEAD)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_allocations_and_admm_leave_held_layers_whole(structure):
+    model = wide()
+    target = Target(params=2)
+    for names in HELD:
+        report = inspect(model, WIDE, exclude=names)
+        dense = report.counts()
+        if sum(report[name].weights for name in names) > 0.4 * dense.params:
+            with pytest.raises(ValueError, match="cannot be met with structure"):
+                allocate(report, Target(params=9), dense, structure)
+            continue
+        try:
+            constraints = allocate(report, target, dense, structure)
+        except ValueError:
+            continue
+        assert not set(names) & set(constraints)
+        admm = ADMM(copy.deepcopy(model), constraints, report=report)
+        plan = unused_paths(admm.plan(fill(report, target, dense, constraints, admm.plan)), report)
+        assert target.met(dense, report.counts(plan))
+        assert whole_in(plan, names)
+        assert plan.held == set(names)
+
+
+def test_purification_leaves_held_layers_whole():
+    model = wide()
+    report = inspect(model, WIDE, exclude=["block.0", "grouped"])
+    purified = purify(model, lambda _: 1.0, WIDE, tolerance=1.0, evaluations=40, report=report)
+    assert whole_in(purified.plan, ["block.0", "grouped"])
+    assert purified.plan["up"].weights < report["up"].weights
+    assert purified.plan["head.1"].weights < report["head.1"].weights
+
+
+# What is frozen by what, and what uniform pruning leaves
+
+
+def frozen_one_by_one(report: Report) -> dict[str, dict[str, int]]:
+    """Reason -> layer -> frozen weights: of every weight the group of its filter and that of its input channel."""
+    of_filter = {(n, i): group for group in report.groups for n, index in group.filters.items() for i in index}
+    of_input = {(n, i): group for group in report.groups for n, index in group.channels.items() for i in index}
+    found: dict[str, dict[str, int]] = {}
+    for layer in report.layers:
+        rows, inside = layer.shape[0] // layer.groups, layer.shape[1]
+        for p, c in np.ndindex(layer.shape[0], inside):
+            group, source = of_filter[layer.name, p], of_input.get((layer.name, p // rows * inside + c))
+            if group.frozen:
+                per_layer = found.setdefault(layer.held or group.frozen, {})
+                frozen = source is None or bool(source.frozen)
+                per_layer[layer.name] = per_layer.get(layer.name, 0) + frozen * math.prod(layer.shape[2:])
+    return found
+
+
+class Attention(nn.Module):
+    """Half of the first layer's filters go through a softmax, and the others are added to an output."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        left, right = self.b(x[:, :4].softmax(1)), x[:, 4:]
+        return self.d(self.c(torch.cat([left, right], 1)).relu()) + right
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "options"),
+    [
+        (wide(), WIDE, {}),
+        (wide(), WIDE, {"exclude": "grouped"}),
+        (wide(), WIDE, {"exclude": ["stem", "up"]}),
+        (wide(), WIDE, {"select": "block", "exclude": "block.0"}),
+        (Attention(), torch.zeros(1, 3, 6, 6), {}),
+        (Attention(), torch.zeros(1, 3, 6, 6), {"exclude": "d"}),
+        (Partly(), torch.zeros(1, 4), {}),
+        (Between(nn.Softmax(dim=1)), torch.zeros(1, 3, 12, 12), {}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value) if value is not WIDE else "",
+)
+def test_every_frozen_weight_counts_for_the_reason_of_its_filter(model, example, options):
+    report = inspect(model, example, **options)
+    expected = frozen_one_by_one(report)
+    assert {one.reason: set(one.layers) for one in report.frozen_by} == {r: set(names) for r, names in expected.items()}
+    for one in report.frozen_by:
+        weights = expected[one.reason]
+        assert one.params == sum(weights.values())
+        assert one.macs == sum(count * report[name].outputs for name, count in weights.items())
+    macs = [one.macs for one in report.frozen_by]
+    assert macs == sorted(macs, reverse=True)
+    assert sum(macs) == report.macs - report.prunable_macs
+    assert sum(one.params for one in report.frozen_by) == report.params - report.prunable_params
+    for one in report.frozen_by:
+        if one.reason.startswith(("it is excluded", "it is not selected")):
+            assert one.macs == sum(report[name].macs for name in one.layers)
+
+
+def test_what_is_frozen_by_an_operator_names_it_and_its_line():
+    report = inspect(Attention(), torch.zeros(1, 3, 6, 6))
+    reasons = {one.reason: one for one in report.frozen_by}
+    (softmax,) = (reason for reason in reasons if "aten.softmax" in reason)
+    assert "(test_graph.py:" in softmax
+    assert reasons[softmax] == Frozen(softmax, ("a",), 4 * 27 * 16, 4 * 27)
+
+
+def test_groups_that_are_alike_are_one_kind():
+    report = inspect(wide(), WIDE)
+    tied = tuple(f"norm.{part}" for part in ("weight", "bias", "running_mean", "running_var"))
+    channels = {"block.0": 1, "depth": 1, "grouped": 1, "up": 1}
+    added, inner, grouped, up, hidden, outputs = report.kinds
+    assert added.frozen == inner.frozen == grouped.frozen == up.frozen == hidden.frozen == ""
+    assert added.tied == tied
+    assert sum(kind.groups for kind in report.kinds) == len(report.groups)
+    # The two groups of `grouped` stay alike: the i-th inputs of both go together, and so do the i-th filters.
+    assert added.filters == {"stem": 2, "block.2": 2, "depth": 2}
+    assert added.channels == {name: 2 * count for name, count in channels.items()}
+    assert (added.groups, inner.groups, grouped.groups, up.groups, hidden.groups, outputs.groups) == (4, 6, 6, 4, 10, 3)
+    assert (dict(inner.filters), dict(inner.channels)) == ({"block.0": 1}, {"block.2": 1})
+    assert (dict(grouped.filters), dict(grouped.channels)) == ({"grouped": 2}, {"up": 2})
+    assert (dict(up.filters), dict(up.channels)) == ({"up": 1}, {"head.1": 64})
+    assert outputs == Kind({"head.3": 1}, {}, (), 3, "it is an output of the model")
+
+
+def test_predictions_are_what_compaction_leaves():
+    model = wide()
+    for exclude in ([], ["grouped"]):
+        report = inspect(model, WIDE, exclude=exclude)
+        for filters, columns in ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (0.5, 0.0)):
+            small = compact(model, Plan.uniform(report, filters=filters, columns=columns), WIDE, report=report).model
+            assert report.predict(filters=filters, columns=columns) == expected_sizes_of_wide(small)
+        plan = unused_paths(Plan.uniform(report, filters=0.25, columns=0.5), report)
+        assert report.predict(0.25, 0.5) == report.counts(plan)
+        assert report.predict() == report.counts()
+    with pytest.raises(ValueError, match="filters is the share removed"):
+        report.predict(filters=1.0)
+
+
+def expected_sizes_of_wide(model: nn.Module) -> Counts:
+    weights = {name: m.weight.numel() for name, m in model.named_modules() if getattr(m, "weight", None) is not None}
+    del weights["norm"]
+    linear = sum(weights[name] for name in HEAD)
+    params = sum(weights.values())
+    return Counts(params - linear, params, 16 * (params - linear) + 48 * weights["up"] + linear)
+
+
+def test_a_report_is_printed_in_tables_and_shown_in_a_line():
+    report = inspect(wide(), WIDE, exclude="up")
+    assert repr(report) == f"Report(Wide: 8 layers, {report.params:,} weights, {report.macs:,} MACs)"
+    assert "it is excluded (up)" in str(report)
+    assert str(report) == str(Inspection(report))

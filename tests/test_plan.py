@@ -13,6 +13,7 @@ from torch import nn
 from autocompress_fast._baked import baked
 from autocompress_fast.graph import inspect
 from autocompress_fast.plan import LayerPlan, MaskedParameters, Plan, check_fits, mask
+from autocompress_fast.purify import unused_paths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,6 +137,37 @@ def test_a_plan_is_a_mapping_of_layers():
         Plan({"a": np.eye(2)})
 
 
+def test_equal_plans_keep_the_same_of_the_same_and_hold_the_same():
+    layers = {"a": LayerPlan.dense((2, 2))}
+    tied = {"b.weight": (0, np.array([True, False]))}
+    plan = Plan(layers, tied, ["a"])
+    assert plan == Plan(dict(layers), {"b.weight": (0, [1, 0])}, {"a"})
+    others = [
+        Plan(layers, tied),
+        Plan(layers, None, ["a"]),
+        Plan({}, tied, ["a"]),
+        *(
+            Plan(layers, other, ["a"])
+            for other in (
+                {"b.weight": (0, [0, 1])},
+                {"b.weight": (0, [1, 0, 0])},
+                {"b.weight": (1, [1, 0])},
+                {"b.bias": (0, [1, 0])},
+                {**tied, "b.bias": (0, [1, 0])},
+            )
+        ),
+    ]
+    assert all(plan != other for other in others)
+    assert plan != layers
+
+
+def test_a_dense_plan_knows_transposed_layers():
+    model = nn.Sequential(nn.ConvTranspose2d(3, 8, 3), nn.Conv2d(8, 2, 1))
+    plan = Plan.dense(inspect(model, EXAMPLE))
+    assert [layer.weight_shape for layer in plan.values()] == [(3, 8, 3, 3), (2, 8, 1, 1)]
+    assert all(layer.weight_mask().all() for layer in plan.values())
+
+
 def test_masks_that_need_gradients_are_read():
     weight = torch.eye(2, requires_grad=True)
     assert Plan.from_masks({"a": weight})["a"].weights == 2
@@ -203,7 +235,7 @@ def test_uniform_removes_the_shares_asked_for_and_the_smallest_norms(filters, co
         reading = {"0": np.ones(27, bool), "3": np.repeat(plan["0"].filters, 9), "5": np.repeat(plan["3"].filters, 36)}
         living = reading[layer.name]  # columns of filters that are dropped go with them
         assert not kept.columns[~living].any()
-        assert kept.columns.sum() == min(living.sum(), max(1, round(layer.columns * (1 - columns))))
+        assert kept.columns.sum() == max(1, round(living.sum() * (1 - columns)))
         sizes = (
             model.get_submodule(layer.name).weight.detach().flatten(1)[torch.tensor(kept.filters)].norm(dim=0).numpy()
         )
@@ -222,7 +254,7 @@ def test_uniform_keeps_its_counts_where_weights_are_zero():
     plan = Plan.uniform(inspect(model, EXAMPLE), filters=0.5, columns=0.5)
     assert plan["0"].filters.sum() == 3
     assert plan["0"].filters[0]
-    assert (plan["3"].filters.sum(), plan["3"].columns.sum()) == (2, 27)
+    assert (plan["3"].filters.sum(), plan["3"].columns.sum()) == (2, 14)  # of the 27 that are left with 3 channels
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 0.99])
@@ -339,6 +371,16 @@ def test_tied_parameters_survive_the_file(tmp_path):
         )
 
 
+def test_layers_that_are_held_survive_the_file_and_what_is_made_of_the_plan(tmp_path):
+    report = inspect(network(), EXAMPLE, exclude=["3", "0"])
+    plan = Plan.uniform(report, columns=0.5)
+    assert plan.held == {"0", "3"}
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert unused_paths(plan, report).held == Plan.dense(report).held == plan.held
+    assert plan.tied(inspect(network(), EXAMPLE)).held == frozenset()
+
+
 def test_transposed_layers_survive_the_file(tmp_path):
     plan = Plan({"a": LayerPlan((4, 3, 2), [1, 0, 1, 1], np.ones(12), None, 2, transposed=True)})
     plan.save(tmp_path / "plan.json")
@@ -350,17 +392,18 @@ def test_transposed_layers_survive_the_file(tmp_path):
 
 def test_files_without_ties_and_of_before_there_were_transposed_layers_are_read(tmp_path):
     content = good_file()
-    del content["tied"], content["layers"]["a"]["transposed"]
+    del content["tied"], content["held"], content["layers"]["a"]["transposed"]
     (tmp_path / "plan.json").write_text(json.dumps(content))
     plan = Plan.load(tmp_path / "plan.json")
     assert plan.parameters == {}
+    assert plan.held == frozenset()
     assert not plan["a"].transposed
 
 
 def good_file() -> dict:
     layer = {"shape": [2, 3], "groups": 1, "transposed": False, "filters": [0], "columns": [0, 2]}
     tied = {"b.weight": {"dim": 0, "of": 2, "kept": [0]}}
-    return {"autocompress_fast.plan": 1, "layers": {"a": layer}, "tied": tied}
+    return {"autocompress_fast.plan": 1, "layers": {"a": layer}, "tied": tied, "held": ["a"]}
 
 
 def changed(**fields: object) -> str:
@@ -432,6 +475,10 @@ HOSTILE = {
     "many plausible ties": json.dumps(
         {**good_file(), "tied": {str(i): {"dim": 0, "of": 2**25, "kept": []} for i in range(99)}}
     ),
+    "held of nothing": json.dumps({**good_file(), "held": None}),
+    "held of text": json.dumps({**good_file(), "held": "a"}),
+    "held of numbers": json.dumps({**good_file(), "held": [0]}),
+    "held of lists": json.dumps({**good_file(), "held": [["a"]]}),
     "elements of numbers": changed(elements=[1, 0]),
     "elements not in base64": changed(elements="*&^"),
     "too few elements": changed(elements=""),
@@ -465,6 +512,7 @@ def test_the_good_file_of_these_tests_is_good(tmp_path):
     path.write_text(json.dumps(good_file()))
     plan = Plan.load(path)
     assert plan["a"].weights == 2
+    assert plan.held == {"a"}
     dim, kept = plan.parameters["b.weight"]
     assert (dim, kept.tolist()) == (0, [True, False])
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from autocompress_fast._baked import baked
 from autocompress_fast.graph.channels import DATA, Channels, follow
 from autocompress_fast.graph.operators import LAYERS, Geometry, oriented
+from autocompress_fast.graph.selection import Pattern, hold, to_hold
 from autocompress_fast.trace import Node, Tensor, Trace, trace
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-__all__ = ["Counts", "Group", "Layer", "Report", "Set", "inspect"]
+__all__ = ["Counts", "Frozen", "Group", "Kind", "Layer", "Report", "Set", "inspect"]
 
 
 class Sized(Protocol):
@@ -61,6 +62,7 @@ class Layer:
         groups: of a convolution; 1 for linear layers.
         outputs: positions that every filter computes for one input (H * W; 1 for linear), over all calls.
         frozen_filters, frozen_columns: why no filter, or no column, can be pruned; empty when some can.
+        held: why the layer stays as it is: it was excluded, or not selected; empty when it was not.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Layer:
     outputs: int
     frozen_filters: str
     frozen_columns: str
+    held: str = ""
 
     @property
     def filters_prunable(self) -> bool:
@@ -129,6 +132,41 @@ class Group:
     frozen: str
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Groups that are alike: in the same layers, with the same numbers of filters and channels, frozen for one reason.
+
+    Attributes:
+        filters: layer -> how many of its filters each group has.
+        channels: layer -> how many of its input channels each group has.
+        tied: other parameters and buffers that each group has a part of.
+        groups: how many there are.
+        frozen: why they cannot be cut; empty when they can.
+    """
+
+    filters: Mapping[str, int]
+    channels: Mapping[str, int]
+    tied: tuple[str, ...]
+    groups: int
+    frozen: str
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What cannot be cut out for one reason.
+
+    Attributes:
+        reason: with the operator, and the line of code where it is known.
+        layers: with filters that are frozen for it.
+        macs, params: multiply-adds and weights in these filters, of input channels that are frozen too, or are none.
+    """
+
+    reason: str
+    layers: tuple[str, ...]
+    macs: int
+    params: int
+
+
 @dataclass(frozen=True, eq=False)
 class Set:
     """Layers whose filters are tied to each other's, and the groups that they have in common.
@@ -186,9 +224,9 @@ class Set:
         return np.sqrt(squares)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
-    """What `inspect` found.
+    """What `inspect` found; print it for tables.
 
     Attributes:
         model_name: class of the model.
@@ -210,6 +248,19 @@ class Report:
             reason = f": {self.skipped[name]}" if name in self.skipped else ""
             raise KeyError(f"{self.model_name} has no layer {name!r}{reason}; layers: {', '.join(self._by_name)}")
         return self._by_name[name]
+
+    def __repr__(self) -> str:
+        return f"Report({self.model_name}: {len(self.layers)} layers, {self.params:,} weights, {self.macs:,} MACs)"
+
+    def __str__(self) -> str:
+        from autocompress_fast.report import Inspection
+
+        return str(Inspection(self))
+
+    def __rich__(self) -> Any:
+        from autocompress_fast.report import Inspection
+
+        return Inspection(self)
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -236,21 +287,65 @@ class Report:
     @property
     def prunable_macs(self) -> int:
         """Multiply-adds in filters or input channels that can be cut out; the others are frozen at both ends."""
-        return sum(round(layer.macs * self._prunable_share[layer.name]) for layer in self.layers)
+        return self.macs - sum(one.macs for one in self.frozen_by)
 
     @property
     def prunable_params(self) -> int:
         """Weights in filters or input channels that can be cut out."""
-        return sum(round(layer.weights * self._prunable_share[layer.name]) for layer in self.layers)
+        return self.params - sum(one.params for one in self.frozen_by)
 
     @cached_property
-    def _prunable_share(self) -> dict[str, float]:
-        shares = {}
+    def frozen_by(self) -> tuple[Frozen, ...]:
+        """What is frozen for every reason, the reason with most multiply-adds first.
+
+        A weight is frozen when its filter and its input channel are, and counts for the filter's reason: all of a
+        layer that is excluded or not selected for that. So the sums are what is not prunable of the network.
+        """
+        found: dict[str, dict[str, int]] = {}  # reason -> layer -> frozen weights
         for layer in self.layers:
-            filters, inputs = self.frozen_filters(layer.name), self._frozen_of(self.channels.inputs[layer.name])
-            blocks = filters.reshape(layer.groups, -1).mean(axis=1) * inputs.reshape(layer.groups, -1).mean(axis=1)
-            shares[layer.name] = 1.0 - float(blocks.mean())
-        return shares
+            inputs = self._frozen_of(self.channels.inputs[layer.name])
+            per_filter = inputs.reshape(layer.groups, -1).sum(axis=1) * math.prod(layer.shape[2:])
+            weights = np.repeat(per_filter, layer.shape[0] // layer.groups)
+            reasons = self.channels.frozen[self.labels(layer.name)]
+            for number in np.unique(reasons[reasons > 0]).tolist():
+                per_layer = found.setdefault(layer.held or self.channels.reasons[number], {})
+                more = int(weights[reasons == number].sum())
+                per_layer[layer.name] = per_layer.get(layer.name, 0) + more
+        by_reason = (
+            Frozen(
+                reason,
+                tuple(weights),
+                sum(count * self[name].outputs for name, count in weights.items()),
+                sum(weights.values()),
+            )
+            for reason, weights in found.items()
+        )
+        return tuple(sorted(by_reason, key=lambda one: (-one.macs, -one.params)))
+
+    @property
+    def held(self) -> dict[str, str]:
+        """Layer -> why it stays as it is, for those that were excluded or not selected."""
+        return {layer.name: layer.held for layer in self.layers if layer.held}
+
+    def predict(self, filters: float = 0.0, columns: float = 0.0) -> Counts:
+        """Sizes after uniform pruning (`Plan.uniform`) and the removal of all that is dead then (`unused_paths`).
+
+        Args:
+            filters, columns: shares removed, 0 <= share < 1.
+
+        Raises:
+            ValueError: a share outside of the range, or nothing would be left of the network.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+            >>> inspect(model, torch.zeros(1, 1, 8, 8)).predict(filters=0.5)
+            Counts(conv=54, params=54, macs=1224)
+        """
+        from autocompress_fast.plan import Plan
+        from autocompress_fast.purify import unused_paths
+
+        return self.counts(unused_paths(Plan.uniform(self, filters=filters, columns=columns), self))
 
     @property
     def frozen(self) -> dict[str, str]:
@@ -366,6 +461,21 @@ class Report:
             groups.append(Group(filters, inputs, tied, frozen[root]))
         return tuple(groups)
 
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The groups, summed up: those that are alike count as one kind, in the order of their first."""
+        found: dict[tuple[Any, ...], int] = {}
+        for group in self.groups:
+            sizes = (
+                tuple((name, len(index)) for name, index in part.items()) for part in (group.filters, group.channels)
+            )
+            key = (*sizes, tuple(dict.fromkeys(group.tied)), group.frozen)
+            found[key] = found.get(key, 0) + 1
+        return tuple(
+            Kind(dict(filters), dict(channels), tied, count, frozen)
+            for (filters, channels, tied, frozen), count in found.items()
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The report as plain numbers and strings."""
         return {
@@ -386,10 +496,26 @@ class Report:
                     "macs": layer.macs,
                     "frozen_filters": layer.frozen_filters,
                     "frozen_columns": layer.frozen_columns,
+                    "held": layer.held,
                 }
                 for layer in self.layers
             ],
             "sets": [{"layers": list(one.layers), "groups": one.size} for one in self.sets],
+            "kinds": [
+                {
+                    "filters": dict(kind.filters),
+                    "channels": dict(kind.channels),
+                    "tied": list(kind.tied),
+                    "groups": kind.groups,
+                    "frozen": kind.frozen,
+                }
+                for kind in self.kinds
+            ],
+            "frozen": self.frozen,
+            "frozen_by": [
+                {"reason": one.reason, "layers": list(one.layers), "macs": one.macs, "params": one.params}
+                for one in self.frozen_by
+            ],
         }
 
 
@@ -410,15 +536,30 @@ class _Roots:
             self.parent[b] = a
 
 
-def inspect(model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch.Tensor]) -> Report:
+def inspect(
+    model: torch.nn.Module,
+    example_input: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    select: Pattern | Sequence[Pattern] | None = None,
+    exclude: Pattern | Sequence[Pattern] | None = None,
+) -> Report:
     """Read a model: its layers, what lives and dies together, what can be pruned, and what is frozen and why.
+
+    Layers can be left as they are, by patterns: the path of a layer or of a module that contains it ("layer3"), a glob
+    on the layer's path ("layer3.*.conv1"), a compiled regular expression that is the whole path, or a class of modules
+    (of the layer, or of one that contains it, such as a block). No filter, column or input channel of such a layer is
+    pruned, so that whatever is tied to it, or feeds it, is frozen as well.
 
     Args:
         model: any module that `torch.export` can read, or whose forward can be recorded for the example; not changed.
         example_input: a tensor, or a tuple of tensors, that the model takes.
+        select: one or several patterns; all other layers stay as they are.
+        exclude: one or several patterns of layers that stay as they are, even if they are selected.
 
     Raises:
         TraceError: the model cannot be read.
+        ValueError: a pattern that no layer matches.
+        TypeError: something that is no pattern.
 
     Example:
         >>> import torch
@@ -428,8 +569,11 @@ def inspect(model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch
         (108, 2448, {'2': 'filters: it is an output of the model'})
         >>> report.groups[3]
         Group(filters={'0': (3,)}, channels={'2': (3,)}, tied={}, frozen='')
+        >>> inspect(model, torch.zeros(1, 1, 8, 8), exclude="2").frozen["0"]
+        'filters: it is tied to a layer that is excluded (2)'
     """
-    name, model = type(model).__name__, baked(model)
+    name, own = type(model).__name__, dict(model.named_modules(remove_duplicate=False))
+    model = baked(model)
     traced = trace(model, example_input)
     modules = dict(model.named_modules(remove_duplicate=False))
     nodes = [node for node in traced.nodes if node.op in LAYERS]
@@ -445,8 +589,9 @@ def inspect(model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch
             calls.setdefault(path, []).append(node)
     for path in set(calls) & set(skipped):
         del calls[path], names[f"{path}.weight"]
-    channels = follow(traced, names)
-    layers = tuple(_layer(traced, path, found, channels) for path, found in calls.items())
+    held = to_hold(calls, modules | own, select, exclude)
+    channels = hold(follow(traced, names), held, {path: _filters(traced, found) for path, found in calls.items()})
+    layers = tuple(_layer(traced, path, found, channels, held.get(path, "")) for path, found in calls.items())
     return Report(name, layers, channels, traced, skipped)
 
 
@@ -478,7 +623,12 @@ def _why_no_layer(traced: Trace, node: Node, modules: dict[str, torch.nn.Module]
     return ""
 
 
-def _layer(traced: Trace, path: str, calls: list[Node], channels: Channels) -> Layer:
+def _filters(traced: Trace, calls: list[Node]) -> int:
+    """Number of filters of a layer."""
+    return Geometry.of(calls[0], tuple(traced.tensors[calls[0].args[1].name].shape)).filters
+
+
+def _layer(traced: Trace, path: str, calls: list[Node], channels: Channels, held: str) -> Layer:
     node = calls[0]
     weight = traced.tensors[node.args[1].name]
     geometry = Geometry.of(node, tuple(weight.shape))
@@ -495,6 +645,7 @@ def _layer(traced: Trace, path: str, calls: list[Node], channels: Channels) -> L
         shape=tuple(oriented(weight, geometry.groups, transposed=geometry.transposed).shape),
         groups=geometry.groups,
         outputs=sum(math.prod(n.shape[-geometry.spatial :] if geometry.spatial else n.shape[1:-1]) for n in calls),
-        frozen_filters="" if "" in reasons else sorted(reasons)[0],
-        frozen_columns=frozen_columns,
+        frozen_filters=held or ("" if "" in reasons else sorted(reasons)[0]),
+        frozen_columns=held or frozen_columns,
+        held=held,
     )
