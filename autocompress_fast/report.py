@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,20 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from autocompress_fast.admm import Constraint
-    from autocompress_fast.graph import Counts, Layer, Report
+    from autocompress_fast.graph import Counts, Kind, Layer, Report
     from autocompress_fast.pipeline import DryRun, Result
 
 __all__ = ["Document", "Inspection", "Outlook", "Summary", "Table"]
 
 _COUNTED = {"CONV weights": "conv", "all weights": "params", "MACs": "macs"}
-_UNIFORM = ((0.5, 0.0), (0.0, 0.5), (0.5, 0.5), (0.75, 0.75))  # shares of filters and columns that `Inspection` tries
+_SHARES = (0.25, 0.5, 0.75)
+# Shares of filters and of columns that `Inspection` tries: of one kind, of the other, of both.
+_UNIFORM = (
+    *((share, 0.0) for share in _SHARES),
+    *((0.0, share) for share in _SHARES),
+    *((share, share) for share in _SHARES),
+)
+_MOST_NAMED = 2  # layers that a cell lists
 _DENSE, _SMALL, _ADMM = "#c9ced6", "#1f6f8b", "#e08e45"  # colours of the plots
 
 
@@ -164,26 +171,32 @@ class Summary(Document):
 
 
 class Inspection(Document):
-    """A model's layers, what of them can be pruned, what is frozen and why, and what uniform pruning would leave.
+    """A model's layers and groups, what of them can be pruned, what is frozen by what, and what uniform pruning leaves.
+
+    Args:
+        report: of `acf.inspect`.
+        groups: show every set of tied layers by itself, with all their names; by default those that are alike are one
+            row.
 
     Example:
         >>> import torch, autocompress_fast as acf
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
         >>> inspection = Inspection(acf.inspect(model, torch.zeros(1, 1, 8, 8)))
-        >>> inspection.to_json()["uniform"][0]
-        {'filters': 0.5, 'columns': 0.0, 'conv': 2.0, 'params': 2.0, 'macs': 2.0}
+        >>> inspection.to_json()["uniform"][1]
+        {'filters': 0.5, 'columns': 0.0, 'left': {'conv': 54, 'params': 54, 'macs': 1224}}
     """
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
+    def __init__(self, report: Report, *, groups: bool = False) -> None:
+        self._report, self._all_groups = report, groups
 
     def parts(self) -> Iterable[Table | str]:
-        """Sizes, layers, reasons, and the effect of uniform rates."""
+        """Sizes, layers, groups, reasons, and the effect of uniform rates."""
         report = self._report
-        share = report.prunable_macs / report.macs if report.macs else 0.0
         yield (
             f"{report.model_name}: {report.params:,} weights, {report.conv_params:,} of them in convolutions; "
-            f"{report.macs:,} multiply-adds, {share:.0%} of them in layers that can be pruned"
+            f"{report.macs:,} multiply-adds\n"
+            f"in filters or channels that can be cut out: {_share(report.prunable_params, report.params)} of the "
+            f"weights, {_share(report.prunable_macs, report.macs)} of the multiply-adds"
         )
         rows = [
             (
@@ -197,48 +210,83 @@ class Inspection(Document):
             for layer in report.layers
         ]
         yield Table("", ("layer", "kind", "prunable", "weight", "weights", "MACs"), rows, names=3)
-        if report.frozen:
-            lines = (f"  {name}: {reason}" for name, reason in report.frozen.items())
-            yield "\n".join(["frozen:", *lines])
-        if report.skipped:
-            lines = (f"  {name}: {reason}" for name, reason in report.skipped.items())
+        if report.kinds:
+            yield self._groups()
+        if report.frozen_by:
+            yield self._frozen()
+        columns = {layer.name: layer.frozen_columns.partition(" (")[0] for layer in report.layers if not layer.held}
+        if lines := _by_reason(columns):
+            yield "\n".join(["columns that cannot be dropped one by one:", *lines])
+        if lines := _by_reason(report.skipped):
             yield "\n".join(["left as they are, and not counted:", *lines])
-        effects = [
+        yield self._effects()
+
+    def _groups(self) -> Table:
+        """Filters that live and die together, and who reads them; of sets that are alike, the first."""
+        alike: dict[object, list[Kind]] = {}
+        for place, kind in enumerate(self._report.kinds):
+            sizes = tuple(kind.filters.values()), tuple(kind.channels.values()), kind.groups
+            alike.setdefault(place if self._all_groups else kind.frozen or sizes, []).append(kind)
+        most = len(self._report.layers) if self._all_groups else _MOST_NAMED
+        rows = [
             (
-                f"{effect['filters']:.0%} of the filters, {effect['columns']:.0%} of the columns",
-                *(f"{effect[key]:.1f}x" if key in effect else "-" for key in _COUNTED.values()),
+                _names(_each(kinds[0].filters), most),
+                _names(_each(kinds[0].channels), most) or "-",
+                kinds[0].frozen or "yes",
+                f"{len(kinds):,}",
+                f"{sum(kind.groups for kind in kinds):,}",
             )
-            for effect in self._uniform()
+            for kinds in alike.values()
         ]
-        yield Table("", ("removed from every layer that allows it", *_COUNTED), effects)
+        header = ("filters of each group", "channels of each group, in", "prunable", "sets", "groups")
+        return Table("what lives and dies together", header, rows, names=3)
 
-    def _uniform(self) -> list[dict[str, float]]:
-        """Rates (dense / remaining, unused paths removed) when every layer loses the same share."""
-        from autocompress_fast.plan import Plan
-        from autocompress_fast.purify import unused_paths
+    def _frozen(self) -> Table:
+        report = self._report
+        rows = [
+            (
+                one.reason,
+                _names(one.layers),
+                f"{one.params:,}",
+                _share(one.params, report.params),
+                f"{one.macs:,}",
+                _share(one.macs, report.macs),
+            )
+            for one in report.frozen_by
+        ]
+        header = ("filters that are frozen", "of", "weights", "share", "MACs", "share")
+        return Table("", header, rows, names=2)
 
+    def _effects(self) -> Table:
         dense = self._report.counts()
-        effects = []
+        rows = []
+        for filters, columns, left in self._uniform():
+            cells = dict.fromkeys(_COUNTED, "-")
+            if left is not None:
+                cells |= {
+                    name: f"{_share(after, before)}, {_rate(before, after)}"
+                    for name, before, after in _changes(dense, left)
+                }
+            rows.append((f"{filters:.0%} of the filters, {columns:.0%} of the columns", *cells.values()))
+        return Table("", ("removed of all that can be; left are", *_COUNTED), rows)
+
+    def _uniform(self) -> list[tuple[float, float, Counts | None]]:
+        """Shares of filters and columns, and what their removal leaves; None where that would be nothing."""
+        effects: list[tuple[float, float, Counts | None]] = []
         for filters, columns in _UNIFORM:
-            effect = {"filters": filters, "columns": columns}
             try:
-                plan = unused_paths(Plan.uniform(self._report, filters=filters, columns=columns), self._report)
-            except ValueError:  # a layer would lose everything: there is no rate to tell
-                plan = None
-            if plan is not None:
-                for name, before, after in _changes(dense, self._report.counts(plan)):
-                    effect[_COUNTED[name]] = round(before / after, 3)
-            effects.append(effect)
+                effects.append((filters, columns, self._report.predict(filters, columns)))
+            except ValueError:
+                effects.append((filters, columns, None))
         return effects
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain numbers and strings, with the effect of uniform rates."""
-        report = self._report
-        return {
-            **report.to_json(),
-            "frozen": report.frozen,
-            "uniform": self._uniform(),
-        }
+        uniform = [
+            {"filters": filters, "columns": columns, "left": None if left is None else asdict(left)}
+            for filters, columns, left in self._uniform()
+        ]
+        return {**self._report.to_json(), "uniform": uniform}
 
 
 class Outlook(Document):
@@ -297,6 +345,29 @@ def _changes(dense: Counts, small: Counts) -> list[tuple[str, int, int]]:
 def _rate(before: float, after: float) -> str:
     rate = before / after
     return f"{rate:.1f}x" if rate < 99.95 else f"{rate:.0f}x"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _names(names: Sequence[str], most: int = _MOST_NAMED) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def _each(counts: Mapping[str, int]) -> list[str]:
+    """Layers, and how many each group has of each where that is not one."""
+    return [name if count == 1 else f"{count} of {name}" for name, count in counts.items()]
+
+
+def _by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """A line for every reason, with the names that it holds for."""
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason:
+            found.setdefault(reason, []).append(name)
+    return [f"  {_names(names)}: {reason}" for reason, names in found.items()]
 
 
 def _duration(seconds: float) -> str:

@@ -117,7 +117,7 @@ def test_a_stopped_run_is_continued_by_the_same_command(finished, monkeypatch, t
 
 
 def test_ctrl_c_elsewhere_stops_quietly(monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(jobs, "inspected", interrupted)
@@ -298,6 +298,9 @@ def test_dry_run_of_what_cannot_be_met(tmp_path, monkeypatch):
         (["compress", "lenet5", "--data", "nowhere", "--target", "2x"], "nowhere: expected a folder .* found nothing"),
         (["inspect", "lenet6"], "unknown model 'lenet6'"),
         (["inspect", "torch.nn:ReLU"], "say what images it takes"),
+        (["inspect", "lenet5", "--exclude", "conv3"], "exclude: no layer matches 'conv3'; layers: conv1, conv2, fc1"),
+        (["inspect", "lenet5", "--select", "re:conv("], r"'re:conv\(' is no regular expression: .*unterminated"),
+        (["inspect", "lenet5", "--select", "type:Conv9d"], "no module is of a class 'Conv9d'; there are .*Conv2d"),
         (["inspect", "lenet5", "--input-shape", "1x28x28"], "--input-shape must be numbers .*, got '1x28x28'"),
         (["inspect", "lenet5", "--input-shape", "0,28,28"], "--input-shape must be numbers"),
         (["predict", "nowhere.acf", "1.png"], "No such file .*nowhere.acf"),
@@ -317,7 +320,7 @@ def test_debug_shows_where_an_error_came_from():
 
 
 def test_errors_that_nobody_foresaw_keep_their_traceback(monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("broken")
 
     monkeypatch.setattr(jobs, "inspected", broken)
@@ -358,19 +361,59 @@ def test_inspect_shows_layers_reasons_and_effects():
     text = run("inspect", "lenet5")
     assert text.exit_code == 0
     assert "430,500 weights, 25,500 of them in convolutions" in text.stdout
-    assert "fc2: filters: it is an output of the model" in text.stdout
+    assert "it is an output of the model fc2 0 0.0% 0 0.0%" in " ".join(text.stdout.split())
     printed = json.loads(run("inspect", "lenet5", "--json").stdout)
     assert [layer["name"] for layer in printed["layers"]] == ["conv1", "conv2", "fc1", "fc2"]
     assert printed["frozen"] == {"fc2": "filters: it is an output of the model"}
-    half = printed["uniform"][0]
+    half = printed["uniform"][1]
     assert (half["filters"], half["columns"]) == (0.5, 0.0)
-    assert half["conv"] == pytest.approx(25500 / (10 * 25 + 25 * 250), abs=1e-3)
+    assert half["left"]["conv"] == 10 * 25 + 25 * 250
+    assert half["left"]["params"] == 10 * 25 + 25 * 250 + 400 * 250 + 250 * 10
+    assert "50% of the filters, 0% of the columns 25.5%, 3.9x 25.3%, 3.9x" in " ".join(text.stdout.split())
 
 
 def test_inspect_takes_other_images():
     printed = json.loads(run("inspect", "resnet20", "--input-shape", "1,20,20", "--json").stdout)
     assert printed["layers"][0]["shape"] == [16, 1, 3, 3]
     assert printed["layers"][0]["macs"] == 9 * 16 * 20 * 20
+
+
+def test_inspect_leaves_out_what_the_user_says():
+    arguments = ("--exclude", "conv2", "--exclude", "type:Linear", "--json")
+    printed = json.loads(run("inspect", "lenet5", *arguments).stdout)
+    held = {"conv2": "it is excluded (conv2)", **dict.fromkeys(("fc1", "fc2"), "it is excluded (type:Linear)")}
+    assert {layer["name"]: layer["held"] for layer in printed["layers"]} == {"conv1": "", **held}
+    assert {one["reason"]: one["params"] for one in printed["frozen_by"]} == {
+        "it is excluded (type:Linear)": 405_000,
+        "it is excluded (conv2)": 25_000,
+        "it is tied to a layer that is excluded (conv2)": 500,
+    }
+    assert printed["prunable_params"] == 0
+    arguments = ("--select", "re:conv.|fc1", "--select", "fc*", "--exclude", "fc[1]")
+    text = run("inspect", "lenet5", *arguments).stdout
+    assert "it is excluded (fc[1])" in text
+    assert "not selected" not in text
+    text = run("inspect", "lenet5", "--select", "type:_ConvNd").stdout
+    assert "it is not selected fc1, fc2 405,000 " in " ".join(text.split())
+
+
+def test_inspect_shows_all_groups_where_asked():
+    short, full = (run("inspect", "resnet20", *more).stdout for more in ((), ("--groups",)))
+    rows = [
+        [
+            line
+            for line in text.split("what lives and dies together")[1].split("\n\n")[0].splitlines()
+            if " yes " in line
+        ]
+        for text in (short, full)
+    ]
+    assert sum(int(line.split()[-1].replace(",", "")) for line in rows[0]) == 64 + 3 * (16 + 32 + 64)
+    assert sum(int(line.split()[-1].replace(",", "")) for line in rows[1]) == 64 + 3 * (16 + 32 + 64)
+    assert sum(int(line.split()[-2]) for line in rows[0]) == len(rows[1])
+    assert all(line.split()[-2] == "1" for line in rows[1])
+    assert "conv1, layer1.0.conv2 and 8 more" in short
+    assert " more " not in full.split("what lives and dies together")[1].split("\n\n")[0]
+    assert "layer3.2.conv1 " in full
 
 
 # ---- predict
@@ -460,6 +503,7 @@ def test_predict_wrong_inputs(finished, mnist, digits, tmp_path):
         "pickle": (np.array([{}]), r"expected a \.npy array of numbers"),
     }
     np.save(tmp_path / "good.npy", digits.images)
+    assert len(predicted(file, tmp_path / "good.npy")) == len(digits.images), "it is the file beside it that is wrong"
     for name, (array, message) in arrays.items():
         path = tmp_path / f"{name}.npy"
         np.save(path, array, allow_pickle=True)

@@ -1,4 +1,7 @@
+import dataclasses
+import itertools
 import json
+import re
 
 import numpy as np
 import PIL.Image
@@ -169,10 +172,59 @@ def test_inspection_lists_layers_and_reasons(branching):
     assert cells(text, "stem  ")[:3] == ["conv2d", "filters", "columns"]
     assert "conv2d 2 groups filters" in " ".join(cells(text, "body  "))
     assert "conv2d 2 groups filters columns" not in " ".join(cells(text, "body  "))
-    assert cells(text, "head  ")[:2] == ["linear", "columns"]
-    assert set(branching.frozen) == {"body", "head"}
-    for name, reason in branching.frozen.items():
-        assert f"  {name}: {reason}" in text
+    assert cells(text.split("what lives")[0], "head  ")[:2] == ["linear", "columns"]
+    (one,) = branching.frozen_by
+    assert one.layers == ("head",)
+    assert cells(text, one.reason) == ["head", "0", "0.0%", "0", "0.0%"]
+    assert text.split("columns that cannot be dropped one by one:\n")[1].splitlines()[0] == (
+        "  body: it is a grouped convolution"
+    )
+
+
+def test_inspection_tells_what_lives_and_dies_together(branching):
+    table = str(reports.Inspection(branching)).split("what lives and dies together\n")[1].split("\n\n")[0]
+    assert [re.split(" {2,}", line) for line in table.splitlines()] == [
+        ["filters of each group", "channels of each group, in", "prunable", "sets", "groups"],
+        ["2 of stem, 2 of body", "2 of body, 2 of head", "yes", "1", "4"],
+        ["head", "-", "it is an output of the model", "1", "4"],
+    ]
+
+
+def chain(widths):
+    """Pairs of layers behind each other: those of the same widths are alike."""
+    layers = []
+    for before, after in itertools.pairwise(widths):
+        layers += [torch.nn.Linear(before, after), torch.nn.ReLU()]
+    torch.manual_seed(0)
+    return torch.nn.Sequential(*layers[:-1])
+
+
+def test_inspection_counts_sets_that_are_alike_unless_all_are_asked_for():
+    report = acf.inspect(chain([3, 6, 6, 4, 6, 2]), torch.zeros(1, 3))
+    tables = [
+        str(reports.Inspection(report, groups=groups)).split("what lives and dies together\n")[1].split("\n\n")[0]
+        for groups in (False, True)
+    ]
+    rows = [[re.split(" {2,}", line) for line in table.splitlines()[1:]] for table in tables]
+    output = ["8", "-", "it is an output of the model", "1", "2"]
+    assert rows[0] == [["0", "2", "yes", "3", "18"], ["4", "6", "yes", "1", "4"], output]
+    assert rows[1] == [
+        ["0", "2", "yes", "1", "6"],
+        ["2", "4", "yes", "1", "6"],
+        ["4", "6", "yes", "1", "4"],
+        ["6", "8", "yes", "1", "6"],
+        output,
+    ]
+
+
+def test_inspection_sums_up_long_lists_of_layers():
+    report = acf.inspect(chain([3, 6, 6, 4, 6, 2]), torch.zeros(1, 3), select="0")
+    text = str(reports.Inspection(report))
+    sizes = [36, 24, 24, 12]
+    share = f"{sum(sizes) / (sum(sizes) + 18):.1%}"
+    assert cells(text, "it is not selected") == ["2", "4", "and", "2", "more", "96", share, "96", share]
+    assert "cut out: 0.0% of the weights, 0.0% of the multiply-adds" in text
+    assert "one by one" not in text, "what is not selected is said once"
 
 
 def test_inspection_names_what_is_left_out():
@@ -188,25 +240,48 @@ def test_inspection_names_what_is_left_out():
 
 def test_inspection_predicts_what_uniform_pruning_leaves(result):
     report = result.layers
-    for effect in reports.Inspection(report).to_json()["uniform"]:
+    dense = report.counts()
+    text, uniform = str(reports.Inspection(report)), reports.Inspection(report).to_json()["uniform"]
+    assert [(effect["filters"], effect["columns"]) for effect in uniform] == [
+        *((share, 0.0) for share in (0.25, 0.5, 0.75)),
+        *((0.0, share) for share in (0.25, 0.5, 0.75)),
+        *((share, share) for share in (0.25, 0.5, 0.75)),
+    ]
+    for effect in uniform:
         plan = acf.Plan.uniform(report, filters=effect["filters"], columns=effect["columns"])
         counts = report.counts(unused_paths(plan, report))
-        for name in ("conv", "params", "macs"):
-            assert effect[name] == pytest.approx(getattr(report.counts(), name) / getattr(counts, name), abs=1e-3)
+        assert effect["left"] == dataclasses.asdict(counts)
+        found = cells(text, f"{effect['filters']:.0%} of the filters, {effect['columns']:.0%} of the columns")
+        assert len(found) == 6
+        for name, share, rate in zip(("conv", "params", "macs"), found[::2], found[1::2], strict=True):
+            left = getattr(counts, name) / getattr(dense, name)
+            assert float(share[:-1]) == pytest.approx(100 * left, abs=0.051)
+            assert float(rate[:-1]) == pytest.approx(1 / left, abs=0.051)
 
 
 def test_inspection_of_a_network_in_which_little_can_stay():
     """Columns and filters of a narrow network meet: one weight of the first layer, and what the second one reads."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
-    with torch.no_grad():
-        model[0].weight[:] = torch.eye(4) * torch.tensor([[9.0], [1], [1], [1]])
-        model[2].weight[:] = torch.tensor([0.0, 5, 1, 1])
     report = acf.inspect(model, torch.zeros(1, 4))
-    inspection = reports.Inspection(report)
-    last = inspection.to_json()["uniform"][-1]
-    assert last == {"filters": 0.75, "columns": 0.75, "params": 8.0, "macs": 8.0}
-    assert str(inspection).splitlines()[-1].split()[-3:] == ["-", "8.0x", "8.0x"]  # it has no convolution
+    last = reports.Inspection(report).to_json()["uniform"][-1]
+    assert last == {"filters": 0.75, "columns": 0.75, "left": {"conv": 0, "params": 3, "macs": 3}}
+    assert str(reports.Inspection(report)).splitlines()[-1].split()[-5:] == ["-", "12.5%,", "8.0x", "12.5%,", "8.0x"]
+
+
+def test_inspection_of_a_network_of_which_nothing_would_be_left(monkeypatch, branching):
+    def predict(report, filters, columns):
+        if filters and columns:
+            raise ValueError("nothing would be left")
+        return report.counts()
+
+    monkeypatch.setattr(type(branching), "predict", predict)
+    inspection = reports.Inspection(branching)
+    left = [effect["left"] for effect in inspection.to_json()["uniform"]]
+    assert left == [dataclasses.asdict(branching.counts())] * 6 + [None] * 3
+    *_, before, _, _, last = str(inspection).splitlines()
+    assert before.split()[-2:] == ["100.0%,", "1.0x"]
+    assert last.split()[-3:] == ["-", "-", "-"]
 
 
 # ---- a dry run

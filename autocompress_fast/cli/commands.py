@@ -64,6 +64,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; all by default.")]
 Model = Annotated[str, typer.Argument(help="A name such as lenet5, or package.module:callable of your own.")]
+_PATTERN = "a layer's path, or that of a part of the network; a glob; re:REGEX; type:CLASS. May be repeated."
+Select = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help=f"Layers to prune, all others stay as they are: {_PATTERN}")
+]
+Exclude = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help=f"Layers that stay as they are: {_PATTERN}")]
 
 
 def _version(wanted: bool) -> None:
@@ -203,12 +208,17 @@ def inspect(
     input_shape: Annotated[
         str | None, typer.Option(help="C,H,W of an image, such as 1,28,28; that of a named model by default.")
     ] = None,
+    select: Select = None,
+    exclude: Exclude = None,
+    groups: Annotated[
+        bool, typer.Option("--groups", help="Show every set of tied layers, and all their names.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a network's layers, what of them can be pruned, and what is frozen and why."""
+    """Show a network's layers, what of them can be pruned, what is frozen and why, and what uniform pruning leaves."""
     from autocompress_fast.cli.job import inspected
 
-    _show(inspected(model, input_shape), as_json)
+    _show(inspected(model, input_shape, select=select, exclude=exclude, groups=groups), as_json)
 
 
 @commands.command()

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from autocompress_fast._files import write_atomically
 from autocompress_fast.config import show_config
 from autocompress_fast.data import Dataset, Splits
 from autocompress_fast.engine import load
-from autocompress_fast.graph import inspect
+from autocompress_fast.graph import Pattern, inspect
 from autocompress_fast.models import load_pretrained
 from autocompress_fast.pipeline import DryRun, Recipe, Result, compress, train
 from autocompress_fast.progress import default_progress
@@ -305,7 +305,14 @@ def run_name(model: str, data: str, target: Target, recipe: Recipe) -> str:
     return re.sub(r"[^\w.+-]", "_", "-".join([*parts, f"seed{recipe.seed}"]))
 
 
-def inspected(name: str, input_shape: str | None) -> Inspection:
+def inspected(
+    name: str,
+    input_shape: str | None,
+    *,
+    select: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    groups: bool = False,
+) -> Inspection:
     """The report on a network with random weights."""
     torch.manual_seed(0)
     if input_shape is not None:
@@ -315,7 +322,43 @@ def inspected(name: str, input_shape: str | None) -> Inspection:
     else:
         shape = models.input_shape(name)
     model = _own(name) if ":" in name else models.create(name, in_channels=shape[0])
-    return Inspection(inspect(model.eval(), torch.zeros(1, *shape)))
+    selected, excluded = patterns(select, model), patterns(exclude, model)
+    report = inspect(model.eval(), torch.zeros(1, *shape), select=selected, exclude=excluded)
+    return Inspection(report, groups=groups)
+
+
+def patterns(texts: Sequence[str] | None, model: nn.Module) -> list[Pattern] | None:
+    """What `inspect` takes, from the user's words: a path or a glob, "re:REGEX", or "type:CLASS".
+
+    A class is meant by its name among those of the model's modules and what they derive from.
+
+    Raises:
+        ValueError: no regular expression, no such class.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+        >>> patterns(["0", "re:[12]", "type:Linear"], model)
+        ['0', re.compile('[12]'), <class 'torch.nn.modules.linear.Linear'>]
+    """
+    if not texts:
+        return None
+    bases = {kind for module in model.modules() for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
+    classes = {kind.__name__: kind for kind in bases - {nn.Module}}
+    found: list[Pattern] = []
+    for text in texts:
+        kind, colon, rest = text.partition(":")
+        if kind == "re" and colon:
+            try:
+                found.append(re.compile(rest))
+            except re.error as error:
+                raise ValueError(f"{text!r} is no regular expression: {error}") from error
+        elif kind == "type" and colon:
+            if rest not in classes:
+                raise ValueError(f"no module is of a class {rest!r}; there are {', '.join(sorted(classes))}")
+            found.append(classes[rest])
+        else:
+            found.append(text)
+    return found
 
 
 def _shape(text: str) -> tuple[int, ...]:
