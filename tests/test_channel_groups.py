@@ -1085,14 +1085,87 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5), self.bias, self.stride, self.padding)
 
 
+class ScaledSame(nn.Conv2d):
+    """With a gain for every filter, and TensorFlow's padding."""
+
+    def __init__(self, channels: int, filters: int, stride: int, groups: int = 1) -> None:
+        super().__init__(channels, filters, 3, stride, groups=groups)
+        self.gain = nn.Parameter(torch.rand(filters, 1, 1, 1) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        amounts = [max((-(-n // s) - 1) * s + 3 - n, 0) for n, s in zip(x.shape[2:], self.stride, strict=True)]
+        (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in amounts)
+        flat = self.weight.flatten(1)
+        weight = F.batch_norm(flat[None], None, None, self.gain.flatten(), training=True).view_as(self.weight)
+        return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, self.bias, self.stride, groups=self.groups)
+
+
+class Centred(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight - self.weight.mean(1, keepdim=True), 2 * self.bias)
+
+
+class Reflecting(nn.ConvTranspose2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose2d(x, self.weight.tanh(), self.bias, stride=2, output_padding=1)
+
+
 def test_weights_that_are_computed_in_the_forward():
-    model = seq(a=conv(3, 6), b=conv(6, 8), own=Standardised(8, 8, 3), c=conv(8, 6), d=conv(6, 5), head=conv(5, 4))
+    """They are plain ones in the copies, so that filters and channels go, whatever computes them."""
+    model = seq(a=Standardised(3, 8, 3, bias=False), bn=nn.BatchNorm2d(8), b=Standardised(8, 6, 3), head=conv(6, 4))
+    free = {f"a:{i} > b:{i} | bn:{i}" for i in range(8)} | {f"b:{i} > head:{i}" for i in range(6)}
+    small = check(model, free)
+    assert (small.kind, small.baked) == ("module", ("a", "b"))
+    assert type(small.model.a) is type(small.model.b) is nn.Conv2d
+    assert small.model.a.weight.shape == (4, 3, 3, 3)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_computed_weights_with_a_padding_of_their_own(stride):
+    model = seq(a=conv(3, 8), b=ScaledSame(8, 8, stride), dw=ScaledSame(8, 8, stride, groups=8), head=conv(8, 4, 1))
+    free = {f"a:{i} > b:{i}" for i in range(8)} | {f"b:{i} dw:{i} > dw:{i} head:{i}" for i in range(8)}
+    small = check(model, free)
+    assert (small.kind, small.baked) == ("module", ("b", "dw"))
+    assert "b.gain" not in small.model.state_dict()
+
+
+class PadsItself(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.pad(x, [1] * 4))
+
+
+def test_computed_weights_of_other_kinds_of_layers():
+    model = seq(
+        a=conv(3, 6), up=Reflecting(6, 5, 3), flat=nn.Flatten(), fc=Centred(5 * 18 * 18, 7), head=nn.Linear(7, 4)
+    )
+    one = 18 * 18
     free = {
-        *(f"a:{i} > b:{i}" for i in range(6)),
-        *(f"c:{i} > d:{i}" for i in range(6)),
-        *(f"d:{i} > head:{i}" for i in range(5)),
+        *(f"a:{i} > up:{i}" for i in range(6)),
+        *(f"up:{i} > fc:{one * i}-{one * i + one - 1}" for i in range(5)),
+        *(f"fc:{i} > head:{i}" for i in range(7)),
     }
-    check(model, free, at_least=True)
+    assert check(model, free).baked == ("up", "fc")
+
+
+class Twisted(nn.Conv2d):
+    """The weight depends on the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight * x.mean(), self.bias, padding=self.padding)
+
+
+class Squared(nn.Conv2d):
+    """More than a convolution."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight.tanh(), self.bias, padding=self.padding).square()
+
+
+@pytest.mark.parametrize(("kind", "pattern"), [(Twisted, "mean"), (Squared, "conv2d")])
+def test_computed_weights_that_no_plain_layer_stands_for_freeze(kind, pattern):
+    model = seq(a=conv(3, 6), b=conv(6, 8), own=kind(8, 8, 3, padding=1), c=conv(8, 6), head=conv(6, 4))
+    free = {f"a:{i} > b:{i}" for i in range(6)} | {f"c:{i} > head:{i}" for i in range(6)}
+    assert not check(model, free, {"b": pattern}).baked
 
 
 class Doubled(nn.Module):
@@ -1199,6 +1272,34 @@ def test_matmul_along_the_width():
     check(model, {f"a:{i} > head:{i}" for i in range(8)})
 
 
+def test_global_response_normalisation_freezes_the_channels_in_front():
+    """Every channel is divided by the mean over all of them: without some, the mean is another."""
+
+    def forward(m, x):
+        x = F.gelu(m.b(m.a(x)))
+        size = x.norm(dim=(2, 3), keepdim=True)
+        return m.head(m.c(x + m.gamma * (x * (size / size.mean(1, keepdim=True))) + m.beta))
+
+    own = {"gamma": parameter(1, 8, 1, 1), "beta": parameter(1, 8, 1, 1)}
+    model = net(forward, a=conv(3, 6), b=conv(6, 8), **own, c=conv(8, 5), head=conv(5, 4))
+    free = {f"a:{i} > b:{i}" for i in range(6)} | {f"c:{i} > head:{i}" for i in range(5)}
+    check(model, free, {"b": "aten.mean"})
+
+
+def test_a_convolution_along_the_channels_freezes_them():
+    """A gate that is made of neighbouring channels: without some, others are the neighbours."""
+
+    def forward(m, x):
+        x = m.b(m.a(x))
+        gate = m.gate(x.mean((2, 3)).unsqueeze(1)).sigmoid()
+        return m.head(m.c(x * gate.view(-1, 8, 1, 1)))
+
+    gate = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+    model = net(forward, a=conv(3, 6), b=conv(6, 8), gate=gate, c=conv(8, 5), head=conv(5, 4))
+    free = {f"a:{i} > b:{i}" for i in range(6)} | {f"c:{i} > head:{i}" for i in range(5)}
+    check(model, free, {"b": "conv1d", "gate": "conv1d|onto"})
+
+
 def test_group_normalisation():
     model = seq(a=conv(3, 12), norm=nn.GroupNorm(3, 12), act=nn.ReLU(), head=conv(12, 4))
     small = check(
@@ -1284,6 +1385,79 @@ def test_depthwise_convolution_of_a_concatenation():
 def test_depthwise_convolution_of_the_input_freezes():
     model = seq(dw=conv(3, 6, groups=3), a=conv(6, 8), head=conv(8, 4))
     check(model, {f"a:{i} > head:{i}" for i in range(8)}, {"dw": "conv"})
+
+
+class Blur(nn.Module):
+    """Every channel filtered by a kernel that nobody trains."""
+
+    def __init__(self, kernel: torch.Tensor, apply: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("kernel", kernel, persistent=False)
+        self.apply_kernel = apply
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.apply_kernel(F.pad(x, [1] * 4, mode="reflect"), self.kernel, x.shape[1])
+
+
+PER_CHANNEL, ONE = (8, 1, 3, 3), (1, 1, 3, 3)
+BLURS = {
+    "buffer": (PER_CHANNEL, lambda x, k, c: F.conv2d(x, k, stride=2, groups=c), "module"),
+    "copy of a buffer": (PER_CHANNEL, lambda x, k, c: F.conv2d(x, k.to(x.dtype).contiguous(), groups=c), "module"),
+    "upwards": (PER_CHANNEL, lambda x, k, c: F.conv_transpose2d(x, k, stride=2, groups=c), "module"),
+    "size of its own": (PER_CHANNEL, lambda x, k, _: F.conv2d(x, k, stride=2, groups=8), "graph"),
+    "computed": (PER_CHANNEL, lambda x, k, c: F.conv2d(x, k.flatten(1).softmax(1).view_as(k), groups=c), "graph"),
+    "expanded": (ONE, lambda x, k, c: F.conv2d(x, k.expand(c, -1, -1, -1), stride=2, groups=c), "module"),
+    "repeated": (ONE, lambda x, k, c: F.conv2d(x, k.repeat(c, 1, 1, 1), stride=2, groups=c), "module"),
+    "repeated 8 times": (ONE, lambda x, k, _: F.conv2d(x, k.repeat(8, 1, 1, 1), stride=2, groups=8), "graph"),
+}
+
+
+@pytest.mark.parametrize("name", BLURS)
+def test_blur(name):
+    shape, apply, kind = BLURS[name]
+    model = seq(a=conv(3, 8), bn=nn.BatchNorm2d(8), act=nn.ReLU(), blur=Blur(torch.rand(shape), apply), head=conv(8, 4))
+    cut = shape == PER_CHANNEL and name != "computed"
+    small = check(model, {f"a:{i} > head:{i} | bn:{i}" + f" blur:{i}" * cut for i in range(8)})
+    assert small.kind == kind
+    assert small.model.a.weight.shape[0] == 4
+
+
+def test_blur_of_a_residual_stream_with_a_shift():
+    """The shift keeps constants in the channels that are gone, which the layer behind stands for."""
+
+    def forward(m, x):
+        x = m.a(x)
+        x = F.relu(x + m.b(x))
+        return m.head(F.conv2d(x, m.kernel, m.shift, groups=x.shape[1]))
+
+    model = net(
+        forward,
+        a=conv(3, 6),
+        b=conv(6, 6),
+        kernel=nn.Buffer(torch.rand(6, 1, 3, 3)),
+        shift=parameter(6),
+        head=conv(6, 4, 1),
+    )
+    check(model, {f"a:{i} b:{i} > b:{i} head:{i} | kernel:{i} shift:{i}" for i in range(6)})
+
+
+def test_two_images_of_every_channel():
+    """A sharpened one and a blurred one: kernels 2i and 2i + 1."""
+    model = seq(
+        a=conv(3, 8), pair=Blur(torch.rand(16, 1, 3, 3), lambda x, k, c: F.conv2d(x, k, groups=c)), head=conv(16, 4)
+    )
+    two = [f"{2 * i},{2 * i + 1}" for i in range(8)]
+    check(model, {f"a:{i} > head:{two[i]} | pair:{two[i]}" for i in range(8)})
+
+
+def test_a_kernel_that_depends_on_the_data_freezes():
+    def forward(m, x):
+        x = m.b(m.a(x))
+        kernel = x[:1, :, :3, :3].transpose(0, 1).contiguous()
+        return m.head(F.conv2d(x, kernel, groups=8))
+
+    model = net(forward, a=conv(3, 6), b=conv(6, 8), head=conv(8, 4))
+    check(model, {f"a:{i} > b:{i}" for i in range(6)}, {"b": "conv2d"})
 
 
 def test_inverted_residual():
@@ -1660,6 +1834,14 @@ def test_a_dropped_filter_of_a_norm_group_puts_out_what_the_others_make_of_it():
     with torch.no_grad():
         model.head.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0])[None, :, None, None].expand(2, 4, 1, 1))
     assert check_partial(model, a=[0]).model.head.weight.numel() == 8
+
+
+@pytest.mark.parametrize("layer", [ScaledSame(8, 6, 1), PadsItself(8, 6, 3)], ids=lambda x: type(x).__name__)
+def test_constants_beside_the_zeros_that_a_layer_pads_with_itself(layer):
+    """Half for a dropped filter, and zero at the border: no bias stands for that, and the filter stays."""
+    small = check_partial(seq(a=conv(3, 8), act=nn.Sigmoid(), b=layer, head=conv(6, 4, 1)), a=[0, 5])
+    assert small.kind == "module"
+    assert small.model.a.weight.shape[0] == 8
 
 
 def test_a_filter_that_nobody_reads_still_counts_in_its_norm_group():

@@ -55,6 +55,36 @@ def same(traced, model, *inputs):
         torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-6)
 
 
+class WithoutAutocast(nn.Module):
+    """Two regions, one in the other, whose results are used outside, and a parameter that is used inside."""
+
+    def __init__(self, enabled: bool = False) -> None:
+        super().__init__()
+        self.conv, self.scale, self.enabled = nn.Conv2d(3, 4, 3), nn.Parameter(torch.randn(4, 1, 1)), enabled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        with torch.autocast("cpu", enabled=self.enabled):
+            low, high = (y * self.scale).chunk(2, 1)
+            with torch.autocast("cpu", enabled=False):
+                low = low.sigmoid() + 1
+        return torch.cat([low, high, y], 1).relu()
+
+
+def test_regions_without_autocast_are_read_as_what_is_in_them():
+    torch.manual_seed(0)
+    model, x = WithoutAutocast(), torch.randn(2, 3, 6, 6)
+    traced = trace(model, x)
+    assert [node.op for node in traced.nodes if node.op != "getitem"] == "conv2d mul chunk sigmoid add cat relu".split()
+    assert len({node.name for node in traced.nodes}) == len(traced.nodes)
+    same(traced, model, x)
+
+
+def test_regions_with_autocast_are_refused():
+    with pytest.raises(TraceError, match="nested graph"):
+        trace(WithoutAutocast(enabled=True), torch.zeros(2, 3, 6, 6))
+
+
 class Everything(nn.Module):
     """In-place operators, a shared weight, a constant, several results, a dict of outputs."""
 
