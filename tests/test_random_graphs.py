@@ -65,6 +65,32 @@ class Network(nn.Module):
         return "\n".join([*map(str, self.steps), f"return {', '.join(self.outputs)}"])
 
 
+class Standardised(nn.Conv2d):
+    """A convolution that computes its weight: every filter has mean 0 and norm 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.weight.flatten(1)
+        weight = F.normalize(rows - rows.mean(1, keepdim=True) / 2).view_as(self.weight)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Blur(nn.Module):
+    """Filters every channel by itself, with kernels of its own for each, or the same for all; sizes may be its own."""
+
+    def __init__(self, channels: int, kernels: int, *, sized: bool) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.rand(kernels, 1, 3, 3) / 6)
+        self.channels, self.sized = channels, sized
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels = self.channels if self.sized else x.shape[1]
+        kernel = self.kernel.expand(channels, -1, -1, -1) if len(self.kernel) == 1 else self.kernel
+        return F.conv2d(x, kernel, stride=1 + min(1, x.shape[2] // 8), padding=1, groups=channels)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels} channels, kernels {tuple(self.kernel.shape)}, {self.sized=}"
+
+
 class Builder:
     """Adds steps to a network, and knows what every step computes for one random input."""
 
@@ -102,6 +128,8 @@ class Builder:
     def layer(self, module: nn.Module, source: str) -> str:
         """A layer whose output has about unit variance; now and then one with a computed weight."""
         module = module.eval()
+        if type(module) is nn.Conv2d and module.weight[0].numel() > 1 and self.chance(0.05):
+            module.__class__ = Standardised
         with torch.no_grad():
             module.weight /= module(self.tensors[source]).std().clamp_min(1e-3)
         if module.bias is not None:
@@ -308,6 +336,12 @@ class Builder:
         value = self.activated(self.normalised(self.conv(value, channels * multiplier, 3, groups=channels)))
         return self.conv(value, self.filters(), 1) if self.chance(0.5) else value
 
+    def blurred(self) -> str:
+        value = self.wide()
+        channels = self.channels(value)
+        kernels = self.rng.choice([1, channels, channels * (1 + (2 * channels <= MOST_CHANNELS))])
+        return self.call(self.part(Blur(channels, kernels, sized=self.chance(0.3))), value)
+
     def grouped(self) -> str:
         groups = self.rng.choice([2, 4])
         value = self.wide(groups)
@@ -512,6 +546,7 @@ BLOCKS = [
     Builder.slices,
     Builder.shuffle,
     *[Builder.depthwise] * 2,
+    Builder.blurred,
     *[Builder.grouped] * 2,
     Builder.transposed,
     Builder.squeeze_and_excitation,
