@@ -143,8 +143,8 @@ class ADMM:
             channels alone.
 
     Raises:
-        ValueError: no constraint, an unknown layer, one that computes its weight (`acf.baked` makes it plain), counts
-            that do not fit its weight, NaN or infinity in a weight.
+        ValueError: no constraint, an unknown layer, one that computes its weight (`acf.baked` makes it plain) or is
+            excluded from the report, counts that do not fit its weight, NaN or infinity in a weight.
 
     Example:
         >>> import torch
@@ -424,6 +424,8 @@ def _check_report(report: Report, weights: Mapping[str, torch.nn.Parameter]) -> 
     for name, weight in weights.items():
         if name not in report:
             raise ValueError(f"constraints names {name!r}, which the report does not have")
+        if held := report[name].held:
+            raise ValueError(f"constraints names {name!r}, which stays as it is: {held}")
         found = tuple(oriented(weight, report[name].groups, transposed=report[name].transposed).shape)
         if found != report[name].shape:
             raise ValueError(f"the report is on another model: {name!r} has a weight {report[name].shape}, not {found}")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autocompress_fast import models
-from autocompress_fast.admm import ADMM
+from autocompress_fast.admm import ADMM, Constraint
 from autocompress_fast.compact import compact
 from autocompress_fast.graph import Counts, Frozen, Group, Kind, Layer, Report, Set, inspect
 from autocompress_fast.plan import LayerPlan, Plan
@@ -908,6 +908,14 @@ def test_allocations_and_admm_leave_held_layers_whole(structure):
         assert target.met(dense, report.counts(plan))
         assert whole_in(plan, names)
         assert plan.held == set(names)
+
+
+def test_constraints_on_held_layers_are_refused():
+    model = wide()
+    report = inspect(model, WIDE, select=["stem", "head"], exclude="head.1")
+    for name, why in (("head.1", r"it is excluded \(head\.1\)"), ("up", "it is not selected")):
+        with pytest.raises(ValueError, match=f"constraints names '{name}', which stays as it is: {why}"):
+            ADMM(model, {"stem": Constraint("filter", 4), name: Constraint("filter", 4)}, report=report)
 
 
 def test_purification_leaves_held_layers_whole():
