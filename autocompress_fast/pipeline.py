@@ -405,8 +405,10 @@ def _purified(
     if recipe.purify_rounds == 0:
         return small, masks, kept
 
+    quick = recipe.training("purify", 0)
+
     def accuracy(model: nn.Module) -> float:
-        return evaluate(model, stages.validation).accuracy
+        return evaluate(model, stages.validation, precision=quick.precision, channels_last=quick.channels_last).accuracy
 
     floor = accuracy(small) - recipe.purify_tolerance
     for number in range(1, recipe.purify_rounds + 1):

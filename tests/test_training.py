@@ -19,7 +19,7 @@ from autocompress_fast.data import Augmentation, BatchLoader, Dataset, UserBatch
 from autocompress_fast.graph import inspect
 from autocompress_fast.plan import LayerPlan, Plan
 from autocompress_fast.progress import Progress
-from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
+from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together, recalibrate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -706,6 +706,41 @@ def test_models_evaluated_together_read_the_batches_once():
     together = evaluate_together(models, Counting())
     assert read == [0]
     assert together == [evaluate(model, Counting()) for model in models]
+
+
+def test_evaluation_in_bfloat16_and_channels_last():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4))
+    stride = model[0].weight.stride()
+    batches = UserBatches([(torch.randn(64, 3, 6, 6), torch.randint(4, (64,)))])
+    exact = evaluate(model, batches)
+    rounded = evaluate(model, batches, precision="bfloat16")
+    assert evaluate(model, batches, channels_last=True).loss == pytest.approx(exact.loss, rel=1e-5)
+    assert rounded.loss == pytest.approx(exact.loss, rel=1e-2)
+    assert rounded.loss != exact.loss
+    assert model[0].weight.stride() == stride
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
+        evaluate(model, batches, precision="half")
+
+
+def test_recalibration_measures_the_statistics_and_nothing_else():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Flatten(), nn.Linear(128, 4)
+    ).eval()
+    model[1].running_mean.fill_(9)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "running" not in name}
+    images = [torch.randn(16, 3, 6, 6) for _ in range(3)]
+    recalibrate(model, [(x, None) for x in images])
+    with torch.no_grad():
+        outputs = [model[0](x) for x in images]
+    torch.testing.assert_close(model[1].running_mean, torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0))
+    torch.testing.assert_close(model[1].running_var, torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0))
+    assert model[1].momentum == 0.1
+    assert not any(module.training for module in model.modules())
+    for name, value in before.items():
+        if "num_batches" not in name:
+            assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_nothing_to_evaluate_on():
