@@ -130,6 +130,13 @@ def test_a_layer_without_weights_of_its_own_stays():
     assert acf.baked(model) is model
 
 
+def test_the_report_says_what_is_plain_in_it():
+    report = acf.inspect(network(), image())
+    assert report.baked == ("0", "3")
+    assert report.to_json()["baked"] == ["0", "3"]
+    assert not acf.inspect(acf.baked(network()), image()).baked
+
+
 def test_compaction_says_what_it_baked_and_trains_on():
     model, x = network(), image()
     plan = acf.Plan.uniform(acf.inspect(model, x), filters=0.5)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from autocompress_fast._baked import baked
+from autocompress_fast._baked import baked, computed
 from autocompress_fast.graph.channels import DATA, Channels, follow
 from autocompress_fast.graph.operators import LAYERS, Geometry, oriented
 from autocompress_fast.graph.selection import Pattern, hold, to_hold
@@ -234,7 +234,9 @@ class Report:
         channels: where every channel comes from and goes to.
         trace: the model as operators.
         skipped: convolutions and linear operators that are no layer here, because their weight is shared, computed or
-            not that of a plain torch layer -> why. They are left as they are, and no size counts them.
+            not that of a plain torch layer -> why. They are left as they are, and no size counts them. (A depthwise one
+            with a kernel that no layer owns, such as a blur, goes with the channels that it filters.)
+        baked: modules that compute a weight from parameters: the report is on the plain one, as in `acf.baked`.
     """
 
     model_name: str
@@ -242,6 +244,7 @@ class Report:
     channels: Channels
     trace: Trace
     skipped: Mapping[str, str] = field(default_factory=dict)
+    baked: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Layer:
         if name not in self._by_name:
@@ -486,6 +489,7 @@ class Report:
             "prunable_macs": self.prunable_macs,
             "prunable_params": self.prunable_params,
             "skipped": dict(self.skipped),
+            "baked": list(self.baked),
             "layers": [
                 {
                     "name": layer.name,
@@ -573,6 +577,7 @@ def inspect(
         'filters: it is tied to a layer that is excluded (2)'
     """
     name, own = type(model).__name__, dict(model.named_modules(remove_duplicate=False))
+    changed = computed(model)
     model = baked(model)
     traced = trace(model, example_input)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -592,7 +597,7 @@ def inspect(
     held = to_hold(calls, modules | own, select, exclude)
     channels = hold(follow(traced, names), held, {path: _filters(traced, found) for path, found in calls.items()})
     layers = tuple(_layer(traced, path, found, channels, held.get(path, "")) for path, found in calls.items())
-    return Report(name, layers, channels, traced, skipped)
+    return Report(name, layers, channels, traced, skipped, changed)
 
 
 _LAYER_CLASSES = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear")
