@@ -49,7 +49,7 @@ def test_half_of_a_network(entry: Entry, record_property: Callable[[str, object]
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), f"{name} of the model given has changed"
     for name, layer in plan.items():
-        kept = torch.from_numpy(layer.mask().copy())
+        kept = torch.from_numpy(layer.weight_mask().copy())
         assert not masked.get_submodule(name).weight[~kept].any(), f"{name} is not masked"
     if size(compacted.model) == size(model):
         assert all(group.frozen for group in report.groups), "silently unchanged"
