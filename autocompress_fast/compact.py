@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     IntArray = npt.NDArray[np.intp]
 
-__all__ = ["ColumnConv2d", "ColumnLinear", "Compacted", "Kept", "compact", "restore"]
+__all__ = ["ColumnConv2d", "ColumnLinear", "Compacted", "EmptyLayer", "Kept", "compact", "restore"]
 
 _FLOAT32_TOLERANCE, _FLOAT64_TOLERANCE = 1e-4, 1e-10  # relative to the largest output
 
@@ -50,6 +50,8 @@ class ColumnConv2d(nn.Module):
         >>> conv(torch.ones(1, 2, 2, 2)).tolist()
         [[[[2.0, 2.0], [2.0, 2.0]]]]
     """
+
+    stands_for_a_layer = True
 
     index: torch.Tensor
 
@@ -109,6 +111,8 @@ class ColumnLinear(nn.Module):
         [[101.0]]
     """
 
+    stands_for_a_layer = True
+
     index: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, index: torch.Tensor, bias: torch.Tensor | None, *, features: int) -> None:
@@ -126,6 +130,61 @@ class ColumnLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return f"{self.features} -> {self.weight.shape[0]}, {len(self.index)} inputs read"
+
+
+class EmptyLayer(nn.Module):
+    """What is left of a convolution or linear layer without weights: its bias, or zeros, at every position.
+
+    Args:
+        layer: the layer; its bias and sizes are taken over.
+
+    Example:
+        >>> EmptyLayer(nn.Conv2d(4, 2, 3, stride=2, bias=False))(torch.ones(1, 4, 9, 7)).shape
+        torch.Size([1, 2, 4, 3])
+    """
+
+    stands_for_a_layer = True
+
+    value: torch.Tensor
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.linear = isinstance(layer, nn.Linear)
+        weight, bias = _tensor(layer, "weight"), getattr(layer, "bias", None)
+        if self.linear:
+            self.dims = 0
+            filters = weight.shape[0]
+        else:
+            assert isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED))
+            self.dims, filters = len(layer.kernel_size), layer.out_channels
+            self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
+            self.same = layer.padding == "same"
+            self.padding = (0,) * self.dims if isinstance(layer.padding, str) else tuple(layer.padding)
+            self.output_padding = tuple(layer.output_padding) if isinstance(layer, _TRANSPOSED) else None
+        if bias is None:
+            self.register_buffer("value", weight.new_zeros(filters), persistent=False)
+        else:
+            self.value = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, P, ...), what the layer would put out for `x`."""
+        if self.linear:
+            return self.value.expand(*x.shape[:-1], self.value.shape[0])
+        first = x.dim() - self.dims
+        sizes = [self._size(dim, x.shape[first + dim]) for dim in range(self.dims)]
+        value = self.value.reshape(-1, *[1] * self.dims)
+        return value.expand(*x.shape[: first - 1], self.value.shape[0], *sizes)
+
+    def _size(self, dim: int, size: int) -> int:
+        """Of the output along a dimension in which the input has this size."""
+        reach = self.dilation[dim] * (self.kernel_size[dim] - 1)
+        if self.output_padding is not None:
+            return (size - 1) * self.stride[dim] - 2 * self.padding[dim] + reach + self.output_padding[dim] + 1
+        return size if self.same else (size + 2 * self.padding[dim] - reach - 1) // self.stride[dim] + 1
+
+    def extra_repr(self) -> str:
+        """Shown by repr."""
+        return f"filters={self.value.shape[0]}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +205,8 @@ class Compacted:
 
     Attributes:
         model: a smaller copy.
-        plan: what is kept of the smaller layers (columns or single weights that are masked in them, if any).
+        plan: what is kept of the smaller layers (columns or single weights that are masked in them, if any); layers of
+            which nothing is left (`EmptyLayer`) are not in it.
         kept: per layer, where the weights of the smaller model were.
         max_difference: largest difference of any output to the masked model's, relative to the largest output.
         kind: "module", the user's own class with smaller layers in it; or "graph", a `torch.fx.GraphModule` of the same
@@ -183,6 +243,11 @@ def restore(plan: Plan, kept: Mapping[str, Kept], report: Report) -> Plan:
         (True, True)
     """
     layers = {}
+    for name in kept.keys() - plan.keys():  # nothing is left of them but biases
+        before, filters = report[name], np.zeros(report[name].shape[0], bool)
+        filters[kept[name].filters] = True
+        nothing = np.zeros(before.columns, bool)
+        layers[name] = LayerPlan(before.shape, filters, nothing, None, before.groups, before.transposed)
     for name, layer in plan.items():
         before, rows, columns = report[name], kept[name].filters, kept[name].columns
         if layer.shape == before.shape:
@@ -211,8 +276,9 @@ def compact(
     """Cut out of a copy of `model` what `plan` drops, and all that is dead then; check that it computes the same.
 
     A dropped filter that puts out a constant (through a shift or an activation) has it folded into the bias of the
-    layers that read it; where zero padding makes that inexact, the filter stays. Weights that are computed (weight_norm
-    and other parametrizations, weight standardisation) become plain ones, as in `acf.baked`.
+    layers that read it; where zero padding makes that inexact, the filter stays. Layers of which no weight is left, as
+    in a dead branch, become an `EmptyLayer`, which computes nothing. Weights that are computed (weight_norm and other
+    parametrizations, weight standardisation) become plain ones, as in `acf.baked`.
 
     Args:
         model: any model; it is not changed.
@@ -220,7 +286,8 @@ def compact(
         example_input: a tensor, or a tuple of tensors, that the model takes.
         columns: also cut out dropped columns (`ColumnConv2d`, `ColumnLinear`); if not, they stay as zeros and as masks
             in the returned plan, which suits further training.
-        report: of `inspect` on this model, when there is one: saves reading it again.
+        report: of `inspect` on this model, when there is one: saves reading it again. Layers that it, or otherwise the
+            plan, holds (`exclude` and `select` of `inspect`) stay as they are.
 
     Raises:
         ValueError: the plan does not fit the model, names a layer that `inspect` leaves out, or leaves nothing of one.
@@ -242,7 +309,7 @@ def compact(
         _check_baked(model, plain, inputs)
         return replace(compact(plain, plan, inputs, columns=columns, report=report), baked=changed)
     masked = mask(model, plan).eval()
-    report = inspect(masked, inputs) if report is None else report
+    report = inspect(masked, inputs, exclude=sorted(plan.held)) if report is None else report
     _check_report(report, masked)
     exact = all(x.dtype == torch.float64 for x in masked.parameters())
     if not exact and not _rounds(
@@ -308,6 +375,7 @@ def _cut(
         rows = np.flatnonzero(keep[report.labels(layer.name)])
         kept[layer.name] = Kept(rows, np.flatnonzero(report.living_columns(keep, layer.name)))
     _shrink(small, report, keep)
+    _replace_empty(small, kept, [name for name in arriving if alive[name].weights == 0])
     if columns:
         _cut_columns(small, alive, kept, report)
     try:
@@ -331,7 +399,8 @@ def _fold_constants(
     Backwards, filters that nobody reads any more are dropped, until nothing changes.
     """
     layers = whole(plan, report)
-    exact = {name: _foldable(model.get_submodule(name), low, high) for name, (low, high) in arriving.items()}
+    exact = {layer.name: np.zeros(layer.inputs, bool) for layer in report.layers}
+    exact |= {name: _foldable(model.get_submodule(name), low, high) for name, (low, high) in arriving.items()}
     folded = {layer.name: np.zeros(layer.inputs, bool) for layer in report.layers}
     while True:
         before = sum(layer.weights for layer in layers.values())
@@ -349,9 +418,9 @@ def _fold_constants(
             layers[layer.name] = replace(layers[layer.name], filters=filters)
         if sum(layer.weights for layer in layers.values()) == before:
             break
-    check_something_left(layers, report)
-    for layer in report.layers:
-        _fold(model.get_submodule(layer.name), layer, torch.from_numpy(folded[layer.name]), arriving[layer.name][0])
+    check_something_left(layers, report, plan)
+    for name, (low, _) in arriving.items():
+        _fold(model.get_submodule(name), report[name], torch.from_numpy(folded[name]), low)
     return _with_biases(model, Plan(layers), report)
 
 
@@ -400,7 +469,7 @@ def _measured(
     model: nn.Module, report: Report, examples: Sequence[tuple[torch.Tensor, ...]]
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]:
     """Layer -> (C,) least and (C,) largest value that arrives in each of its input channels; and the outputs."""
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # not of layers whose weight is used without calling them
 
     def hook(layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -422,17 +491,15 @@ def _measured(
     finally:
         for handle in handles:
             handle.remove()
-    for layer in report.layers:  # a layer whose weight is used without calling it: nothing is known to be constant
-        dtype = _tensor(model.get_submodule(layer.name), "weight").dtype
-        seen.setdefault(layer.name, (torch.zeros(layer.inputs, dtype=dtype), torch.ones(layer.inputs, dtype=dtype)))
     return seen, outputs
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _pads_with_zeros(module: nn.Module) -> bool:
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or module.padding_mode != "zeros":
+    if not isinstance(module, _CONVOLUTIONS) or module.padding_mode != "zeros":
         return False
     if type(module).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
         return True  # its own code may pad
@@ -518,6 +585,23 @@ def _set_sizes(module: nn.Module, **sizes: int) -> None:
         setattr(module, name, size)
 
 
+def _replace_empty(model: nn.Module, kept: dict[str, Kept], empty: Sequence[str]) -> None:
+    """Replace layers without any weight by their biases, in place."""
+    for name in empty:
+        module = model.get_submodule(name)
+        pads_otherwise = getattr(module, "padding_mode", "zeros") != "zeros"  # by an operator of its own, in a graph
+        if type(module) in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED) and not pads_otherwise:
+            _replace(model, module, EmptyLayer(module))
+            kept[name] = Kept(kept[name].filters, np.zeros(0, np.int64))
+
+
+def _replace(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
+    """Put another module wherever `module` is."""
+    for path, found in list(model.named_modules(remove_duplicate=False)):
+        if found is module:
+            model.set_submodule(path, other)
+
+
 def _cut_columns(model: nn.Module, alive: Plan, kept: dict[str, Kept], report: Report) -> None:
     """Replace layers that keep only some of their columns, in place."""
     for layer in report.layers:
@@ -531,9 +615,7 @@ def _cut_columns(model: nn.Module, alive: Plan, kept: dict[str, Kept], report: R
         replaced = _column_layer(module, small, index, None if bias is None else bias.detach().clone(), len(columns))
         for name, parameter in replaced.named_parameters():
             parameter.requires_grad_(module.get_parameter(name).requires_grad)
-        for path, other in list(model.named_modules(remove_duplicate=False)):
-            if other is module:
-                model.set_submodule(path, replaced)
+        _replace(model, module, replaced)
         kept[layer.name] = Kept(kept[layer.name].filters, columns[chosen])
 
 
@@ -569,6 +651,8 @@ def _remaining(small: nn.Module, alive: Plan, kept: dict[str, Kept], report: Rep
     """What is kept of the smaller layers: the masks that could not be cut out physically."""
     layers = {}
     for layer in report.layers:
+        if isinstance(small.get_submodule(layer.name), EmptyLayer):
+            continue
         rows, columns, plan = kept[layer.name].filters, kept[layer.name].columns, alive[layer.name]
         width = layer.columns // layer.groups
         inside = np.unique(columns % width)
@@ -590,7 +674,7 @@ def _remaining(small: nn.Module, alive: Plan, kept: dict[str, Kept], report: Rep
             groups,
             layer.transposed,
         )
-    return Plan(layers)
+    return Plan(layers, held=report.held)
 
 
 def _difference(

@@ -33,7 +33,7 @@ from autocompress_fast._files import write_atomically
 from autocompress_fast.admm import ADMM, Constraint, RhoSchedule
 from autocompress_fast.compact import Kept, compact, restore
 from autocompress_fast.data import Augmentation, Batches, Dataset, Splits, UserBatches, batches
-from autocompress_fast.graph import Counts, Report, inspect
+from autocompress_fast.graph import Counts, Pattern, Report, inspect
 from autocompress_fast.plan import Plan, apply_masks
 from autocompress_fast.progress import Progress, default_progress
 from autocompress_fast.purify import purify
@@ -281,6 +281,8 @@ def compress(
     workdir: str | Path | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
+    select: Pattern | Sequence[Pattern] | None = None,
+    exclude: Pattern | Sequence[Pattern] | None = None,
 ) -> Result | DryRun:
     """Compress a trained network until it meets the target.
 
@@ -294,12 +296,14 @@ def compress(
         workdir: for checkpoints and the log; the same call continues a run that was stopped.
         progress: who is told; bars on the terminal by default.
         dry_run: say what would happen, and train nothing.
+        select, exclude: which layers may be pruned, and which may not; patterns as of `inspect`.
 
     Returns:
         the `Result`, or a `DryRun`.
 
     Raises:
-        ValueError: a target that cannot be met, a model that cannot be read, a work directory of another run.
+        ValueError: a target that cannot be met, a model that cannot be read, a pattern that no layer matches, a work
+            directory of another run.
     """
     recipe = recipe or Recipe()
     goal = target if isinstance(target, Target) else Target.parse(str(target))
@@ -309,13 +313,13 @@ def compress(
     )
     validation = batches(validation_part, _EVALUATION_BATCH)
     example = _example(example_input, validation)
+    report = inspect(model, example, select=select, exclude=exclude)  # classes are those of the model that was given
     model = baked(model)  # weights that are computed cannot be pulled towards zero
-    report = inspect(model, example)
     rounds = recipe.rounds_for(goal)
     if dry_run:
         return _dry_run(model, loader, report, goal, recipe, rounds)
     allocate(report, goal, report.counts(), recipe.structure)  # says now what cannot be met
-    folder = None if workdir is None else _claimed(Path(workdir), model, goal, recipe, train_part)
+    folder = None if workdir is None else _claimed(Path(workdir), model, report, goal, recipe, train_part)
 
     told = progress or default_progress()
     with told:
@@ -368,7 +372,7 @@ def _rounds(
     kept = {n.name: Kept(np.arange(n.shape[0]), np.arange(n.weights // n.shape[0])) for n in report.layers}
     for number in range(1, rounds + 1):
         part = goal.part(number / rounds)
-        now = report if number == 1 else inspect(small, example)
+        now = report if number == 1 else inspect(small, example, exclude=sorted(report.held))
         stages.progress.note(f"round {number} of {rounds}: to {part}")
         allowed = allocate(now, part, report.counts(), recipe.structure)
 
@@ -383,7 +387,7 @@ def _rounds(
         assert masks is not None
         cut = compact(small, masks, example, columns=False, report=now)
         small, masks = cut.model, cut.plan
-        kept = {name: kept[name].then(inner) for name, inner in cut.kept.items()}
+        kept |= {name: kept[name].then(inner) for name, inner in cut.kept.items()}
         kind = "final" if number == rounds else "retrain"
         stages.run(small, f"round{number}.{kind}", recipe.training(kind, number), masks=masks)
         counts = report.counts(restore(masks, kept, report))
@@ -417,7 +421,7 @@ def _purified(
         if decided is not None and decided.exists():
             masks = Plan.load(decided)
         else:
-            now = inspect(small, example)
+            now = inspect(small, example, exclude=sorted(report.held))
             tolerance = max(0.0, accuracy(small) - floor)
             stages.progress.note(f"purification {number} of {recipe.purify_rounds}: at least {floor:.2f}%")
             masks = purify(
@@ -429,7 +433,7 @@ def _purified(
             break
         cut = compact(small, masks, example, columns=False)
         small, masks = cut.model, cut.plan
-        kept = {name: kept[name].then(inner) for name, inner in cut.kept.items()}
+        kept |= {name: kept[name].then(inner) for name, inner in cut.kept.items()}
         stages.run(small, f"purify{number}", recipe.training("purify", number), masks=masks)
         counts = report.counts(restore(masks, kept, report))
         stages.progress.note(f"purification {number} of {recipe.purify_rounds}: {_rates(report.counts(), counts)}")
@@ -526,12 +530,17 @@ def _example(example_input: Example | None, validation: Batches) -> tuple[torch.
     return (example_input,) if isinstance(example_input, torch.Tensor) else tuple(example_input)
 
 
-def _claimed(folder: Path, model: nn.Module, goal: Target, recipe: Recipe, data: Any) -> Path:
+def _claimed(folder: Path, model: nn.Module, report: Report, goal: Target, recipe: Recipe, data: Any) -> Path:
     """The work directory, made if need be, after checking that an earlier run in it was this one."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    settings = {"target": asdict(goal), "recipe": asdict(recipe), "weights": digest.hexdigest()}
+    settings = {
+        "target": asdict(goal),
+        "recipe": asdict(recipe),
+        "choice of layers": sorted(report.held),
+        "weights": digest.hexdigest(),
+    }
     if isinstance(data, Dataset):
         settings["data"] = _digest_of(data)
     settings = json.loads(json.dumps(settings))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from autocompress_fast import ops
 from autocompress_fast.graph import Counts, Layer, Report, Set, inspect
+from autocompress_fast.graph.channels import OUTPUT
 from autocompress_fast.graph.operators import oriented
 from autocompress_fast.ops import PurificationLimits
 from autocompress_fast.plan import LayerPlan, Plan, apply_masks, mask
@@ -42,9 +43,9 @@ class PurifyStep:
         layers: the layer, or the layers whose filters are tied.
         limit: "filter", "column" or "channel": of its norm, or for a channel of its importance.
         value: of the limit; 0 when nothing could go.
-        groups: how many filters (groups of tied ones), columns or channels went, and `of` how many.
-        weights, macs: that went in the whole network, unused paths with them.
-        score: of the network afterwards.
+        groups: how many filters (groups of tied ones), columns or channels were below it, and `of` how many.
+        filters, columns, weights, macs: that went in the whole network, unused paths with them.
+        score_before, score: of the network.
         evaluations: how many networks were tried.
     """
 
@@ -54,15 +55,18 @@ class PurifyStep:
     value: float
     groups: int
     of: int
+    filters: int
+    columns: int
     weights: int
     macs: int
+    score_before: float
     score: float
     evaluations: int
 
 
 @dataclass(frozen=True, eq=False)
 class Purified:
-    """What `purify` leaves.
+    """What `purify` leaves; print it for tables.
 
     Attributes:
         plan: what is kept; a subset of the plan given.
@@ -81,6 +85,16 @@ class Purified:
     after: Counts
     scores: tuple[float, ...]
     evaluations: int
+
+    def __str__(self) -> str:
+        from autocompress_fast.report import Purification
+
+        return str(Purification(self))
+
+    def __rich__(self) -> Any:
+        from autocompress_fast.report import Purification
+
+        return Purification(self).__rich__()
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain numbers and strings."""
@@ -112,9 +126,9 @@ def purify(
     For every layer three limits are looked for: of the norm of its columns, of the importance of its
     channels (sigma of the paper: the mean squared norm of a channel's columns), and of the norm of its filters, joint
     over all that is tied. Each is the largest with which the network, masked and without its unused paths, still
-    scores enough; the search is by the energy (squared norm) that goes, in factors and then by bisection. The layers that have most to save come first, and each has its part of the tolerance: after
-    layers with a share s of all that could go, the score may have fallen by s * tolerance; what one does not need, the
-    next ones have.
+    scores enough; the search is by the energy (squared norm) that goes, in factors and then by bisection. The layers
+    that have most to save come first, and each has its part of the tolerance: after layers with a share s of all that
+    could go, the score may have fallen by s * tolerance; what one does not need, the next ones have.
 
     Args:
         model: trained; not changed.
@@ -238,10 +252,10 @@ class _Search:
         norms = self._norms(unit, scores)
         energy = np.cumsum(norms**2)  # of the smallest ones, rising; more of it costs more of the score
         energy /= max(float(energy[-1]), 1e-300) if norms.size else 1.0
-        before, tried = self.report.counts(self.plan), self.evaluations
+        before, tried = self.plan, self.evaluations
         low, high = 0, norms.size  # so many of the smallest can go; so many are too many, as one has to stay
         best = self.plan, self.score, 0.0
-        share = self._share
+        score_before, share = self.score, self._share
         while high - low > 1 and self.evaluations - tried < evaluations:
             count = int(np.clip(np.searchsorted(energy, share, "right"), low + 1, high - 1))
             value = float(norms[count])  # what is below goes
@@ -256,18 +270,21 @@ class _Search:
             reached = float(np.clip(energy[low - 1] if low else energy[high - 1] / _FACTOR, 1e-6, 0.5))
             self._share = math.sqrt(self._share * reached)
         self.plan, self.score, value = best
-        after = self.report.counts(self.plan)
+        counts, left = self.report.counts(before), self.report.counts(self.plan)
         return PurifyStep(
             number,
             unit.layers,
             unit.limit,
             value,
-            int((norms < value).sum()),
-            norms.size,
-            before.params - after.params,
-            before.macs - after.macs,
-            self.score,
-            self.evaluations - tried,
+            groups=int((norms < value).sum()),
+            of=norms.size,
+            filters=sum(int(layer.filters.sum() - self.plan[name].filters.sum()) for name, layer in before.items()),
+            columns=sum(int(layer.columns.sum() - self.plan[name].columns.sum()) for name, layer in before.items()),
+            weights=counts.params - left.params,
+            macs=counts.macs - left.macs,
+            score_before=score_before,
+            score=self.score,
+            evaluations=self.evaluations - tried,
         )
 
     def _next_share(self, low: float, high: float, groups: int, too_many: int) -> float:
@@ -373,7 +390,8 @@ def unused_paths(plan: Plan, report: Report) -> Plan:
         a plan for all layers of the report.
 
     Raises:
-        ValueError: nothing would be left of the output layers, or the plan is for other layers.
+        ValueError: nothing would be left of the output layers, the plan is for other layers, or it drops weights of a
+            layer that was excluded.
 
     Example:
         >>> import numpy as np, torch
@@ -397,7 +415,7 @@ def unused_paths(plan: Plan, report: Report) -> Plan:
             filters = layers[layer.name].filters & used[report.labels(layer.name)]
             layers[layer.name] = without_empty(report, layer, replace(layers[layer.name], filters=filters))
         if sum(layer.weights for layer in layers.values()) == before:
-            check_something_left(layers, report)
+            check_something_left(layers, report, plan)
             return Plan({layer.name: layers[layer.name] for layer in report.layers}).tied(report)
 
 
@@ -411,6 +429,8 @@ def whole(plan: Plan, report: Report) -> dict[str, LayerPlan]:
             raise ValueError(
                 f"the plan of {name!r} is for a weight {layer.shape}, the model's has {report[name].shape}"
             )
+        if report[name].held and layer.weights < layer.dense_weights:
+            raise ValueError(f"the plan drops weights of {name!r}, which stays as it is: {report[name].held}")
     return {
         layer.name: plan[layer.name]
         if layer.name in plan
@@ -440,9 +460,17 @@ def without_empty(report: Report, layer: Layer, kept: LayerPlan) -> LayerPlan:
     return replace(kept, filters=np.where(frozen, kept.filters, filters), columns=columns)
 
 
-def check_something_left(layers: dict[str, LayerPlan], report: Report) -> None:
-    """Raise ValueError when the network would be a constant: no weight is left of a layer that nothing can replace."""
-    ends = [layer for layer in report.layers if report.frozen_filters(layer.name).all()]
+def check_something_left(layers: Mapping[str, LayerPlan], report: Report, plan: Plan) -> None:
+    """Raise ValueError when the network would be a constant: no weight is left of any output layer.
+
+    Where no layer is an output (what comes after it freezes it), those count of which no filter can be cut out. The
+    message names the layer that `plan` leaves nothing of, if there is one.
+    """
+    frozen = [layer for layer in report.layers if layer.frozen_filters]
+    ends = [layer for layer in frozen if layer.frozen_filters == OUTPUT] or [
+        layer for layer in frozen if not layer.held
+    ]
     empty = [layer.name for layer in ends if not layers[layer.name].used()[0].any()]
     if empty and len(empty) == len(ends):
-        raise ValueError(f"nothing would be left of layer {empty[-1]!r}: the network would be a constant")
+        name = next((name for name, layer in plan.items() if layer.weights == 0), empty[-1])
+        raise ValueError(f"nothing would be left of layer {name!r}: the network would be a constant")

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from autocompress_fast.admm import Constraint
     from autocompress_fast.graph import Counts, Kind, Layer, Report
     from autocompress_fast.pipeline import DryRun, Result
+    from autocompress_fast.purify import Purified
 
-__all__ = ["Document", "Inspection", "Outlook", "Summary", "Table"]
+__all__ = ["Document", "Inspection", "Outlook", "Purification", "Summary", "Table"]
 
 _COUNTED = {"CONV weights": "conv", "all weights": "params", "MACs": "macs"}
 _SHARES = (0.25, 0.5, 0.75)
@@ -168,6 +169,44 @@ class Summary(Document):
         if history:
             figures["accuracy.png"] = _plot_accuracy(history, self._result.accuracy["base"], title)
         return [_save(figure, folder / name) for name, figure in sorted(figures.items())]
+
+
+class Purification(Document):
+    """What purification removed, step by step, and what that did to the score."""
+
+    def __init__(self, purified: Purified) -> None:
+        self._purified = purified
+
+    def parts(self) -> Iterable[Table | str]:
+        """The steps that removed anything, and the sizes."""
+        found = self._purified
+        rows = [
+            (
+                str(step.round),
+                _names(step.layers),
+                f"{step.limit} below {step.value:.3g}",
+                f"{step.groups:,} of {step.of:,}",
+                f"{step.filters:,}",
+                f"{step.columns:,}",
+                f"{step.weights:,}",
+                f"{step.macs:,}",
+                f"{step.score_before:.2f} -> {step.score:.2f}",
+            )
+            for step in found.steps
+            if step.weights
+        ]
+        header = ("round", "layer", "removed", "of them", "filters", "columns", "weights", "MACs", "score")
+        if rows:
+            yield Table("removed by each limit, unused paths with it", header, rows, names=3)
+        sizes = [
+            (name, f"{before:,}", f"{unused:,}", f"{after:,}", _rate(before, after))
+            for (name, before, unused), (_, _, after) in zip(
+                _changes(found.before, found.unused), _changes(found.before, found.after), strict=True
+            )
+        ]
+        yield Table("", ("", "before", "without unused paths", "after", "rate"), sizes)
+        scores = " -> ".join(f"{score:.2f}" for score in found.scores)
+        yield f"score {scores}, {len(found.steps)} limits found with {found.evaluations} evaluations"
 
 
 class Inspection(Document):

@@ -354,6 +354,19 @@ def test_version():
     assert run("--version").stdout == f"{acf.__version__}\n"
 
 
+def test_compress_leaves_layers_as_they_are(tmp_path):
+    arguments = [*DIGITS[:-1], "2x", *QUICK, "--workdir", tmp_path, "--exclude", "conv2", "--json"]
+    printed = json.loads(run(*arguments).stdout)
+    plan = acf.Plan.load(tmp_path / "plan.json")
+    assert plan.held == {"conv2"}
+    assert plan["conv2"].mask().all()
+    assert printed["rates"]["params"] >= 2
+    fails(run(*DIGITS[:-1], "2x", *QUICK, "--workdir", tmp_path), "holds a run with another choice of layers")
+    fails(run(*DIGITS, "--exclude", "conv9", "--dry-run"), "exclude: no layer matches 'conv9'")
+    impossible = run(*DIGITS[:-1], "3x", "--exclude", "type:Linear", "--dry-run", "--json")
+    assert (impossible.exit_code, json.loads(impossible.stdout)["can_be_met"]) == (2, False)
+
+
 # ---- inspect
 
 

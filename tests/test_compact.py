@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import autocompress_fast as acf
 from autocompress_fast import models
-from autocompress_fast.compact import ColumnConv2d, ColumnLinear, Kept, compact, restore
+from autocompress_fast.compact import ColumnConv2d, ColumnLinear, EmptyLayer, Kept, compact, restore
 from autocompress_fast.graph import Report, inspect
 from autocompress_fast.plan import LayerPlan, MaskedParameters, Plan, check_fits, mask
 from autocompress_fast.purify import unused_paths
@@ -637,7 +638,7 @@ def test_plans_that_do_not_fit_are_refused():
     before = state(model)
     with pytest.raises(ValueError, match=r"for a weight \(2, 2\)"):
         compact(model, Plan({"0": LayerPlan.dense((2, 2))}), x)
-    with pytest.raises(ValueError, match="nothing would be left of layer '5'"):
+    with pytest.raises(ValueError, match="nothing would be left of layer '2'"):
         compact(model, Plan({"2": LayerPlan((5, 6, 3, 3), np.zeros(5), np.ones(54))}), x)
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
@@ -772,3 +773,108 @@ def test_column_indices_are_checked(index, message):
         ColumnLinear(torch.ones(2, 3), torch.tensor([0.0, 1.0, 2.0]), None, features=9)
     with pytest.raises(ValueError, match=r"bias \(P,\)"):
         ColumnLinear(torch.ones(2, 3), torch.tensor([0, 1, 2]), torch.ones(3), features=9)
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_layers_that_the_plan_holds_stay_as_they_are(columns):
+    """Without a report, too: the readers of the middle layer drop all of some of its filters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 4, 1)).double()
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    plan = Plan({"4": LayerPlan((4, 5, 1, 1), [1] * 4, [1, 0, 0, 1, 0])}, held=["2"])
+    small = compact(model, plan, x, columns=columns)
+    assert torch.equal(small.model[2].weight, model[2].weight)
+    assert small.plan.held == {"2"}
+    if not columns:  # the others' columns are masked, and cut out when it is compacted again
+        again = compact(small.model, small.plan, x)
+        assert torch.equal(again.model[2].weight, model[2].weight)
+    free = compact(model, Plan(plan), x).model
+    assert free[2].weight.shape == (2, 6, 1, 1)
+
+
+# Layers of which nothing is left
+
+
+EMPTY = [
+    (nn.Linear(5, 3), (2, 4, 5)),
+    (nn.Conv1d(4, 3, 3, padding=2, dilation=2), (2, 4, 9)),
+    (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), groups=2, bias=False), (2, 4, 9, 8)),
+    (nn.Conv2d(4, 3, 3, padding="same", padding_mode="reflect"), (4, 9, 8)),
+    (nn.Conv2d(4, 3, 4, padding="valid", dilation=2), (1, 4, 9, 8)),
+    (nn.Conv3d(2, 3, 2, stride=2), (1, 2, 5, 4, 6)),
+    (nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1, dilation=(1, 2)), (1, 4, 5, 6)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), EMPTY, ids=lambda value: getattr(value, "_get_name", lambda: "")())
+def test_an_empty_layer_puts_out_what_the_layer_does_without_weights(layer, shape):
+    with torch.no_grad():
+        layer.weight.zero_()
+        x = torch.randn(shape)
+        assert torch.equal(EmptyLayer(layer)(x), layer(x))
+    assert sorted(EmptyLayer(layer).state_dict()) == (["value"] if layer.bias is not None else [])
+
+
+class Blocks(nn.Module):
+    """Two residual blocks, the second one with a normalisation at the end of its branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.a1, self.a2 = nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(5, 6, 3, padding=1)
+        self.b1, self.b2 = nn.Conv2d(6, 5, 3, padding=1, bias=False), nn.Conv2d(5, 6, 3, padding=1, bias=False)
+        self.inner, self.norm = nn.BatchNorm2d(5), nn.BatchNorm2d(6)
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.a2(torch.relu(self.a1(x))))
+        x = torch.relu(x + self.norm(self.b2(torch.relu(self.inner(self.b1(x))))))
+        return self.last(x.mean((2, 3)))
+
+
+def blocks() -> Blocks:
+    torch.manual_seed(0)
+    model = Blocks().eval()
+    for norm in (model.inner, model.norm):
+        for value in (norm.weight, norm.bias, norm.running_var):
+            nn.init.uniform_(value, 0.3, 1.2)
+        nn.init.normal_(norm.running_mean)
+    return model
+
+
+@pytest.mark.parametrize("dead", [("a2",), ("b2",), ("a1", "b1"), ("a2", "b2")])
+@pytest.mark.parametrize("columns", [True, False])
+def test_a_dead_block_computes_nothing(dead, columns):
+    model, x = blocks(), torch.randn(3, 3, 8, 8)
+    shapes = {name: model.get_submodule(name).weight.shape for name in dead}
+    plan = Plan.from_masks({name: np.zeros(shape) for name, shape in shapes.items()})
+    small = compact(model, plan, x, columns=columns)
+    assert small.kind == "module"
+    gone = [name for name, module in small.model.named_modules() if isinstance(module, EmptyLayer)]
+    expected = {"a2": ["a1", "a2"], "b2": ["b1", "b2"], "a1": ["a1", "a2"], "b1": ["b1", "b2"]}
+    if dead == ("a1", "b1"):  # what dead filters put out reaches the border of a convolution that pads: that one stays
+        assert {"a1", "b1"} <= set(gone)
+    else:
+        assert sorted(gone) == sorted(name for block in dead for name in expected[block])
+    with torch.no_grad():
+        torch.testing.assert_close(small.model(x), mask(model, plan)(x), rtol=1e-5, atol=1e-5)
+    restored = restore(small.plan, small.kept, inspect(model, x))
+    assert {name for name, layer in restored.items() if layer.weights == 0} == set(gone)
+    assert not set(gone) & set(small.plan)
+    again = compact(small.model, small.plan, x)  # a network with such layers is read, pruned and cut like any other
+    assert again.max_difference < 1e-5
+    after = Plan.uniform(inspect(small.model, x), filters=0.5)
+    assert compact(small.model, after, x).max_difference < 1e-5
+
+
+def test_an_empty_layer_is_trained_and_exported():
+    model, x = blocks(), torch.randn(3, 3, 8, 8)
+    small = compact(model, Plan.from_masks({"a2": np.zeros(model.a2.weight.shape)}), x).model
+    small(x).square().sum().backward()
+    assert isinstance(small.a2, EmptyLayer)
+    assert small.a2.value.grad is not None
+    engine = acf.compile(small, x)
+    with torch.no_grad():
+        np.testing.assert_allclose(engine(x.numpy()), small(x).numpy(), rtol=1e-4, atol=1e-5)
+    assert len(engine.program.steps) < len(acf.compile(model, x).program.steps)

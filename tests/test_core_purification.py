@@ -101,7 +101,7 @@ def kept_by_the_definition(scores, limits, tied):
         number
         for numbers, (*_, limit) in zip(tied, limits, strict=True)
         for number in numbers
-        if 0 < joint[number] and joint[number] ** 0.5 >= limit
+        if joint[number] > 0 and joint[number] ** 0.5 >= limit
     }
     kept = []
     for (importance, columns, _), numbers, (column, sigma, eta, _) in zip(scores, tied, limits, strict=True):
@@ -121,7 +121,7 @@ def test_what_is_kept_follows_the_definition():
             weight = rng.integers(-2, 3, (rows, channels, taps)).astype(float)
             importance, _, columns, filters = _core.purification_scores([(weight, 1)], 1, [])[0]
             scores.append((importance, columns, filters))
-            limits.append(tuple(rng.integers(0, 4, 2)) + (rng.random() * 1.5, rng.integers(0, 6)))
+            limits.append((*rng.integers(0, 4, 2), rng.random() * 1.5, rng.integers(0, 6)))
             tied.append(rng.integers(-1, 4, rows))
         layers = [(*score, numbers, limit) for score, numbers, limit in zip(scores, tied, limits, strict=True)]
         expected = kept_by_the_definition(scores, limits, tied)

@@ -211,6 +211,7 @@ def test_the_weights_of_transposed_layers_are_turned_to_filters_times_inputs():
         assert tuple(weight.shape) == report["0"].shape == (6, 4 // groups, 3, 3)
         assert report["0"].kind == "conv_transpose2d"
         assert report["0"].transposed
+        assert report["0"].outputs == 25  # every weight meets every input once
         for p in range(6):
             group, j = divmod(p, 6 // groups)
             assert torch.equal(weight[p], layer.weight[group * 4 // groups : (group + 1) * 4 // groups, j])
@@ -1030,7 +1031,7 @@ def expected_sizes_of_wide(model: nn.Module) -> Counts:
     del weights["norm"]
     linear = sum(weights[name] for name in HEAD)
     params = sum(weights.values())
-    return Counts(params - linear, params, 16 * (params - linear) + 48 * weights["up"] + linear)
+    return Counts(params - linear, params, 16 * (params - linear) + linear)
 
 
 def test_a_report_is_printed_in_tables_and_shown_in_a_line():

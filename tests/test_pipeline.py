@@ -272,6 +272,20 @@ def test_the_test_part_is_read_once(trained):
     assert {"base_test", "final_test"} < set(result.accuracy)
 
 
+@pytest.mark.parametrize("options", [{"exclude": "3"}, {"select": ["0", "7"]}])
+def test_layers_that_are_excluded_or_not_selected_stay_as_they_are(trained, options, tmp_path):
+    result = run(trained, **options, target="2x", recipe=PURIFYING, workdir=tmp_path)
+    held = set(result.layers.held)
+    assert held
+    assert result.plan.held == held
+    for name in held:
+        assert result.plan[name].mask().all()
+        assert result.model.get_submodule(name).weight.shape == trained.get_submodule(name).weight.shape
+    assert result.target.met(result.dense, result.small)
+    with pytest.raises(ValueError, match="holds a run with another choice of layers"):
+        run(trained, target="2x", recipe=PURIFYING, workdir=tmp_path)
+
+
 def test_small_data_sets_are_one_batch(trained):
     few = SPLITS.train.subset(slice(10))
     result = run(trained, (few, SPLITS.validation), recipe=variant(rounds=1, batch_size=128))

@@ -293,7 +293,7 @@ def test_a_branching_network_computes_the_same_and_loses_nothing_twice(elements)
 def test_a_layer_that_would_vanish_is_an_error():
     report = inspect(chain(), EXAMPLE)
     nothing = Plan({"3": LayerPlan((6, 5, 3, 3), np.zeros(6), np.ones(45))})
-    with pytest.raises(ValueError, match="nothing would be left of layer '9': the network would be a constant"):
+    with pytest.raises(ValueError, match="nothing would be left of layer '3': the network would be a constant"):
         unused_paths(nothing, report)
     disjoint = Plan(
         {
@@ -303,6 +303,13 @@ def test_a_layer_that_would_vanish_is_an_error():
     )
     with pytest.raises(ValueError, match="nothing would be left of layer"):
         unused_paths(disjoint, report)
+
+
+def test_a_dead_output_is_an_error_beside_a_layer_that_is_excluded():
+    report = inspect(chain(), EXAMPLE, exclude="0")
+    nothing = Plan({"7": LayerPlan((7, 54), np.zeros(7), np.ones(54))})
+    with pytest.raises(ValueError, match="nothing would be left of layer '7': the network would be a constant"):
+        unused_paths(nothing, report)
 
 
 def test_plans_of_other_networks_are_refused():

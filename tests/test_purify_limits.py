@@ -1,5 +1,6 @@
 """Purification by limits: what goes is small, the score stays within the tolerance, and nothing else changes."""
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -67,6 +68,17 @@ def check(purified: Purified, model: nn.Module, plan: Plan, x: torch.Tensor = X)
     assert purified.unused == report.counts(unused_paths(plan, report))
     assert purified.after == report.counts(purified.plan)
     assert purified.unused.params - sum(step.weights for step in purified.steps) == purified.after.params
+    kept = dict.fromkeys(("filters", "columns"), 0)
+    for name, layer in unused_paths(plan, report).items():
+        kept["filters"] += int(layer.filters.sum() - purified.plan[name].filters.sum())
+        kept["columns"] += int(layer.columns.sum() - purified.plan[name].columns.sum())
+    assert kept == {what: sum(getattr(step, what) for step in purified.steps) for what in kept}
+    scores = [step.score for step in purified.steps]
+    assert [step.score_before for step in purified.steps][1:] == scores[:-1] or len(purified.scores) > 2
+    text = str(purified)
+    assert f"{len(purified.steps)} limits found with {purified.evaluations} evaluations" in text
+    assert all(f"{step.weights:,}" in text for step in purified.steps if step.weights)
+    assert json.loads(json.dumps(purified.to_json()))["after"]["params"] == purified.after.params
     assert purified.unused.macs - sum(step.macs for step in purified.steps) == purified.after.macs
     for name, layer in purified.plan.items():
         assert not purified.model.get_submodule(name).weight[~torch.from_numpy(layer.weight_mask())].any()
@@ -208,6 +220,19 @@ def test_a_zero_padded_shortcut_and_a_transposed_convolution() -> None:
     purified = purify(upsampling, closeness(upsampling), X, tolerance=50.0)
     check(purified, upsampling, Plan.dense(inspect(upsampling, X[:2])))
     assert purified.after.params < purified.before.params
+
+
+def test_excluded_layers_stay_as_they_are() -> None:
+    model = residual()
+    report = inspect(model, X[:2], exclude=["inner", "grouped"])
+    purified = purify(model, closeness(model), X[:2], tolerance=20.0, report=report)
+    assert all(not {"inner", "grouped"} & set(step.layers) for step in purified.steps)
+    for name in ("inner", "grouped"):
+        assert purified.plan[name].weights == report[name].weights
+    assert purified.after.params < purified.before.params
+    dropping = Plan.from_masks({"inner": np.pad(np.ones((9, 12, 3, 3)), [(0, 1)] + 3 * [(0, 0)])})
+    with pytest.raises(ValueError, match="drops weights of 'inner', which stays as it is: it is excluded"):
+        unused_paths(dropping, report)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,8 @@ def compress(
         str | None,
         typer.Option(help="Training images that decide instead: count or share; a tenth, at most 5000, by default."),
     ] = None,
+    select: Select = None,
+    exclude: Exclude = None,
     threads: Threads = None,
 ) -> None:
     """Compress a network until it meets the target. The same command goes on where a stopped one was."""
@@ -188,6 +190,8 @@ def compress(
             base={name: value for name, value in (("epochs", base_epochs), ("lr", base_lr)) if value is not None},
             checkpoint=checkpoint,
             workdir=workdir,
+            select=select,
+            exclude=exclude,
         )
         if dry_run:
             outlook = job.outlook()

@@ -24,7 +24,7 @@ from autocompress_fast._files import write_atomically
 from autocompress_fast.config import show_config
 from autocompress_fast.data import Dataset, Splits
 from autocompress_fast.engine import load
-from autocompress_fast.graph import Pattern, inspect
+from autocompress_fast.graph import Pattern, Report, inspect
 from autocompress_fast.models import load_pretrained
 from autocompress_fast.pipeline import DryRun, Recipe, Result, compress, train
 from autocompress_fast.progress import default_progress
@@ -64,6 +64,8 @@ class Job:
     recipe: Recipe
     base: Base | None  # None: the model comes trained
     folder: Path
+    select: list[Pattern] | None = None
+    exclude: list[Pattern] | None = None
 
     @classmethod
     def prepared(
@@ -80,6 +82,8 @@ class Job:
         base: Mapping[str, Any],
         checkpoint: Path | None,
         workdir: Path | None,
+        select: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
     ) -> Job:
         """Check all that was asked for, before anything is trained or written.
 
@@ -88,6 +92,7 @@ class Job:
             recipe, base: fields of `Recipe` and `TrainingConfig` that differ from the defaults.
             augment, base_augment: vary the training images as usual for the data set, while compressing and while the
                 base is trained.
+            select, exclude: patterns as the user wrote them.
         """
         goal = Target.parse(target)
         whole = Recipe(**recipe)
@@ -104,21 +109,40 @@ class Job:
                 raise ValueError("--base-epochs and --base-lr train the network that --checkpoint gives already")
             load_pretrained(network, checkpoint)
         folder = Path("runs", run_name(model, splits.name, goal, whole)) if workdir is None else workdir
-        return cls(network, splits if augment else still, splits if base_augment else still, goal, whole, given, folder)
+        return cls(
+            network,
+            splits if augment else still,
+            splits if base_augment else still,
+            goal,
+            whole,
+            given,
+            folder,
+            patterns(select, network),
+            patterns(exclude, network),
+        )
 
     def outlook(self) -> Outlook | Impossible:
         """What would happen."""
+        report = self._report()
         try:
-            self._check_target()
+            self._check_target(report)
         except ValueError as error:
             return Impossible(str(error))
-        dry_run = compress(self.model, self.data, target=self.target, recipe=self.recipe, dry_run=True)
+        dry_run = compress(
+            self.model,
+            self.data,
+            target=self.target,
+            recipe=self.recipe,
+            dry_run=True,
+            select=self.select,
+            exclude=self.exclude,
+        )
         assert isinstance(dry_run, DryRun)
         return Outlook(dry_run, base_epochs=0 if self.base is None else self.base.config.epochs)
 
     def run(self, output: Path | None = None) -> Outcome:
         """Train the base if need be, compress it, and leave everything in the folder."""
-        self._check_target()
+        self._check_target(self._report())
         network = self.model
         if self.base is not None:
             with default_progress() as told:
@@ -131,13 +155,24 @@ class Job:
                     progress=told,
                 )
             _save_weights(network, self.folder / "base.safetensors")
-        result = compress(network, self.data, target=self.target, recipe=self.recipe, workdir=self.folder)
+        result = compress(
+            network,
+            self.data,
+            target=self.target,
+            recipe=self.recipe,
+            workdir=self.folder,
+            select=self.select,
+            exclude=self.exclude,
+        )
         assert isinstance(result, Result)
         return finished(result, self.data.test, self.folder, output)
 
-    def _check_target(self) -> None:
+    def _report(self) -> Report:
+        example = torch.from_numpy(self.data.validation.normalized(slice(2)))
+        return inspect(self.model, example, select=self.select, exclude=self.exclude)
+
+    def _check_target(self, report: Report) -> None:
         """Raise ValueError if no network of this shape can be as small as the target."""
-        report = inspect(self.model, torch.from_numpy(self.data.validation.normalized(slice(2))))
         allocate(report, self.target, report.counts(), self.recipe.structure)
 
 

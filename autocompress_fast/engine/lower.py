@@ -99,6 +99,7 @@ class _Lowering:
         self.names: dict[str, str] = {}  # node -> the value it stands for; differs where a node changes nothing
         self.shapes: dict[str, tuple[int, ...]] = {}  # value -> shape of one sample
         self.constants: dict[str, Any] = {}
+        self.per_sample: set[str] = set()  # constants that the model repeats for every sample; kept for one
 
     def run(self) -> list[str]:
         """Lower everything; return the names of the outputs."""
@@ -148,10 +149,23 @@ class _Lowering:
     # --- constants
 
     def _is_constant(self, node: Node) -> bool:
+        """Whether the node is the same for every input, and is made without the number of samples.
+
+        What is the same for every sample (an expanded bias) is kept for one of them, as the batch dimension is 1 then.
+        """
         known = all(isinstance(o, Tensor) or o.name in self.constants for o in node.operands)
-        return known and not any(
-            type(n) is type(BATCH) for n in _numbers((node.shape, node.args, *node.kwargs.values()))
-        )
+        if not known or any(type(n) is type(BATCH) for n in _numbers(node.shape[1:])):
+            return False
+        sized = any(type(n) is type(BATCH) for n in _numbers((node.args, *node.kwargs.values())))
+        per_sample = any(o.name in self.per_sample for o in node.operands)
+        if not per_sample and not (sized and node.op == "expand"):
+            return not sized
+        if sized and node.op != "expand":
+            return False
+        if not node.shape or type(node.shape[0]) is not type(BATCH):
+            raise _NotLoweredError("works across the batch")
+        self.per_sample.add(node.name)
+        return True
 
     def _evaluate(self, node: Node) -> Any:
         if node.op == "getitem":
@@ -160,6 +174,8 @@ class _Lowering:
         if torch.Tag.nondeterministic_seeded in target.tags:
             raise _NotLoweredError("random numbers are not supported")
         args, kwargs = self._constant(node.args), {k: self._constant(v) for k, v in node.kwargs.items()}
+        if node.op == "expand":
+            args[1] = [1 if type(n) is type(BATCH) else n for n in args[1]]
         if target._schema.is_mutable:  # the values belong to the model
             args = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
         with torch.no_grad():

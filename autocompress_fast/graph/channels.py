@@ -30,10 +30,13 @@ from autocompress_fast.trace import BATCH, Node, Ref, Tensor, Trace
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DATA", "Channels", "Join", "follow"]
+__all__ = ["DATA", "OUTPUT", "Channels", "Join", "follow"]
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+
+OUTPUT = "it is an output of the model"
+"""Why the filters of an output layer are frozen."""
 
 DATA = 0
 """The label of what is no channel: the model's inputs, and results of operators that mix channels."""
@@ -194,7 +197,7 @@ class _Follower:
         for node in self.trace.nodes:
             self.values[node.name] = self._node(node)
         for output in self.trace.outputs:
-            self._freeze([self._of(output)], "it is an output of the model")
+            self._freeze([self._of(output)], OUTPUT)
         group = self.union.roots()
         frozen = np.zeros(group.size, np.int64)
         for labels, reason in reversed(self.marks):  # the first reason that was found stays

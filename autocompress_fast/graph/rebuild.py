@@ -137,9 +137,8 @@ class _Builder:
                 return None
             module = self.modules[name]
             plain = type(module) in tuple(getattr(nn, n) for n in _LAYER_MODULES)
-            if (plain and getattr(module, "padding_mode", "zeros") == "zeros") or hasattr(module, "index"):
-                return name
-            return None
+            plain = plain and getattr(module, "padding_mode", "zeros") == "zeros"
+            return name if plain or getattr(module, "stands_for_a_layer", False) else None
         classes = tuple(getattr(nn, name) for name in _MODULES.get(node.op, ()))
         return path if classes and type(module) in classes else None
 

@@ -60,7 +60,8 @@ class Layer:
         kind: "conv1d" ... "conv3d", "conv_transpose1d" ... or "linear".
         shape: (P, C / groups, ...): of the weight, or of a transposed convolution's with filters and inputs exchanged.
         groups: of a convolution; 1 for linear layers.
-        outputs: positions that every filter computes for one input (H * W; 1 for linear), over all calls.
+        outputs: positions at which every weight is used for one input, over all calls: those of the output (H * W; 1
+            for linear), or of the input of a transposed convolution.
         frozen_filters, frozen_columns: why no filter, or no column, can be pruned; empty when some can.
         held: why the layer stays as it is: it was excluded, or not selected; empty when it was not.
     """
@@ -633,6 +634,14 @@ def _filters(traced: Trace, calls: list[Node]) -> int:
     return Geometry.of(calls[0], tuple(traced.tensors[calls[0].args[1].name].shape)).filters
 
 
+def _positions(traced: Trace, call: Node, geometry: Geometry) -> int:
+    """At how many positions a layer's weight is used for one sample."""
+    if not geometry.spatial:
+        return math.prod(call.shape[1:-1])
+    shape = traced.shape(call.args[0]) if geometry.transposed else call.shape
+    return math.prod(shape[-geometry.spatial :])
+
+
 def _layer(traced: Trace, path: str, calls: list[Node], channels: Channels, held: str) -> Layer:
     node = calls[0]
     weight = traced.tensors[node.args[1].name]
@@ -649,7 +658,7 @@ def _layer(traced: Trace, path: str, calls: list[Node], channels: Channels, held
         kind=node.op,
         shape=tuple(oriented(weight, geometry.groups, transposed=geometry.transposed).shape),
         groups=geometry.groups,
-        outputs=sum(math.prod(n.shape[-geometry.spatial :] if geometry.spatial else n.shape[1:-1]) for n in calls),
+        outputs=sum(_positions(traced, call, geometry) for call in calls),
         frozen_filters=held or ("" if "" in reasons else sorted(reasons)[0]),
         frozen_columns=held or frozen_columns,
         held=held,
