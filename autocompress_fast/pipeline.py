@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ Example = torch.Tensor | Sequence[torch.Tensor]
 
 _KINDS = ("admm", "retrain", "final", "purify")  # of stages
 _EVALUATION_BATCH = 1000
+_QUICK_BATCHES = 2  # of validation, on which purification scores networks
 _TIMED_BATCHES = 8  # of a dry run
 
 
@@ -62,8 +63,8 @@ class Recipe:
         rounds: how many times to prune and compact; each takes an equal part of the rate. None: about 6x a round.
         admm_epochs, retrain_epochs: in every round; final_epochs: instead of the latter in the last round.
         purify_rounds: rounds of purification (`acf.purify`) after the target is met; they remove more, as far as the
-            validation accuracy stays within `purify_tolerance` points of what it was before, until `purify_epochs` of
-            masked retraining follow, which may win it back for the next round.
+            accuracy on some validation samples stays within `purify_tolerance` points of what it was before, until
+            `purify_epochs` of masked retraining follow, which may win it back for the next round.
         admm_lr, retrain_lr, final_lr, purify_lr: peak learning rates.
         rho: strength of the ADMM penalty over its updates, one after every epoch.
         optimizer, weight_decay, momentum: of all stages.
@@ -169,6 +170,7 @@ class Result:
         accuracy: "base" and "final" on the validation set, and on the test set as "base_test" and "final_test"
             when there is one; percent.
         history: a row of metrics for every epoch of every stage.
+        purification: what every round of it removed and how the score fell, as `Purified.to_json` has it.
         max_difference: between the masked and the compacted network, relative to the largest output.
         target, recipe: what was asked for.
         layers: the report on the dense network.
@@ -181,6 +183,7 @@ class Result:
     small: Counts
     accuracy: dict[str, float]
     history: list[dict[str, Any]]
+    purification: list[dict[str, Any]]
     max_difference: float
     target: Target
     recipe: Recipe
@@ -214,6 +217,7 @@ class Result:
                 name: {"filters": int(p.filters.sum()), "columns": int(p.columns.sum()), "weights": p.weights}
                 for name, p in self.plan.items()
             },
+            "purification": self.purification,
             "history": self.history,
         }
 
@@ -327,7 +331,7 @@ def compress(
         base = evaluate(model, validation)
         told.note(f"dense: {base.accuracy:.2f}% of {base.samples} validation samples, {report.params:,} weights")
         state = _rounds(model, report, example, goal, recipe, rounds, stages)
-        small, masks, kept = _purified(*state, report, example, recipe, stages)
+        small, masks, kept, steps = _purified(*state, report, example, recipe, stages)
         final = compact(small, masks, example)
         accuracy = {"base": base.accuracy, "final": evaluate(final.model, validation).accuracy}
         if test_part is not None:
@@ -342,6 +346,7 @@ def compress(
         small=report.counts(plan),
         accuracy=accuracy,
         history=stages.history,
+        purification=steps,
         max_difference=final.max_difference,
         target=goal,
         recipe=recipe,
@@ -404,31 +409,24 @@ def _purified(
     example: tuple[torch.Tensor, ...],
     recipe: Recipe,
     stages: _Stages,
-) -> tuple[nn.Module, Plan, dict[str, Kept]]:
+) -> tuple[nn.Module, Plan, dict[str, Kept], list[dict[str, Any]]]:
     """Purify and retrain in rounds; what each decided is kept in the work directory, as it takes many evaluations."""
+    steps: list[dict[str, Any]] = []
     if recipe.purify_rounds == 0:
-        return small, masks, kept
+        return small, masks, kept, steps
 
+    some = UserBatches(list(itertools.islice(stages.validation.epoch(0), _QUICK_BATCHES)))
     quick = recipe.training("purify", 0)
 
     def accuracy(model: nn.Module) -> float:
-        return evaluate(model, stages.validation, precision=quick.precision, channels_last=quick.channels_last).accuracy
+        return evaluate(model, some, precision=quick.precision, channels_last=quick.channels_last).accuracy
 
+    exclude = sorted(report.held)
     floor = accuracy(small) - recipe.purify_tolerance
     for number in range(1, recipe.purify_rounds + 1):
-        decided = None if stages.folder is None else stages.folder / f"purify{number}.json"
         before = masks.weights
-        if decided is not None and decided.exists():
-            masks = Plan.load(decided)
-        else:
-            now = inspect(small, example, exclude=sorted(report.held))
-            tolerance = max(0.0, accuracy(small) - floor)
-            stages.progress.note(f"purification {number} of {recipe.purify_rounds}: at least {floor:.2f}%")
-            masks = purify(
-                small, accuracy, example, plan=masks, tolerance=tolerance, report=now, progress=stages.progress
-            ).plan
-            if decided is not None:
-                masks.save(decided)
+        masks, found = _decided(small, masks, f"purify{number}", accuracy, floor, example, exclude, stages)
+        steps.append(found)
         if masks.weights == before:
             break
         cut = compact(small, masks, example, columns=False)
@@ -437,7 +435,37 @@ def _purified(
         stages.run(small, f"purify{number}", recipe.training("purify", number), masks=masks)
         counts = report.counts(restore(masks, kept, report))
         stages.progress.note(f"purification {number} of {recipe.purify_rounds}: {_rates(report.counts(), counts)}")
-    return small, masks, kept
+    return small, masks, kept, steps
+
+
+def _decided(
+    small: nn.Module,
+    masks: Plan,
+    name: str,
+    accuracy: Callable[[nn.Module], float],
+    floor: float,
+    example: tuple[torch.Tensor, ...],
+    exclude: Sequence[str],
+    stages: _Stages,
+) -> tuple[Plan, dict[str, Any]]:
+    """What a round of purification keeps, and what it removed; from the work directory if it was decided before."""
+    plan = None if stages.folder is None else stages.folder / f"{name}.json"  # written last
+    if plan is not None and plan.exists():
+        return Plan.load(plan), dict(json.loads(plan.with_suffix(".steps.json").read_text()))
+    stages.progress.note(f"{name}: down to {floor:.2f}% of some validation samples, before retraining")
+    purified = purify(
+        small,
+        accuracy,
+        example,
+        plan=masks,
+        tolerance=max(0.0, accuracy(small) - floor),
+        report=inspect(small, example, exclude=exclude),
+        progress=stages.progress,
+    )
+    if plan is not None:
+        write_atomically(plan.with_suffix(".steps.json"), json.dumps(purified.to_json(), indent=1).encode())
+        purified.plan.save(plan)
+    return purified.plan, purified.to_json()
 
 
 def _steps(constraints: dict[str, Constraint], structure: str) -> list[dict[str, Constraint]]:

@@ -115,6 +115,17 @@ class Summary(Document):
         yield self._layers()
         if table := self._accuracy():
             yield table
+        if found := result.purification:
+            dense, scores = (
+                result.dense.params,
+                (f"{one['scores'][0]:.2f} -> {one['scores'][-1]:.2f}%" for one in found),
+            )
+            left = " -> ".join(_rate(dense, one["after"]["params"]) for one in found)
+            before = _rate(dense, found[0]["before"]["params"])
+            yield (
+                f"purification in {len(found)} rounds: {before} of all weights -> {left}; "
+                f"validation accuracy before retraining {', '.join(scores)}"
+            )
         epochs = len(result.history)
         yield (
             f"masked and compacted network differ by {result.max_difference:.1g} of the largest output\n"

@@ -361,7 +361,15 @@ def test_purification_removes_more_than_the_target(trained, purified):
     assert result.accuracy["final"] >= without.accuracy["final"] - 10
     stages = [row["stage"] for row in result.history]
     assert stages[-2:] == ["purify1", "purify2"]
-    assert (folder / "purify2.json").exists()
+    assert len(result.purification) == 2
+    first, second = result.purification
+    assert first["before"]["params"] == without.small.params
+    assert second["before"]["params"] == first["after"]["params"]
+    assert second["after"]["params"] == result.small.params
+    for found in (first, second):
+        assert found["scores"][-1] >= first["scores"][0] - 10 or not any(step["weights"] for step in found["steps"])
+    assert json.loads((folder / "result.json").read_text())["purification"] == result.purification
+    assert "purification in 2 rounds: 2.0x of all weights -> " in str(result.report())
 
 
 @pytest.mark.parametrize("kill", [{"steps": 25}, {"steps": 35}, {"notes": 4}, {"notes": 5}, {"notes": 6}])

@@ -129,9 +129,17 @@ def compress(
     admm_epochs: Annotated[int | None, typer.Option(min=1, help="Of ADMM training, every round.")] = None,
     retrain_epochs: Annotated[int | None, typer.Option(min=0, help="After pruning, every round but the last.")] = None,
     final_epochs: Annotated[int | None, typer.Option(min=1, help="After the last pruning.")] = None,
+    purify_rounds: Annotated[
+        int | None, typer.Option(min=0, help="Of purification after the target is met; none by default.")
+    ] = None,
+    purify_tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Points of validation accuracy it may cost before it is retrained.")
+    ] = None,
+    purify_epochs: Annotated[int | None, typer.Option(min=0, help="Of retraining after each of its rounds.")] = None,
     admm_lr: Annotated[float | None, typer.Option(help="Learning rate of ADMM training.")] = None,
     retrain_lr: Annotated[float | None, typer.Option(help="Peak learning rate after pruning.")] = None,
     final_lr: Annotated[float | None, typer.Option(help="Peak learning rate after the last pruning.")] = None,
+    purify_lr: Annotated[float | None, typer.Option(help="Peak learning rate after purification.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd or adam.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="While compressing.")] = None,
     distillation: Annotated[
@@ -166,9 +174,13 @@ def compress(
         "admm_epochs": admm_epochs,
         "retrain_epochs": retrain_epochs,
         "final_epochs": final_epochs,
+        "purify_rounds": purify_rounds,
+        "purify_tolerance": purify_tolerance,
+        "purify_epochs": purify_epochs,
         "admm_lr": admm_lr,
         "retrain_lr": retrain_lr,
         "final_lr": final_lr,
+        "purify_lr": purify_lr,
         "optimizer": optimizer,
         "weight_decay": weight_decay,
         "distillation": distillation,
