@@ -268,7 +268,9 @@ class Inspection(Document):
         if lines := _by_reason(columns):
             yield "\n".join(["columns that cannot be dropped one by one:", *lines])
         if lines := _by_reason(report.skipped):
-            yield "\n".join(["left as they are, and not counted:", *lines])
+            yield "\n".join(["no layers of their own, and not counted:", *lines])
+        if report.baked:
+            yield f"computed weights, which become plain ones in what is pruned: {_names(report.baked)}"
         yield self._effects()
 
     def _groups(self) -> Table:

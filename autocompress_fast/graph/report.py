@@ -587,10 +587,10 @@ def inspect(
     names: dict[str, str] = {}  # of the weight -> of the layer
     skipped: dict[str, str] = {}
     for node in nodes:
-        path = node.args[1].name.removesuffix(".weight") if isinstance(node.args[1], Tensor) else node.module
         if reason := _why_no_layer(traced, node, modules):
-            skipped[path or node.name] = reason
+            skipped[_skipped_as(node)] = reason
         else:
+            path = node.args[1].name.removesuffix(".weight")
             names[node.args[1].name] = path
             calls.setdefault(path, []).append(node)
     for path in set(calls) & set(skipped):
@@ -598,7 +598,17 @@ def inspect(
     held = to_hold(calls, modules | own, select, exclude)
     channels = hold(follow(traced, names), held, {path: _filters(traced, found) for path, found in calls.items()})
     layers = tuple(_layer(traced, path, found, channels, held.get(path, "")) for path, found in calls.items())
+    for node in nodes:
+        key = _skipped_as(node)
+        if key in skipped and channels.values.get(node.name) is not None:
+            skipped[key] = "its kernel is fixed: it goes with the channels that it filters"
     return Report(name, layers, channels, traced, skipped, changed)
+
+
+def _skipped_as(node: Node) -> str:
+    """What `Report.skipped` calls an operator that is no layer."""
+    path = node.args[1].name.removesuffix(".weight") if isinstance(node.args[1], Tensor) else node.module
+    return path or node.name
 
 
 _LAYER_CLASSES = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear")
