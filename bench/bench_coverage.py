@@ -7,8 +7,8 @@ Every network has random weights and batch statistics and is a process of its ow
 
 Both are asked for the same: half of the channels of every layer but the last, by the norm of coupled channels.
 
-- Ours: ``inspect``, ``Plan.uniform(report, filters=0.5)``, ``compact(report=report)``. The time includes that it runs the
-  masked and the compacted network and compares them.
+- Ours: ``inspect``, ``Plan.uniform(report, filters=0.5)``, ``compact(report=report)``. The time includes that
+  it runs the masked and the compacted network and compares them.
 - Theirs: ``BasePruner(model, images, importance=GroupMagnitudeImportance(p=2), pruning_ratio=0.5, ignored_layers=[the
   classifier])``, then ``step()``. It works in place and checks nothing.
 
