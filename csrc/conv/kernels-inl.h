@@ -1,0 +1,277 @@
+// The text that all ISAs share, included once per kernels_<isa>.cpp inside its anonymous namespace. That file defines N
+// with
+//
+//   Reg, kLanes                      register of floats, floats in it (a divisor of kBlock)
+//   Mask, mask(from, to)             lanes [from, to)
+//   kMasked                          whether masked loads and stores cost about the same as whole ones
+//   max_vectors(filters), max_blocks(pixels)      what fits into the registers
+//   load, store, load_masked(p, m), store_masked(p, m, r)    masked: nothing else is touched, zero elsewhere
+//   load_halves(a, b)                kLanes / 2 floats each
+//   load_strided(a, b)               kLanes floats each, of which the even ones are taken
+//   set(x), broadcast(p), fma(a, b, c), add, sub, mul, div
+//   max(a, b), min(a, b)             b when either is NaN
+//   pow2(t)                          2^n for t = kMagic + n, |n| < 127
+//   transpose(rows, from, to)        to[i * kMaxPixels + m] = rows[m][from + i] for i < kBlock, m < kMaxPixels
+//
+// and includes no header with templates of the standard library: an inline function compiled here with wide
+// instructions could be the copy that the linker keeps for everyone.
+
+#define ACF_INLINE __attribute__((always_inline)) inline
+
+// body(0), ..., body(count - 1) with constant arguments: a loop would be unrolled too late for the compiler to keep the
+// tile in registers.
+template <int i>
+struct Constant {
+  constexpr operator int() const { return i; }  // NOLINT(google-explicit-constructor): it stands for the number
+};
+template <int count, int i = 0, class Body>
+ACF_INLINE void unrolled(const Body& body) {
+  if constexpr (i < count) {
+    body(Constant<i>{});
+    unrolled<count, i + 1>(body);
+  }
+}
+
+using Reg = N::Reg;
+
+ACF_INLINE const float* at(const float* p, std::int64_t bytes) {
+  return reinterpret_cast<const float*>(reinterpret_cast<const char*>(p) + bytes);
+}
+
+// ---- activations ----------------------------------------------------------------------------------------------------
+
+// 1.5 * 2^23: a float of this size has no fraction, so adding it rounds to the nearest integer, which is then found in
+// the low bits.
+constexpr float kMagic = 12582912.0f;
+
+// e^x for |x| <= 87, within 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2 and Cephes' polynomial for e^r.
+inline Reg exp(Reg x) {
+  const Reg t = N::fma(x, N::set(1.44269504088896341f), N::set(kMagic));
+  const Reg n = N::sub(t, N::set(kMagic));
+  const Reg r = N::fma(n, N::set(2.12194440e-4f), N::fma(n, N::set(-0.693359375f), x));
+  Reg p = N::set(1.9875691500e-4f);
+  p = N::fma(p, r, N::set(1.3981999507e-3f));
+  p = N::fma(p, r, N::set(8.3334519073e-3f));
+  p = N::fma(p, r, N::set(4.1665795894e-2f));
+  p = N::fma(p, r, N::set(1.6666665459e-1f));
+  p = N::fma(p, r, N::set(5.0000001201e-1f));
+  p = N::add(N::fma(p, N::mul(r, r), r), N::set(1.0f));
+  return N::mul(p, N::pow2(t));
+}
+
+inline Reg clamp(Reg x, float low, float high) { return N::min(N::set(high), N::max(N::set(low), x)); }
+
+inline Reg sigmoid(Reg x) {
+  const Reg one = N::set(1.0f);
+  return N::div(one, N::add(one, exp(clamp(N::sub(N::set(0.0f), x), -87.0f, 87.0f))));
+}
+
+inline Reg activate(const Call& call, Reg x) {
+  if (call.clamps) return clamp(x, call.low, call.high);
+  const Reg sixth = N::set(1.0f / 6);
+  switch (call.activation) {
+    case Activation::leaky: return N::fma(N::min(N::set(0.0f), x), N::set(call.slope), N::max(N::set(0.0f), x));
+    case Activation::hardsigmoid: return N::mul(clamp(N::add(x, N::set(3.0f)), 0.0f, 6.0f), sixth);
+    case Activation::hardswish: return N::mul(x, N::mul(clamp(N::add(x, N::set(3.0f)), 0.0f, 6.0f), sixth));
+    case Activation::sigmoid: return sigmoid(x);
+    case Activation::silu: return N::mul(x, sigmoid(x));
+    case Activation::tanh: return N::fma(N::set(2.0f), sigmoid(N::add(x, x)), N::set(-1.0f));
+    default: return x;
+  }
+}
+
+// ---- what follows the sums ------------------------------------------------------------------------------------------
+
+// Adds the residual, activates and stores vector v of the tile for `filters` filters, whose sums lie `pitch` apart.
+__attribute__((noinline)) void finish(const Call& call, int v, int filters, const float* sums, int pitch) {
+  const Segment* first = call.tile->segments + call.tile->first[v];
+  const Segment* last = call.tile->segments + call.tile->first[v + 1];
+  for (int f = 0; f < filters; ++f) {
+    Reg sum = N::load(sums + f * pitch);
+    if (call.residual != nullptr) {
+      const float* residual = call.residual + f * call.residual_plane;
+      for (const Segment* s = first; s != last; ++s) {
+        sum = N::add(sum, N::load_masked(residual + s->residual, N::mask(s->from, s->to)));
+      }
+    }
+    sum = activate(call, sum);
+    float* out = call.out + f * call.out_plane;
+    for (const Segment* s = first; s != last; ++s) N::store_masked(out + s->out, N::mask(s->from, s->to), sum);
+  }
+}
+
+// The same for one pixel whose filters lie side by side in the output.
+void finish_features(const Call& call, const Segment& segment, int lane, const float* sums) {
+  for (int f = 0; f < call.filters; f += N::kLanes) {
+    const auto mask = N::mask(0, call.filters - f < N::kLanes ? call.filters - f : N::kLanes);
+    Reg sum = N::load(sums + f);
+    if (call.residual != nullptr) {
+      sum = N::add(sum, N::load_masked(call.residual + segment.residual + lane + f, mask));
+    }
+    N::store_masked(call.out + segment.out + lane + f, mask, activate(call, sum));
+  }
+}
+
+// ---- pixels in lanes ------------------------------------------------------------------------------------------------
+
+template <Load load>
+ACF_INLINE Reg load_pixels(const float* const* x, int v, std::int64_t offset) {
+  if constexpr (load == Load::stretch) return N::load(at(x[v], offset));
+  if constexpr (load == Load::halves) return N::load_halves(at(x[2 * v], offset), at(x[2 * v + 1], offset));
+  if constexpr (load == Load::strided) return N::load_strided(at(x[2 * v], offset), at(x[2 * v + 1], offset));
+}
+
+template <Load load, int kFilters, int kVectors>
+void pixels_in_lanes(const Call& call) {
+  Reg sum[kFilters][kVectors];
+  unrolled<kFilters>([&](auto f) {
+    const Reg bias = N::broadcast(call.bias + f);
+    unrolled<kVectors>([&](auto v) { sum[f][v] = bias; });
+  });
+  constexpr int kPointers = load == Load::stretch ? kVectors : 2 * kVectors;
+  const float* x[kPointers];
+  unrolled<kPointers>([&](auto i) { x[i] = call.tile->x[i]; });
+  const float* w = call.weights;
+  for (const std::int32_t *offset = call.offsets, *end = offset + call.columns; offset != end; ++offset) {
+    Reg pixels[kVectors];
+    unrolled<kVectors>([&](auto v) { pixels[v] = load_pixels<load>(x, v, *offset); });
+    unrolled<kFilters>([&](auto f) {
+      const Reg weight = N::broadcast(w + f);
+      unrolled<kVectors>([&](auto v) { sum[f][v] = N::fma(weight, pixels[v], sum[f][v]); });
+    });
+    w += kFilters;
+  }
+  unrolled<kVectors>([&](auto v) {
+    const Tile& tile = *call.tile;
+    const Segment& s = tile.segments[tile.first[v]];
+    const bool one = tile.first[v + 1] - tile.first[v] == 1;
+    if (one && call.clamps && (N::kMasked || s.to - s.from == N::kLanes)) {
+      const auto mask = N::mask(s.from, s.to);
+      if (call.residual != nullptr) {
+        const float* residual = call.residual + s.residual;
+        unrolled<kFilters>([&](auto f) {
+          sum[f][v] = N::add(sum[f][v], N::kMasked ? N::load_masked(residual, mask) : N::load(residual));
+          residual += call.residual_plane;
+        });
+      }
+      float* out = call.out + s.out;
+      unrolled<kFilters>([&](auto f) {
+        const Reg result = clamp(sum[f][v], call.low, call.high);
+        if (N::kMasked) {
+          N::store_masked(out, mask, result);
+        } else {
+          N::store(out, result);
+        }
+        out += call.out_plane;
+      });
+    } else {
+      alignas(64) float sums[kFilters * N::kLanes];
+      unrolled<kFilters>([&](auto f) { N::store(sums + f * N::kLanes, sum[f][v]); });
+      finish(call, v, kFilters, sums, N::kLanes);
+    }
+  });
+}
+
+// ---- filters in lanes -----------------------------------------------------------------------------------------------
+
+// sums: (kPixels, width), one row per pixel.
+template <int kPixels>
+void finish_pixels(const Call& call, const float* sums, int width) {
+  const Tile& tile = *call.tile;
+  constexpr int kVectors = (kPixels + N::kLanes - 1) / N::kLanes;
+  if (call.out_plane == 1 && (call.residual == nullptr || call.residual_plane == 1)) {
+    for (int v = 0; v < kVectors; ++v) {
+      for (int i = tile.first[v]; i < tile.first[v + 1]; ++i) {
+        const Segment& s = tile.segments[i];
+        for (int lane = s.from; lane < s.to; ++lane)
+          finish_features(call, s, lane, sums + (v * N::kLanes + lane) * width);
+      }
+    }
+    return;
+  }
+  const float* rows[kMaxPixels];
+  for (int m = 0; m < kMaxPixels; ++m) rows[m] = sums + (m < kPixels ? m : 0) * width;
+  Call block = call;
+  for (int from = 0; from < call.filters; from += kBlock) {
+    // Vectors longer than kMaxPixels read on past their row.
+    alignas(64) float planes[kBlock * kMaxPixels + kMaxLanes];
+    N::transpose(rows, from, planes);
+    const int filters = call.filters - from < kBlock ? call.filters - from : kBlock;
+    for (int i = 0; i < kMaxLanes; ++i) planes[kBlock * kMaxPixels + i] = 0;
+    for (int v = 0; v < kVectors; ++v) finish(block, v, filters, planes + v * N::kLanes, kMaxPixels);
+    block.out += kBlock * call.out_plane;
+    if (block.residual != nullptr) block.residual += kBlock * call.residual_plane;
+  }
+}
+
+template <int kPixels, int kBlocks>
+void filters_in_lanes(const Call& call) {
+  constexpr int kParts = kBlock / N::kLanes, kVectors = kBlocks * kParts;
+  Reg sum[kPixels][kVectors];
+  unrolled<kVectors>([&](auto j) {
+    const Reg bias = N::load(call.bias + j * N::kLanes);
+    unrolled<kPixels>([&](auto m) { sum[m][j] = bias; });
+  });
+  const float* x[kPixels];
+  unrolled<kPixels>([&](auto m) { x[m] = call.tile->x[m]; });
+  const float* w = call.weights;
+  const std::int64_t block = call.block;
+  for (const std::int32_t *offset = call.offsets, *end = offset + call.columns; offset != end; ++offset) {
+    Reg weights[kVectors];
+    unrolled<kVectors>([&](auto j) { weights[j] = N::load(w + (j / kParts) * block + (j % kParts) * N::kLanes); });
+    const std::int64_t bytes = *offset;
+    unrolled<kPixels>([&](auto m) {
+      const Reg pixel = N::broadcast(at(x[m], bytes));
+      unrolled<kVectors>([&](auto j) { sum[m][j] = N::fma(weights[j], pixel, sum[m][j]); });
+    });
+    w += kBlock;
+  }
+  alignas(64) float sums[kPixels * kVectors * N::kLanes];
+  unrolled<kPixels>(
+      [&](auto m) { unrolled<kVectors>([&](auto j) { N::store(sums + (m * kVectors + j) * N::kLanes, sum[m][j]); }); });
+  finish_pixels<kPixels>(call, sums, kVectors * N::kLanes);
+}
+
+// ---- the table ------------------------------------------------------------------------------------------------------
+
+template <Load load, int kFilters, int kVectors>
+constexpr Kernel pixels_kernel() {
+  if constexpr (kVectors <= N::max_vectors(load, kFilters)) {
+    return pixels_in_lanes<load, kFilters, kVectors>;
+  } else {
+    return nullptr;
+  }
+}
+template <int kPixels, int kBlocks>
+constexpr Kernel filters_kernel() {
+  if constexpr (kBlocks <= N::max_blocks(kPixels)) {
+    return filters_in_lanes<kPixels, kBlocks>;
+  } else {
+    return nullptr;
+  }
+}
+
+#define ACF_VECTORS(load, f)                                                                   \
+  {                                                                                            \
+    pixels_kernel<load, f, 1>(), pixels_kernel<load, f, 2>(), pixels_kernel<load, f, 3>(),     \
+        pixels_kernel<load, f, 4>(), pixels_kernel<load, f, 5>(), pixels_kernel<load, f, 6>(), \
+        pixels_kernel<load, f, 7>(), pixels_kernel<load, f, 8>()                               \
+  }
+#define ACF_FILTERS(load)                                                                                              \
+  {                                                                                                                    \
+    ACF_VECTORS(load, 1), ACF_VECTORS(load, 2), ACF_VECTORS(load, 3), ACF_VECTORS(load, 4), ACF_VECTORS(load, 5),      \
+        ACF_VECTORS(load, 6), ACF_VECTORS(load, 7), ACF_VECTORS(load, 8), ACF_VECTORS(load, 9), ACF_VECTORS(load, 10), \
+        ACF_VECTORS(load, 11), ACF_VECTORS(load, 12)                                                                   \
+  }
+#define ACF_BLOCKS(m)                                                                                  \
+  {                                                                                                    \
+    filters_kernel<m, 1>(), filters_kernel<m, 2>(), filters_kernel<m, 3>(), filters_kernel<m, 4>(),    \
+        filters_kernel<m, 5>(), filters_kernel<m, 6>(), filters_kernel<m, 7>(), filters_kernel<m, 8>() \
+  }
+#define ACF_KERNEL_TABLE                                                                                       \
+  {                                                                                                            \
+    N::kLanes, {ACF_FILTERS(Load::stretch), ACF_FILTERS(Load::halves), ACF_FILTERS(Load::strided)}, {          \
+      ACF_BLOCKS(1), ACF_BLOCKS(2), ACF_BLOCKS(3), ACF_BLOCKS(4), ACF_BLOCKS(5), ACF_BLOCKS(6), ACF_BLOCKS(7), \
+          ACF_BLOCKS(8)                                                                                        \
+    }                                                                                                          \
+  }

@@ -1,0 +1,68 @@
+// What every ISA provides: one kernel per shape of the register tile. A tile is `filters` x `vectors of pixels`
+// (pixels_in_lanes) or `pixels` x `blocks of kBlock filters` (filters_in_lanes).
+#pragma once
+
+#include <cstdint>
+
+#include "conv/conv.h"
+
+namespace acf::conv {
+
+inline constexpr int kBlock = 16;       // filters are packed in blocks of so many for filters_in_lanes
+inline constexpr int kMaxFilters = 12;  // of a tile of pixels_in_lanes
+inline constexpr int kMaxVectors = 8;
+inline constexpr int kMaxPixels = 8;  // of a tile of filters_in_lanes
+inline constexpr int kMaxBlocks = 8;
+inline constexpr int kMaxLanes = 16;
+
+// Where lanes [from, to) of a vector of pixels go: lane i to out + i, after residual + i was added. In floats, from
+// element (0, p, 0, 0) of the tensors.
+struct Segment {
+  std::int64_t out, residual;
+  int from, to;
+};
+
+// Which pixels a tile computes. x: the first input of every vector of pixels (flat, rows), of every half vector
+// (halves), of every pixel (filters_in_lanes); the segments of vector v are segments[first[v]] to [first[v + 1] - 1].
+struct Tile {
+  const float* x[2 * kMaxVectors];
+  int first[kMaxVectors + 1];
+  Segment segments[kMaxVectors * kMaxLanes];
+};
+
+// One tile for some filters. Offsets are in bytes.
+struct Call {
+  const Tile* tile;
+  const std::int32_t* offsets;  // of the columns to add up, relative to tile->x
+  std::int64_t columns;
+  const float* weights;  // pixels_in_lanes: (columns, filters); filters_in_lanes: (columns, kBlock) per block
+  std::int64_t block;    // filters_in_lanes: how far apart the blocks lie
+  const float* bias;     // one per filter, whole blocks for filters_in_lanes
+  int filters;           // that exist in this tile
+  int pixels;            // filters_in_lanes
+  float* out;            // at (0, p, 0, 0) for the first filter p of the tile
+  std::int64_t out_plane;
+  const float* residual;  // likewise, or null
+  std::int64_t residual_plane;
+  Activation activation;
+  float slope, low, high;  // none, relu and relu6 only clamp to [low, high]
+  bool clamps;
+};
+
+using Kernel = void (*)(const Call&);
+
+enum class Load { stretch, halves, strided };
+
+struct Kernels {
+  int lanes;
+  // Null where the tile would not fit into the registers.
+  Kernel pixels_in_lanes[3][kMaxFilters][kMaxVectors];  // [Load][filters - 1][vectors - 1]
+  Kernel filters_in_lanes[kMaxPixels][kMaxBlocks];      // [pixels - 1][blocks - 1]
+};
+
+// The table of an ISA; throws std::invalid_argument when this machine cannot run it.
+const Kernels& kernels(Isa isa);
+
+extern const Kernels generic_kernels, avx2_kernels, avx512_kernels, neon_kernels;
+
+}  // namespace acf::conv

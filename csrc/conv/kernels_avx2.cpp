@@ -1,0 +1,69 @@
+#include <immintrin.h>
+
+#include "conv/kernels.h"
+
+namespace acf::conv {
+namespace {
+
+#include "conv/transpose_x86-inl.h"
+
+struct N {
+  using Reg = __m256;
+  struct Mask {
+    int from, to;
+  };
+  static constexpr int kLanes = 8;
+  static constexpr bool kMasked = false;  // a masked store takes some twenty cycles on AMD
+  // 16 registers: up to 12 sums, the pixels, a weight.
+  static constexpr int max_vectors(Load load, int filters) {
+    constexpr int kFit[kMaxFilters] = {6, 4, 3, 3, 2, 2};
+    const int fit = kFit[filters - 1];
+    return load == Load::stretch || fit < 2 ? fit : 2;
+  }
+  static constexpr int max_blocks(int pixels) { return pixels == 1 ? 4 : pixels == 2 ? 2 : pixels <= 6 ? 1 : 0; }
+
+  static Mask mask(int from, int to) { return {from, to}; }
+  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Reg r) { _mm256_storeu_ps(p, r); }
+  static Reg load_masked(const float* p, Mask m) {
+    if (m.to - m.from == kLanes) return load(p);
+    alignas(32) float lane[kLanes] = {};
+    for (int i = m.from; i < m.to; ++i) lane[i] = p[i];
+    return _mm256_load_ps(lane);
+  }
+  static void store_masked(float* p, Mask m, Reg r) {
+    if (m.to - m.from == kLanes) return store(p, r);
+    alignas(32) float lane[kLanes];
+    _mm256_store_ps(lane, r);
+    for (int i = m.from; i < m.to; ++i) p[i] = lane[i];
+  }
+  static Reg load_halves(const float* a, const float* b) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
+  }
+  static Reg load_strided(const float* a, const float* b) {
+    const Reg even = _mm256_shuffle_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b), 0x88);  // a0 a2 b0 b2 | a4 a6 b4 b6
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
+  }
+  static Reg set(float x) { return _mm256_set1_ps(x); }
+  static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static Reg pow2(Reg t) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)));
+  }
+  static void transpose(const float* const* rows, int from, float* to) { transpose_block(rows, from, to); }
+};
+
+#include "conv/kernels-inl.h"
+
+}  // namespace
+
+const Kernels avx2_kernels = ACF_KERNEL_TABLE;
+
+}  // namespace acf::conv

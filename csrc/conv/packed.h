@@ -1,0 +1,54 @@
+// What plan.cpp and dispatch.cpp share: how a plan cuts its work, and how packed weights lie in memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "conv/conv.h"
+#include "conv/kernels.h"
+
+namespace acf::conv {
+
+// Offsets are 32-bit numbers of bytes, and halos lie around what they count.
+inline constexpr std::int64_t kMaxSize = std::int64_t{1} << 28;
+
+// Part `index` of `count` things cut into `parts` equal ones, the larger ones first.
+struct Part {
+  std::int64_t begin, size;
+};
+inline Part part_of(std::int64_t count, std::int64_t parts, std::int64_t index) {
+  const std::int64_t size = count / parts, larger = count % parts;
+  return {index * size + (index < larger ? index : larger), size + (index < larger ? 1 : 0)};
+}
+
+bool window_fits(const Plan& plan);
+Load load_of(const Plan& plan);
+std::int64_t windows_per_image(const Plan& plan, std::int64_t lanes);  // of halves: half ones
+std::int64_t window_count(const Plan& plan, std::int64_t lanes, std::int64_t images);
+std::int64_t max_vectors(const Kernels& table, Load load, std::int64_t filters);
+std::int64_t max_filters(const Kernels& table, Load load);
+std::int64_t max_blocks(const Kernels& table, std::int64_t pixels);
+std::int64_t blocks_per_group(const Plan& plan);
+std::int64_t pixel_tiles(const Plan& plan, const Kernels& table, std::int64_t images);
+
+// Packed weights, one after the other, each at a multiple of kAlignment:
+//   header
+//   rows     int32 (groups, kernel_h + 1): where the columns of every kernel row begin; columns are sorted by (group,
+//   kh,
+//            kw, c)
+//   offsets  int32 (columns,): from a pixel at (y * stride_h, x * stride_w) to what the column reads, in bytes
+//   bias     float (groups, filters of a group, padded to kBlock for filters_in_lanes)
+//   weights  float, per group and tile of filters (columns of the group, filters of the tile)
+struct PackedHeader {
+  std::uint32_t magic = 0x43464341;  // "ACFC"
+  std::uint32_t version = kPackedVersion;
+  std::uint32_t isa = 0, method = 0;
+  std::int64_t numbers[17] = {};
+};
+struct PackedLayout {
+  std::size_t rows, offsets, bias, weights, size;
+};
+PackedHeader packed_header(const Plan& plan);
+PackedLayout packed_layout(const Plan& plan);
+
+}  // namespace acf::conv

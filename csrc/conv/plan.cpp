@@ -1,0 +1,343 @@
+// Which kernel, which tiles: an estimate of the cycles of every way, and the weights in the order of the chosen one.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "conv/packed.h"
+#include "core/check.h"
+
+namespace acf::conv {
+namespace {
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+std::int64_t out_size(std::int64_t in, std::int64_t pads, std::int64_t kernel, std::int64_t stride,
+                      std::int64_t dilation) {
+  const std::int64_t room = in + pads - dilation * (kernel - 1) - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+void check(const Shape& s, const Pitch& in, std::int64_t columns) {
+  for (const std::int64_t size : {s.channels, s.height, s.width, s.filters, s.groups, s.kernel_h, s.kernel_w,
+                                  s.stride_h, s.stride_w, s.dilation_h, s.dilation_w}) {
+    ACF_CHECK(size >= 1 && size <= kMaxSize, "sizes of a convolution must be from 1 to ", kMaxSize, ", got ", size);
+  }
+  const Padding& p = s.padding;
+  for (const std::int64_t pad : {p.top, p.left, p.bottom, p.right}) {
+    ACF_CHECK(pad >= 0 && pad <= kMaxSize, "padding must be from 0 to ", kMaxSize, ", got ", pad);
+  }
+  ACF_CHECK(s.channels % s.groups == 0 && s.filters % s.groups == 0, "groups must divide channels ", s.channels,
+            " and filters ", s.filters, ", got ", s.groups);
+  ACF_CHECK(s.kernel_h <= kMaxSize / s.kernel_w && s.channels <= kMaxSize / (s.kernel_h * s.kernel_w),
+            "a convolution may have at most ", kMaxSize, " columns, got ", s.channels, " x ", s.kernel_h, " x ",
+            s.kernel_w);
+  ACF_CHECK(columns >= 0 && columns <= s.columns(), "columns must be from 0 to ", s.columns(), ", got ", columns);
+  ACF_CHECK(s.out_height() >= 1 && s.out_width() >= 1, "the kernel does not fit into the padded input of ",
+            s.height + p.top + p.bottom, " x ", s.width + p.left + p.right);
+  const bool planes = s.height > 1 || s.width > 1 || p.top + p.left + p.bottom + p.right > 0;
+  ACF_CHECK(in.row >= 1 && in.row <= kMaxSize && in.row >= s.width + std::max(p.left, p.right),
+            "the row pitch must be at least the width and its padding, ", s.width + std::max(p.left, p.right), ", got ",
+            in.row);
+  ACF_CHECK(
+      in.plane >= 1 && in.plane <= kMaxSize && (!planes || in.plane / in.row >= s.height + std::max(p.top, p.bottom)),
+      "the plane pitch must be at least the height and its padding, ", s.height + std::max(p.top, p.bottom),
+      ", times the row pitch ", in.row, ", got ", in.plane);
+  ACF_CHECK(in.plane <= kMaxSize / s.channels, "an image may take at most ", kMaxSize, " elements, got ", s.channels,
+            " channels of ", in.plane);
+}
+
+// Multiply-adds and loads overlap, two of each a cycle; a chain of multiply-adds takes four cycles a link.
+double step_cycles(double sums, double loads, double shuffles) {
+  return std::max({(sums + shuffles) / 2, loads / 2, sums < 8 ? 4.0 : 0.0});
+}
+
+// Loads of pixels are rarely aligned, and one that crosses a cache line counts twice.
+double loads_per_vector(Load load, int lanes) {
+  const auto crossing = [](int floats) { return 1 + floats / 16.0; };
+  return load == Load::stretch ? crossing(lanes) : load == Load::halves ? 2 * crossing(lanes / 2) : 2 * crossing(lanes);
+}
+
+// Calls of `body(size)` for `count` things cut into equal parts of at most `most`: (parts of that size, size).
+template <class Cost>
+double over_parts(std::int64_t count, std::int64_t parts, Cost cost) {
+  const std::int64_t size = count / parts, larger = count % parts;
+  return static_cast<double>(larger) * (larger > 0 ? cost(size + 1) : 0) +
+         static_cast<double>(parts - larger) * (size > 0 ? cost(size) : 0);
+}
+
+double pixels_cycles(const Plan& plan, const Kernels& table) {
+  const Load load = load_of(plan);
+  const std::int64_t windows = ceil_div(window_count(plan, table.lanes, 1), 1);
+  const double columns = static_cast<double>(plan.columns) / static_cast<double>(plan.shape.groups);
+  const double group = over_parts(plan.shape.filters / plan.shape.groups, plan.filter_tiles, [&](std::int64_t filters) {
+    const std::int64_t most = max_vectors(table, load, filters);
+    return over_parts(windows, ceil_div(windows, most), [&](std::int64_t vectors) {
+      const auto f = static_cast<double>(filters), v = static_cast<double>(vectors);
+      const double step = step_cycles(f * v, f + v * loads_per_vector(load, table.lanes),
+                                      load == Load::stretch  ? 0
+                                      : load == Load::halves ? v
+                                                             : 2 * v);
+      return 40 + columns * step + f * v * 2;
+    });
+  });
+  return group * static_cast<double>(plan.shape.groups);
+}
+
+double filters_cycles(const Plan& plan, const Kernels& table) {
+  const std::int64_t pixels = plan.shape.out_height() * plan.shape.out_width();
+  const double columns = static_cast<double>(plan.columns) / static_cast<double>(plan.shape.groups);
+  const int parts = kBlock / table.lanes;
+  const double cycles = over_parts(pixels, pixel_tiles(plan, table, 1), [&](std::int64_t m) {
+    const std::int64_t blocks = blocks_per_group(plan);
+    return over_parts(blocks, ceil_div(blocks, max_blocks(table, m)), [&](std::int64_t b) {
+      const auto pixel = static_cast<double>(m), vectors = static_cast<double>(b * parts);
+      return 60 + columns * step_cycles(pixel * vectors, pixel + vectors, 0) + 160 * static_cast<double>(b);
+    });
+  });
+  return cycles * static_cast<double>(plan.shape.groups);
+}
+
+void consider(Plan& best, const Plan& other) {
+  if (best.cycles == 0 || other.cycles < best.cycles) best = other;
+}
+
+Plan start(const Shape& shape, const Pitch& in, std::int64_t columns, Isa isa) {
+  check(shape, in, columns);
+  kernels(isa);
+  Plan plan;
+  plan.shape = shape;
+  plan.in = in;
+  plan.isa = isa;
+  plan.columns = columns;
+  return plan;
+}
+
+Plan best_pixels(Plan plan) {
+  const Kernels& table = kernels(plan.isa);
+  plan.method = Method::pixels_in_lanes;
+  Plan best = plan;
+  const std::int64_t filters = plan.shape.filters / plan.shape.groups;
+  for (const Window window : {Window::flat, Window::rows, Window::halves}) {
+    plan.window = window;
+    if (!window_fits(plan)) continue;
+    const std::int64_t fewest = ceil_div(filters, max_filters(table, load_of(plan)));
+    for (plan.filter_tiles = fewest; plan.filter_tiles <= std::min(filters, 2 * fewest + 1); ++plan.filter_tiles) {
+      plan.cycles = pixels_cycles(plan, table);
+      consider(best, plan);
+    }
+  }
+  ACF_CHECK(best.cycles > 0, "pixels_in_lanes needs a horizontal stride of 1 or 2, got ", plan.shape.stride_w);
+  return best;
+}
+
+Plan best_filters(Plan plan) {
+  plan.method = Method::filters_in_lanes;
+  plan.cycles = filters_cycles(plan, kernels(plan.isa));
+  return plan;
+}
+
+std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+}  // namespace
+
+// ---- sizes ----------------------------------------------------------------------------------------------------------
+
+std::int64_t Shape::out_height() const {
+  return out_size(height, padding.top + padding.bottom, kernel_h, stride_h, dilation_h);
+}
+std::int64_t Shape::out_width() const {
+  return out_size(width, padding.left + padding.right, kernel_w, stride_w, dilation_w);
+}
+
+Layout layout(std::int64_t images, std::int64_t channels, std::int64_t height, std::int64_t width,
+              const Padding& padding) {
+  Layout layout;
+  Pitch& pitch = layout.pitch;
+  pitch.row = width + std::max(padding.left, padding.right);
+  pitch.plane = (height + std::max(padding.top, padding.bottom)) * pitch.row;
+  // Planes a multiple of 4 KiB apart would all fall into the same few sets of the cache.
+  constexpr std::int64_t kWay = 4096 / sizeof(float), kLine = 64 / sizeof(float);
+  if (pitch.plane >= kWay / 2 && (pitch.plane + kLine) % (kWay / 2) <= 2 * kLine) pitch.plane += 3 * kLine;
+  pitch.image = channels * pitch.plane;
+  layout.before = padding.top * pitch.row + padding.left;
+  layout.size = layout.before + images * pitch.image + padding.bottom * pitch.row + padding.right + kSlack;
+  return layout;
+}
+
+void clear_halo(float* data, const Layout& layout, std::int64_t images, std::int64_t channels, std::int64_t height,
+                std::int64_t width) {
+  const Pitch& pitch = layout.pitch;
+  float* done = data - layout.before;
+  const auto zero_up_to = [&done](float* end) {
+    if (end > done) std::memset(done, 0, static_cast<std::size_t>(end - done) * sizeof(float));
+  };
+  for (std::int64_t plane = 0; plane < images * channels; ++plane) {
+    for (std::int64_t y = 0; y < height; ++y) {
+      float* row = data + plane / channels * pitch.image + plane % channels * pitch.plane + y * pitch.row;
+      zero_up_to(row);
+      done = row + width;
+    }
+  }
+  zero_up_to(data - layout.before + layout.size);
+}
+
+// ---- plans ----------------------------------------------------------------------------------------------------------
+
+bool window_fits(const Plan& plan) {
+  const std::int64_t stride_w = plan.shape.stride_w;
+  switch (plan.window) {
+    case Window::flat: return plan.shape.stride_h == 1 && stride_w == 1 && plan.shape.out_width() <= plan.in.row;
+    case Window::rows: return stride_w == 1;
+    case Window::halves: return stride_w <= 2;
+  }
+  return false;
+}
+
+Load load_of(const Plan& plan) {
+  if (plan.window != Window::halves) return Load::stretch;
+  return plan.shape.stride_w == 1 ? Load::halves : Load::strided;
+}
+
+std::int64_t windows_per_image(const Plan& plan, std::int64_t lanes) {
+  const std::int64_t height = plan.shape.out_height(), width = plan.shape.out_width();
+  switch (plan.window) {
+    case Window::flat: return ceil_div((height - 1) * plan.in.row + width, lanes);
+    case Window::rows: return height * ceil_div(width, lanes);
+    case Window::halves: return height * ceil_div(width, lanes / 2);  // half ones
+  }
+  return 0;
+}
+
+std::int64_t window_count(const Plan& plan, std::int64_t lanes, std::int64_t images) {
+  const std::int64_t windows = images * windows_per_image(plan, lanes);
+  return plan.window == Window::halves ? ceil_div(windows, 2) : windows;
+}
+
+std::int64_t max_vectors(const Kernels& table, Load load, std::int64_t filters) {
+  std::int64_t vectors = 0;
+  while (vectors < kMaxVectors && table.pixels_in_lanes[static_cast<int>(load)][filters - 1][vectors] != nullptr) {
+    ++vectors;
+  }
+  return vectors;
+}
+
+std::int64_t max_filters(const Kernels& table, Load load) {
+  std::int64_t filters = kMaxFilters;
+  while (max_vectors(table, load, filters) == 0) --filters;
+  return filters;
+}
+
+std::int64_t max_blocks(const Kernels& table, std::int64_t pixels) {
+  std::int64_t blocks = 0;
+  while (blocks < kMaxBlocks && table.filters_in_lanes[pixels - 1][blocks] != nullptr) ++blocks;
+  return blocks;
+}
+
+std::int64_t blocks_per_group(const Plan& plan) { return ceil_div(plan.shape.filters / plan.shape.groups, kBlock); }
+
+std::int64_t pixel_tiles(const Plan& plan, const Kernels& table, std::int64_t images) {
+  std::int64_t most = kMaxPixels;
+  while (max_blocks(table, most) == 0) --most;
+  const std::int64_t pixels = images * plan.shape.out_height() * plan.shape.out_width();
+  for (std::int64_t m = most; m > most / 2; --m) {
+    if (plan.shape.out_width() % m == 0) return pixels / m;
+  }
+  return ceil_div(pixels, most);
+}
+
+Plan plan(const Shape& shape, const Pitch& in, std::int64_t columns, Isa isa, Method method) {
+  const Plan start_plan = start(shape, in, columns, isa);
+  return method == Method::pixels_in_lanes ? best_pixels(start_plan) : best_filters(start_plan);
+}
+
+Plan plan(const Shape& shape, const Pitch& in, std::int64_t columns, Isa isa) {
+  const Plan start_plan = start(shape, in, columns, isa);
+  Plan best = best_filters(start_plan);
+  if (shape.stride_w <= 2) consider(best, best_pixels(start_plan));
+  return best;
+}
+
+// ---- packing --------------------------------------------------------------------------------------------------------
+
+PackedLayout packed_layout(const Plan& plan) {
+  const Shape& s = plan.shape;
+  const bool blocks = plan.method == Method::filters_in_lanes;
+  const std::int64_t group_filters = blocks ? blocks_per_group(plan) * kBlock : s.filters / s.groups;
+  PackedLayout layout;
+  layout.rows = aligned(sizeof(PackedHeader));
+  layout.offsets = aligned(layout.rows + static_cast<std::size_t>(s.groups * (s.kernel_h + 1)) * sizeof(std::int32_t));
+  layout.bias = aligned(layout.offsets + static_cast<std::size_t>(plan.columns) * sizeof(std::int32_t));
+  layout.weights = aligned(layout.bias + static_cast<std::size_t>(s.groups * group_filters) * sizeof(float));
+  layout.size = aligned(layout.weights + static_cast<std::size_t>(plan.columns * group_filters) * sizeof(float));
+  return layout;
+}
+
+PackedHeader packed_header(const Plan& plan) {
+  PackedHeader header;
+  header.isa = static_cast<std::uint32_t>(plan.isa);
+  header.method = static_cast<std::uint32_t>(plan.method);
+  const Shape& s = plan.shape;
+  const std::int64_t numbers[] = {plan.columns,     plan.filter_tiles, plan.in.row,  plan.in.plane, s.channels,
+                                  s.height,         s.width,           s.filters,    s.groups,      s.kernel_h,
+                                  s.kernel_w,       s.dilation_h,      s.dilation_w, s.padding.top, s.padding.left,
+                                  s.padding.bottom, s.padding.right};
+  static_assert(sizeof(numbers) == sizeof(header.numbers));
+  std::memcpy(header.numbers, numbers, sizeof(numbers));
+  return header;
+}
+
+std::size_t packed_size(const Plan& plan) { return packed_layout(plan).size; }
+
+void pack(const Plan& plan, const std::int64_t* columns, const float* weights, const float* bias, void* packed) {
+  const Shape& s = plan.shape;
+  const bool blocks = plan.method == Method::filters_in_lanes;
+  const PackedLayout layout = packed_layout(plan);
+  auto* bytes = static_cast<unsigned char*>(packed);
+  std::memset(bytes, 0, layout.size);
+  const PackedHeader header = packed_header(plan);
+  std::memcpy(bytes, &header, sizeof(header));
+  auto* rows = reinterpret_cast<std::int32_t*>(bytes + layout.rows);
+  auto* offsets = reinterpret_cast<std::int32_t*>(bytes + layout.offsets);
+  auto* packed_bias = reinterpret_cast<float*>(bytes + layout.bias);
+  auto* packed_weights = reinterpret_cast<float*>(bytes + layout.weights);
+
+  const std::int64_t taps = s.kernel_h * s.kernel_w, group_columns = s.channels / s.groups * taps,
+                     group_filters = s.filters / s.groups;
+  // The filters of a tile lie side by side in a step of its panel.
+  const std::int64_t tiles = blocks ? blocks_per_group(plan) : plan.filter_tiles;
+  const std::int64_t padded_filters = blocks ? tiles * kBlock : group_filters;
+  const std::int64_t* next = columns;
+  for (std::int64_t g = 0; g < s.groups; ++g) {
+    const std::int64_t* first = next;
+    const std::int64_t begin = first - columns;
+    while (next != columns + plan.columns && *next < (g + 1) * group_columns) ++next;
+    const std::int64_t count = next - first;
+    std::int64_t k = 0;
+    for (std::int64_t tap = 0; tap < taps; ++tap) {
+      const std::int64_t kh = tap / s.kernel_w, kw = tap % s.kernel_w;
+      if (kw == 0) rows[g * (s.kernel_h + 1) + kh] = static_cast<std::int32_t>(begin + k);
+      for (std::int64_t i = 0; i < count; ++i) {
+        if (first[i] % taps != tap) continue;
+        offsets[begin + k] = static_cast<std::int32_t>(4 * (first[i] / taps * plan.in.plane +
+                                                            (kh * s.dilation_h - s.padding.top) * plan.in.row +
+                                                            kw * s.dilation_w - s.padding.left));
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+          const Part part = blocks ? Part{tile * kBlock, std::min<std::int64_t>(kBlock, group_filters - tile * kBlock)}
+                                   : part_of(group_filters, tiles, tile);
+          const std::int64_t width = blocks ? kBlock : part.size;
+          float* step = packed_weights + begin * padded_filters + part.begin * count + k * width;
+          for (std::int64_t f = 0; f < part.size; ++f) step[f] = weights[(part.begin + f) * count + i];
+        }
+        ++k;
+      }
+    }
+    rows[g * (s.kernel_h + 1) + s.kernel_h] = static_cast<std::int32_t>(begin + count);
+    if (bias != nullptr) {
+      std::memcpy(packed_bias + g * padded_filters, bias + g * group_filters,
+                  static_cast<std::size_t>(group_filters) * sizeof(float));
+    }
+    weights += group_filters * count;
+  }
+}
+
+}  // namespace acf::conv

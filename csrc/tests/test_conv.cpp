@@ -1,0 +1,465 @@
+// The kernels of every ISA, orientation and window against a naive loop in double, on memory that ends exactly where
+// the layout ends.
+#include "conv/conv.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "conv/packed.h"
+#include "core/isa.h"
+#include "tests/testing.h"
+
+namespace acf::conv {
+namespace {
+
+using Random = std::mt19937;
+
+std::int64_t between(Random& random, std::int64_t low, std::int64_t high) {
+  return std::uniform_int_distribution<std::int64_t>(low, high)(random);
+}
+
+std::vector<float> gaussian(Random& random, std::int64_t n) {
+  std::normal_distribution<float> numbers;
+  std::vector<float> values(static_cast<std::size_t>(n));
+  for (float& value : values) value = numbers(random);
+  values.shrink_to_fit();
+  return values;
+}
+
+// A tensor in memory of its own, misaligned by one float. What is neither interior nor halo is NaN.
+struct Tensor {
+  std::int64_t images, channels, height, width;
+  Layout layout;
+  std::vector<float> memory;
+
+  Tensor(std::int64_t n, std::int64_t c, std::int64_t h, std::int64_t w, const Padding& padding)
+      : images(n), channels(c), height(h), width(w), layout(conv::layout(n, c, h, w, padding)) {
+    memory.assign(static_cast<std::size_t>(layout.size + 1), std::numeric_limits<float>::quiet_NaN());
+    memory.shrink_to_fit();
+    clear_halo(data(), layout, n, c, h, w);
+    std::fill(memory.end() - kSlack, memory.end(), std::numeric_limits<float>::quiet_NaN());
+  }
+  float* data() { return memory.data() + 1 + layout.before; }
+  float& at(std::int64_t n, std::int64_t c, std::int64_t y, std::int64_t x) {
+    return data()[n * layout.pitch.image + c * layout.pitch.plane + y * layout.pitch.row + x];
+  }
+  template <class Body>
+  void each(Body body) {
+    for (std::int64_t n = 0; n < images; ++n) {
+      for (std::int64_t c = 0; c < channels; ++c) {
+        for (std::int64_t y = 0; y < height; ++y) {
+          for (std::int64_t x = 0; x < width; ++x) body(at(n, c, y, x));
+        }
+      }
+    }
+  }
+  void fill(Random& random) {
+    std::normal_distribution<float> numbers;
+    each([&](float& value) { value = numbers(random); });
+  }
+  std::vector<float> interior() {
+    std::vector<float> values;
+    each([&](float& value) { values.push_back(value); });
+    return values;
+  }
+};
+
+struct Problem {
+  Shape shape;
+  std::int64_t images = 1;
+  std::vector<std::int64_t> columns;
+  Epilogue epilogue;
+  bool residual = false;
+};
+
+std::int64_t weight_count(const Problem& problem) {
+  return problem.shape.filters / problem.shape.groups * static_cast<std::int64_t>(problem.columns.size());
+}
+
+std::vector<std::int64_t> random_columns(Random& random, const Shape& shape, double share) {
+  std::vector<std::int64_t> columns;
+  std::uniform_real_distribution<double> uniform;
+  for (std::int64_t k = 0; k < shape.columns(); ++k) {
+    if (uniform(random) < share) columns.push_back(k);
+  }
+  return columns;
+}
+
+// All ways in which an ISA can compute the problem.
+std::vector<Plan> plans(const Problem& problem, const Pitch& pitch, Isa isa) {
+  const auto count = static_cast<std::int64_t>(problem.columns.size());
+  std::vector<Plan> all = {plan(problem.shape, pitch, count, isa),
+                           plan(problem.shape, pitch, count, isa, Method::filters_in_lanes)};
+  if (problem.shape.stride_w > 2) return all;
+  Plan pixels = plan(problem.shape, pitch, count, isa, Method::pixels_in_lanes);
+  const std::int64_t filters = problem.shape.filters / problem.shape.groups;
+  for (const Window window : {Window::flat, Window::rows, Window::halves}) {
+    pixels.window = window;
+    if (!window_fits(pixels)) continue;
+    const std::int64_t most = max_filters(kernels(isa), load_of(pixels)), fewest = (filters + most - 1) / most;
+    for (const std::int64_t tiles : {fewest, std::min(fewest + 1, filters)}) {
+      pixels.filter_tiles = tiles;
+      all.push_back(pixels);
+    }
+  }
+  return all;
+}
+
+std::string describe(const Problem& problem, const Plan& plan) {
+  const Shape& s = problem.shape;
+  std::ostringstream text;
+  text << isa_name(plan.isa) << " method " << static_cast<int>(plan.method) << " window "
+       << static_cast<int>(plan.window) << " tiles " << plan.filter_tiles << " images " << problem.images << " "
+       << s.channels << "x" << s.height << "x" << s.width << " -> " << s.filters << " groups " << s.groups << " kernel "
+       << s.kernel_h << "x" << s.kernel_w << " stride " << s.stride_h << "," << s.stride_w << " dilation "
+       << s.dilation_h << "," << s.dilation_w << " padding " << s.padding.top << "," << s.padding.left << ","
+       << s.padding.bottom << "," << s.padding.right << " columns " << problem.columns.size() << " activation "
+       << static_cast<int>(problem.epilogue.activation) << " residual " << problem.residual;
+  return text.str();
+}
+
+struct AlignedBytes {
+  explicit AlignedBytes(std::size_t bytes) : memory(bytes + kAlignment) {}
+  void* data() {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+    return memory.data() + (kAlignment - address % kAlignment) % kAlignment;
+  }
+  std::vector<unsigned char> memory;
+};
+
+// Every plan of every ISA gives the reference within rounding, leaves the halo alone, and all that fuse multiply and
+// add give the same bits.
+void check(Random& random, const Problem& problem) {
+  const Shape& s = problem.shape;
+  const std::int64_t out_height = s.out_height(), out_width = s.out_width();
+  Tensor in(problem.images, s.channels, s.height, s.width, s.padding);
+  in.fill(random);
+  const Padding out_padding = {between(random, 0, 2), between(random, 0, 2), between(random, 0, 2),
+                               between(random, 0, 2)};
+  Tensor residual(problem.images, s.filters, out_height, out_width, {0, between(random, 0, 1), 0, 0});
+  residual.fill(random);
+  const std::vector<float> weights = gaussian(random, weight_count(problem)), bias = gaussian(random, s.filters);
+  const float* bias_data = between(random, 0, 4) == 0 ? nullptr : bias.data();
+  Epilogue epilogue = problem.epilogue;
+  if (problem.residual) {
+    epilogue.residual = residual.data();
+    epilogue.residual_pitch = residual.layout.pitch;
+  }
+  const auto size = static_cast<std::size_t>(problem.images * s.filters * out_height * out_width);
+  std::vector<double> expected(size), sums(size);
+  const auto count = static_cast<std::int64_t>(problem.columns.size());
+  reference::run(s, in.layout.pitch, count, problem.columns.data(), weights.data(), bias_data, problem.images,
+                 in.data(), epilogue, expected.data(), sums.data());
+
+  std::vector<float> fused;
+  for (const Isa isa : supported_isas()) {
+    for (const Plan& way : plans(problem, in.layout.pitch, isa)) {
+      AlignedBytes packed(packed_size(way));
+      pack(way, problem.columns.data(), weights.data(), bias_data, packed.data());
+      Tensor out(problem.images, s.filters, out_height, out_width, out_padding);
+      const std::vector<float> before = out.memory;
+      run(way, packed.data(), problem.images, in.data(), out.data(), out.layout.pitch, epilogue,
+          static_cast<int>(between(random, 1, 3)));
+
+      const std::vector<float> got = out.interior();
+      // One rounding a term and a few in the activation, whose slope is at most 1.1.
+      const double unit = 6e-8, roundings = static_cast<double>(count / s.groups) + 3;
+      std::size_t wrong = 0;
+      for (std::size_t i = 0; i < size; ++i) {
+        const double bound = 1.1 * unit * roundings * sums[i] + 8 * unit * (1 + std::abs(expected[i]));
+        if (!(std::abs(static_cast<double>(got[i]) - expected[i]) <= bound)) ++wrong;
+      }
+      EXPECT_EQ(std::to_string(wrong) + " wrong of " + describe(problem, way), "0 wrong of " + describe(problem, way));
+
+      out.each([](float& value) { value = std::numeric_limits<float>::quiet_NaN(); });
+      const bool halo_untouched = std::memcmp(out.memory.data(), before.data(), before.size() * sizeof(float)) == 0;
+      EXPECT_EQ(halo_untouched ? "" : "halo written by " + describe(problem, way), "");
+
+      if (isa == Isa::generic) continue;
+      if (fused.empty()) fused = got;
+      const bool same_bits = std::memcmp(got.data(), fused.data(), size * sizeof(float)) == 0;
+      EXPECT_EQ(same_bits ? "" : "other bits from " + describe(problem, way), "");
+    }
+  }
+}
+
+bool fits(const Shape& shape) { return shape.out_height() >= 1 && shape.out_width() >= 1; }
+
+constexpr Activation kActivations[] = {Activation::none,    Activation::relu,        Activation::relu6,
+                                       Activation::leaky,   Activation::hardsigmoid, Activation::hardswish,
+                                       Activation::sigmoid, Activation::silu,        Activation::tanh};
+
+ACF_TEST(random_problems_equal_the_reference) {
+  Random random(1);
+  for (int i = 0; i < 250; ++i) {
+    Problem problem;
+    Shape& s = problem.shape;
+    s.groups = between(random, 0, 3) == 0 ? between(random, 2, 4) : 1;
+    s.channels = s.groups * between(random, 1, 9);
+    s.filters = s.groups * between(random, 1, 17);
+    s.height = between(random, 1, 13);
+    s.width = between(random, 1, 13) + (i % 5 == 0 ? 20 : 0);
+    s.kernel_h = between(random, 1, 5);
+    s.kernel_w = between(random, 1, 5);
+    s.stride_h = between(random, 1, 3);
+    s.stride_w = between(random, 0, 1) == 0 ? s.stride_h : between(random, 1, 3);
+    s.dilation_h = between(random, 1, 2);
+    s.dilation_w = between(random, 1, 2);
+    s.padding = {between(random, 0, 3), between(random, 0, 3), between(random, 0, 3), between(random, 0, 3)};
+    if (!fits(s)) continue;
+    problem.images = between(random, 0, 1) == 0 ? 1 : 3;
+    problem.columns =
+        random_columns(random, s, std::vector<double>{1.0, 1.0, 0.5, 0.1, 0.0}[static_cast<std::size_t>(i % 5)]);
+    problem.epilogue.activation = kActivations[i % 9];
+    problem.epilogue.slope = 0.2f;
+    problem.residual = i % 2 == 0;
+    check(random, problem);
+  }
+}
+
+ACF_TEST(every_number_of_filters_equals_the_reference) {
+  Random random(2);
+  for (const std::int64_t filters : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 31, 33, 37, 64, 101}) {
+    Problem problem;
+    problem.shape.channels = 5;
+    problem.shape.height = 9;
+    problem.shape.width = 17;
+    problem.shape.filters = filters;
+    problem.shape.kernel_h = problem.shape.kernel_w = 3;
+    problem.shape.padding = {1, 1, 1, 1};
+    problem.images = 3;
+    problem.columns = random_columns(random, problem.shape, filters % 2 == 0 ? 1.0 : 0.4);
+    problem.epilogue.activation = filters % 3 == 0 ? Activation::silu : Activation::relu;
+    problem.residual = filters % 4 < 2;
+    check(random, problem);
+    problem.shape.stride_h = problem.shape.stride_w = 2;
+    check(random, problem);
+  }
+}
+
+// Sizes whose vectors are full, half full, cross rows and images; planes of a few pixels.
+ACF_TEST(every_size_of_plane_equals_the_reference) {
+  Random random(3);
+  for (std::int64_t width = 1; width <= 40; ++width) {
+    Problem problem;
+    problem.shape.channels = 3;
+    problem.shape.height = width <= 8 ? width : 1 + width % 5;
+    problem.shape.width = width;
+    problem.shape.filters = 1 + width % 6;
+    problem.shape.kernel_h = problem.shape.kernel_w = 3;
+    problem.shape.padding = {1, 1, 1, 1};
+    problem.images = 1 + width % 3;
+    problem.columns = random_columns(random, problem.shape, 1.0);
+    check(random, problem);
+    problem.shape.stride_h = problem.shape.stride_w = 2;
+    check(random, problem);
+  }
+}
+
+ACF_TEST(linear_layers_equal_the_reference) {
+  Random random(4);
+  for (const std::int64_t images : {1, 2, 5, 8, 9, 33}) {
+    for (const std::int64_t features : {1, 10, 16, 131, 150}) {
+      Problem problem;
+      problem.shape.channels = 77;
+      problem.shape.filters = features;
+      problem.images = images;
+      problem.columns = random_columns(random, problem.shape, features % 2 == 0 ? 1.0 : 0.3);
+      problem.epilogue.activation = images % 2 == 0 ? Activation::tanh : Activation::relu;
+      problem.residual = images % 3 == 0;
+      check(random, problem);
+    }
+  }
+}
+
+ACF_TEST(depthwise_layers_equal_the_reference) {
+  Random random(5);
+  for (const std::int64_t kernel : {3, 5}) {
+    for (const std::int64_t stride : {1, 2}) {
+      for (const std::int64_t multiplier : {1, 2}) {
+        Problem problem;
+        problem.shape.channels = problem.shape.groups = 19;
+        problem.shape.filters = 19 * multiplier;
+        problem.shape.height = 11;
+        problem.shape.width = 29;
+        problem.shape.kernel_h = problem.shape.kernel_w = kernel;
+        problem.shape.stride_h = problem.shape.stride_w = stride;
+        problem.shape.padding = {kernel / 2, kernel / 2, kernel / 2, kernel / 2};
+        problem.images = 2;
+        problem.columns = random_columns(random, problem.shape, multiplier == 1 ? 1.0 : 0.5);
+        problem.epilogue.activation = Activation::relu6;
+        check(random, problem);
+      }
+    }
+  }
+}
+
+// Enough work for several tasks, and weights that are cut because they exceed the cache.
+ACF_TEST(results_do_not_depend_on_the_threads) {
+  Random random(6);
+  for (const std::int64_t size : {4, 14}) {
+    Problem problem;
+    Shape& s = problem.shape;
+    s.channels = size == 4 ? 200 : 24;
+    s.filters = size == 4 ? 180 : 37;
+    s.height = s.width = size;
+    s.kernel_h = s.kernel_w = 3;
+    s.padding = {1, 1, 1, 1};
+    problem.images = 3;
+    problem.columns = random_columns(random, s, 0.9);
+    Tensor in(problem.images, s.channels, s.height, s.width, s.padding);
+    in.fill(random);
+    const std::vector<float> weights = gaussian(random, weight_count(problem));
+    for (const Isa isa : supported_isas()) {
+      std::vector<float> first;
+      for (const Plan& way : plans(problem, in.layout.pitch, isa)) {
+        AlignedBytes packed(packed_size(way));
+        pack(way, problem.columns.data(), weights.data(), nullptr, packed.data());
+        for (const int threads : {1, 2, 5}) {
+          Tensor out(problem.images, s.filters, s.out_height(), s.out_width(), {});
+          run(way, packed.data(), problem.images, in.data(), out.data(), out.layout.pitch, {}, threads);
+          if (first.empty()) first = out.interior();
+          EXPECT(out.interior() == first);
+        }
+      }
+    }
+  }
+}
+
+ACF_TEST(residual_may_be_the_output) {
+  Random random(7);
+  Shape s;
+  s.channels = 6;
+  s.filters = 21;
+  s.height = s.width = 9;
+  const std::vector<float> weights = gaussian(random, s.filters * s.channels);
+  const std::vector<std::int64_t> columns = {0, 1, 2, 3, 4, 5};
+  Tensor in(2, s.channels, s.height, s.width, {});
+  in.fill(random);
+  for (const Isa isa : supported_isas()) {
+    for (const Method method : {Method::pixels_in_lanes, Method::filters_in_lanes}) {
+      const Plan way = plan(s, in.layout.pitch, 6, isa, method);
+      AlignedBytes packed(packed_size(way));
+      pack(way, columns.data(), weights.data(), nullptr, packed.data());
+      Tensor residual(2, s.filters, s.height, s.width, {1, 1, 1, 1}), apart = residual;
+      residual.fill(random);
+      Epilogue epilogue;
+      epilogue.residual = residual.data();
+      epilogue.residual_pitch = residual.layout.pitch;
+      run(way, packed.data(), 2, in.data(), apart.data(), apart.layout.pitch, epilogue, 1);
+      run(way, packed.data(), 2, in.data(), residual.data(), residual.layout.pitch, epilogue, 1);
+      EXPECT(residual.interior() == apart.interior());
+    }
+  }
+}
+
+ACF_TEST(activations_hold_at_the_ends_of_their_range) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const std::vector<float> values = {-infinity, -1e30f, -100, -88, -20, -3,    -1e-3f,   -0.0f,        0, 1e-3f, 1,
+                                     3,         6,      20,   88,  100, 1e30f, infinity, std::nanf("")};
+  const auto count = static_cast<std::int64_t>(values.size());
+  Shape s;
+  s.width = count;
+  const float one = 1;
+  const std::int64_t column = 0;
+  for (const Isa isa : supported_isas()) {
+    for (const Activation activation : kActivations) {
+      Tensor in(1, 1, 1, count, {}), out(1, 1, 1, count, {});
+      for (std::int64_t i = 0; i < count; ++i) in.at(0, 0, 0, i) = values[static_cast<std::size_t>(i)];
+      const Plan way = plan(s, in.layout.pitch, 1, isa);
+      AlignedBytes packed(packed_size(way));
+      pack(way, &column, &one, nullptr, packed.data());
+      Epilogue epilogue;
+      epilogue.activation = activation;
+      run(way, packed.data(), 1, in.data(), out.data(), out.layout.pitch, epilogue, 1);
+      for (std::int64_t i = 0; i < count; ++i) {
+        const auto x = static_cast<double>(values[static_cast<std::size_t>(i)]);
+        const auto y = static_cast<double>(out.at(0, 0, 0, i));
+        const double expected = reference::activate(activation, 0.01f, x);
+        if (std::isnan(x)) {
+          EXPECT(std::isnan(y));
+        } else if (std::isfinite(x)) {
+          EXPECT(std::abs(y - expected) <= 1e-6 * std::max(1.0, std::abs(expected)));
+        }
+      }
+    }
+  }
+}
+
+ACF_TEST(halos_are_shared_and_cleared) {
+  Random random(8);
+  for (int i = 0; i < 100; ++i) {
+    const Padding p = {between(random, 0, 3), between(random, 0, 3), between(random, 0, 3), between(random, 0, 3)};
+    const std::int64_t height = between(random, 1, 40), width = between(random, 1, 40);
+    Tensor tensor(2, 3, height, width, p);
+    tensor.each([](float& value) { value = 1; });
+    for (std::int64_t plane = 0; plane < 6; ++plane) {
+      const float* data = &tensor.at(plane / 3, plane % 3, 0, 0);
+      for (std::int64_t y = -p.top; y < height + p.bottom; ++y) {
+        for (std::int64_t x = -p.left; x < width + p.right; ++x) {
+          const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+          EXPECT_EQ(data[y * tensor.layout.pitch.row + x], inside ? 1.0f : 0.0f);
+        }
+      }
+    }
+    EXPECT(tensor.layout.pitch.plane < 2048 || tensor.layout.pitch.plane % 1024 != 0);
+  }
+}
+
+ACF_TEST(what_cannot_be_computed_is_refused) {
+  Shape s;
+  s.channels = 4;
+  s.height = s.width = 8;
+  s.kernel_h = s.kernel_w = 3;
+  s.padding = {1, 1, 1, 1};
+  const Pitch pitch = layout(1, 4, 8, 8, s.padding).pitch;
+  const Isa isa = Isa::generic;
+  const auto with = [&](auto change) {
+    Shape changed = s;
+    change(changed);
+    return changed;
+  };
+  EXPECT_THROWS(plan(with([](Shape& c) { c.stride_h = 0; }), pitch, 36, isa), std::invalid_argument, "got 0");
+  EXPECT_THROWS(plan(with([](Shape& c) { c.padding.left = -1; }), pitch, 36, isa), std::invalid_argument, "got -1");
+  EXPECT_THROWS(plan(with([](Shape& c) { c.groups = 3; }), pitch, 36, isa), std::invalid_argument, "got 3");
+  EXPECT_THROWS(plan(with([](Shape& c) { c.kernel_h = 11; }), pitch, 36, isa), std::invalid_argument, "does not fit");
+  EXPECT_THROWS(plan(s, pitch, 37, isa), std::invalid_argument, "from 0 to 36, got 37");
+  EXPECT_THROWS(plan(s, {8, 81, 324}, 36, isa), std::invalid_argument, "at least the width and its padding, 9, got 8");
+  EXPECT_THROWS(plan(s, {9, 80, 320}, 36, isa), std::invalid_argument, "got 80");
+  EXPECT_THROWS(plan(s, {9, std::int64_t{1} << 27, 1}, 36, isa), std::invalid_argument, "elements");
+  EXPECT_THROWS(plan(with([](Shape& c) { c.stride_w = 3; }), pitch, 36, isa, Method::pixels_in_lanes),
+                std::invalid_argument, "stride of 1 or 2, got 3");
+  const Isa elsewhere = supported_isas().back() == Isa::neon ? Isa::avx2 : Isa::neon;
+  EXPECT_THROWS(plan(s, pitch, 36, elsewhere), std::invalid_argument, "cannot run the ISA");
+}
+
+ACF_TEST(weights_packed_for_another_plan_are_refused) {
+  Shape s;
+  s.channels = 4;
+  s.height = s.width = 8;
+  s.filters = 5;
+  const Pitch pitch = layout(1, 4, 8, 8, {}).pitch;
+  const std::vector<std::int64_t> columns = {0, 2, 3};
+  const std::vector<float> weights(15, 1.0f);
+  const Plan way = plan(s, pitch, 3, Isa::generic);
+  AlignedBytes packed(packed_size(way));
+  pack(way, columns.data(), weights.data(), nullptr, packed.data());
+  Tensor in(1, 4, 8, 8, {}), out(1, 5, 8, 8, {});
+  const auto run_as = [&](const Plan& other) {
+    run(other, packed.data(), 1, in.data(), out.data(), out.layout.pitch, {}, 1);
+  };
+  run_as(way);
+  Plan other = way;
+  other.shape.height = 7;
+  EXPECT_THROWS(run_as(other), std::invalid_argument, "of the same plan");
+  static_cast<unsigned char*>(packed.data())[4] ^= 1;  // the version
+  EXPECT_THROWS(run_as(way), std::invalid_argument, "of this version");
+}
+
+}  // namespace
+}  // namespace acf::conv
