@@ -86,18 +86,21 @@ struct Plan {
   Shape shape;
   Pitch in;
   Isa isa = Isa::generic;
+  std::int64_t images = 1;   // that the tiles are chosen for; any number can be run
   std::int64_t columns = 0;  // kept ones
   Method method = Method::filters_in_lanes;
   Window window = Window::rows;   // pixels_in_lanes
   std::int64_t filter_tiles = 1;  // pixels_in_lanes: the filters of a group are cut into so many equal parts
-  double cycles = 0;              // estimated, of one image
+  std::int64_t tile_pixels = 1;   // filters_in_lanes: at most so many pixels in a tile
+  double cycles = 0;              // estimated
 };
 
 // The plan that the cost model takes for the best, of the given method or of both. Throws std::invalid_argument for
 // sizes that cannot be computed (an empty output, offsets beyond 31 bits, an ISA that this machine lacks, pitches
-// without room for the halo).
-Plan plan(const Shape& shape, const Pitch& in, std::int64_t columns, Isa isa);
-Plan plan(const Shape& shape, const Pitch& in, std::int64_t columns, Isa isa, Method method);
+// without room for the halo). Plans that differ in `images` alone may have different tiles, and share packed weights if
+// method and filter_tiles agree.
+Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa);
+Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa, Method method);
 
 // Weights and the place of every column, as the kernels read them. `packed` has packed_size() bytes and begins at a
 // multiple of kAlignment. weights: for every filter the weights of the columns kept in its group, (filters, columns)

@@ -12,6 +12,11 @@ namespace {
 
 // Panels of weights that are used again and again stay in the second-level cache.
 constexpr std::int64_t kPanelBytes = 512 << 10;
+// Weights stream from the third-level cache or from memory at the worst, some hundred nanoseconds away, and what the
+// processor prefetches by itself ends at every page.
+constexpr std::int64_t kWeightsAhead = 512;
+// What a piece of weights may take of the first-level cache.
+constexpr std::int64_t kChunkBytes = 16 << 10;
 // Fewer multiply-adds than this are not worth another thread.
 constexpr std::int64_t kTaskMacs = 500'000;
 constexpr std::int64_t kTasksPerThread = 4;
@@ -36,141 +41,263 @@ struct Run {
   Call call;  // with what is the same everywhere
 };
 
-// The output rows of a tile: kernel rows that meet nothing but padding in all of them are left out.
-struct RowRange {
-  std::int64_t first = std::numeric_limits<std::int64_t>::max(), last = 0;
-  void add(std::int64_t y) {
-    first = std::min(first, y);
-    last = std::max(last, y);
-  }
+// Walks over the output, from stretch to stretch of a row.
+struct Cursor {
+  std::int64_t n, y, x;
 };
 
-void add_segment(const Run& run, Tile& tile, int& count, RowRange& range, std::int64_t n, std::int64_t y,
-                 std::int64_t x, int from, int to) {
-  const Pitch &out = run.out_pitch, &residual = run.residual_pitch;
-  tile.segments[count++] = {n * out.image + y * out.row + x - from, n * residual.image + y * residual.row + x - from,
-                            from, to};
-  range.add(y);
+// A tile with the range of its output rows and of the kernel rows that meet more than padding in some of them.
+struct RowTile : Tile {
+  std::int64_t first_row, last_row, kernel_begin, kernel_end;
+  int pointers, segment_count;
+};
+
+// Where part `begin` of the pixels, or of their vectors, begins.
+Cursor cursor_at(const Run& run, std::int64_t begin) {
+  if (run.plan.method == Method::filters_in_lanes) {
+    return {begin / run.width / run.height, begin / run.width % run.height, begin % run.width};
+  }
+  const std::int64_t lanes = run.table.lanes;
+  if (run.plan.window == Window::flat) {
+    const std::int64_t per_image = windows_per_image(run.plan, lanes), at = begin % per_image * lanes;
+    return {begin / per_image, at / run.plan.in.row, at % run.plan.in.row};
+  }
+  const bool halves = run.plan.window == Window::halves;
+  const std::int64_t stretch = halves ? 2 * begin : begin, size = halves ? lanes / 2 : lanes,
+                     per_row = ceil_div(run.width, size);
+  return {stretch / per_row / run.height, stretch / per_row % run.height, stretch % per_row * size};
 }
 
-const float* input_at(const Run& run, std::int64_t n, std::int64_t y, std::int64_t x) {
+void step(const Run& run, Cursor& at, std::int64_t size) {
+  at.x += size;
+  if (at.x < run.width) return;
+  at.x = 0;
+  if (++at.y < run.height) return;
+  at.y = 0;
+  ++at.n;
+}
+
+void add_segment(const Run& run, RowTile& tile, const Cursor& at, std::int64_t from, std::int64_t size) {
+  const Pitch &out = run.out_pitch, &residual = run.residual_pitch;
+  tile.segments[tile.segment_count++] = {at.n * out.image + at.y * out.row + at.x - from,
+                                         at.n * residual.image + at.y * residual.row + at.x - from,
+                                         static_cast<int>(from), static_cast<int>(from + size)};
+  tile.first_row = std::min(tile.first_row, at.y);
+  tile.last_row = std::max(tile.last_row, at.y);
+}
+
+void add_pointer(const Run& run, RowTile& tile, const Cursor& at) {
   const Shape& s = run.plan.shape;
-  return run.in + n * run.plan.in.image + y * s.stride_h * run.plan.in.row + x * s.stride_w;
+  tile.x[tile.pointers++] = run.in + at.n * run.plan.in.image + at.y * s.stride_h * run.plan.in.row + at.x * s.stride_w;
 }
 
 // One vector of a flat window: output rows run on with the pitch of the input.
-void add_flat(const Run& run, Tile& tile, int v, int& count, RowRange& range, std::int64_t n, std::int64_t begin) {
+void add_flat(const Run& run, RowTile& tile, Cursor& at) {
   const std::int64_t row = run.plan.in.row, lanes = run.table.lanes;
-  tile.x[v] = run.in + n * run.plan.in.image + begin;
-  std::int64_t y = begin / row, x = begin % row;
-  for (std::int64_t lane = 0; lane < lanes && y < run.height; lane += row - x, x = 0, ++y) {
-    const std::int64_t size = std::min(run.width - x, lanes - lane);
-    if (size > 0) add_segment(run, tile, count, range, n, y, x, static_cast<int>(lane), static_cast<int>(lane + size));
+  add_pointer(run, tile, at);
+  std::int64_t lane = 0;
+  while (true) {
+    const std::int64_t size = std::min(run.width - at.x, lanes - lane);
+    if (size > 0) add_segment(run, tile, at, lane, size);
+    const std::int64_t rest = std::min(row - at.x, lanes - lane);
+    lane += rest;
+    at.x += rest;
+    if (at.x == row) {
+      at.x = 0;
+      ++at.y;
+    }
+    // What lies after the last pixel of an image belongs to its last vector.
+    if (at.y == run.height || (at.y == run.height - 1 && at.x >= run.width)) {
+      at = {at.n + 1, 0, 0};
+      return;
+    }
+    if (lane == lanes) return;
   }
 }
 
-// A stretch of at most `size` pixels of a row, from lane `from` on.
-const float* add_stretch(const Run& run, Tile& tile, int& count, RowRange& range, std::int64_t stretch, int from,
-                         std::int64_t size) {
-  const std::int64_t per_row = ceil_div(run.width, size), y = stretch / per_row % run.height,
-                     n = stretch / per_row / run.height, x = stretch % per_row * size;
-  add_segment(run, tile, count, range, n, y, x, from, from + static_cast<int>(std::min(size, run.width - x)));
-  return input_at(run, n, y, x);
+// The next stretch of at most `size` pixels of a row, from lane `from` on.
+void add_stretch(const Run& run, RowTile& tile, Cursor& at, std::int64_t from, std::int64_t size) {
+  add_pointer(run, tile, at);
+  add_segment(run, tile, at, from, std::min(size, run.width - at.x));
+  step(run, at, size);
 }
 
-void add_window(const Run& run, Tile& tile, int v, int& count, RowRange& range, std::int64_t index) {
+void add_window(const Run& run, RowTile& tile, Cursor& at) {
   const std::int64_t lanes = run.table.lanes;
   switch (run.plan.window) {
-    case Window::flat: {
-      const std::int64_t per_image = windows_per_image(run.plan, lanes);
-      return add_flat(run, tile, v, count, range, index / per_image, index % per_image * lanes);
-    }
-    case Window::rows: tile.x[v] = add_stretch(run, tile, count, range, index, 0, lanes); return;
+    case Window::flat: add_flat(run, tile, at); return;
+    case Window::rows: add_stretch(run, tile, at, 0, lanes); return;
     case Window::halves: {
-      tile.x[2 * v] = add_stretch(run, tile, count, range, 2 * index, 0, lanes / 2);
-      const bool last = 2 * index + 1 == run.images * windows_per_image(run.plan, lanes);
-      tile.x[2 * v + 1] =
-          last ? tile.x[2 * v]
-               : add_stretch(run, tile, count, range, 2 * index + 1, static_cast<int>(lanes / 2), lanes / 2);
+      add_stretch(run, tile, at, 0, lanes / 2);
+      if (at.n < run.images) {
+        add_stretch(run, tile, at, lanes / 2, lanes / 2);
+      } else {
+        tile.x[tile.pointers] = tile.x[tile.pointers - 1];
+        ++tile.pointers;
+      }
       return;
     }
   }
 }
 
-// Vectors of the results of filters_in_lanes: neighbours of a row make one segment.
-void add_pixels(const Run& run, Tile& tile, RowRange& range, const Part& part) {
-  int count = 0;
-  const int lanes = run.table.lanes;
-  for (std::int64_t i = 0; i < part.size; ++i) {
-    const std::int64_t pixel = part.begin + i, x = pixel % run.width, y = pixel / run.width % run.height,
-                       n = pixel / run.width / run.height;
-    tile.x[i] = input_at(run, n, y, x);
-    const int lane = static_cast<int>(i % lanes);
-    if (lane == 0) tile.first[i / lanes] = count;
-    if (lane == 0 || x == 0) {
-      add_segment(run, tile, count, range, n, y, x, lane, lane + 1);
-    } else {
-      ++tile.segments[count - 1].to;
+// A pixel of filters_in_lanes; neighbours of a row make one segment of their vector of results.
+void add_pixel(const Run& run, RowTile& tile, Cursor& at) {
+  const int lane = tile.pointers % run.table.lanes;
+  if (lane == 0) tile.first[tile.pointers / run.table.lanes] = tile.segment_count;
+  add_pointer(run, tile, at);
+  if (lane == 0 || at.x == 0) {
+    add_segment(run, tile, at, lane, 1);
+  } else {
+    ++tile.segments[tile.segment_count - 1].to;
+  }
+  step(run, at, 1);
+}
+
+// The next `size` pixels or vectors of pixels.
+void fill(const Run& run, RowTile& tile, Cursor& at, std::int64_t size) {
+  tile.pointers = tile.segment_count = 0;
+  tile.first_row = run.height;
+  tile.last_row = 0;
+  if (run.plan.method == Method::filters_in_lanes) {
+    for (std::int64_t i = 0; i < size; ++i) add_pixel(run, tile, at);
+    tile.first[ceil_div(size, run.table.lanes)] = tile.segment_count;
+  } else {
+    for (std::int64_t v = 0; v < size; ++v) {
+      tile.first[v] = tile.segment_count;
+      add_window(run, tile, at);
+    }
+    tile.first[size] = tile.segment_count;
+  }
+  const Shape& s = run.plan.shape;
+  const auto input_row = [&s](std::int64_t y, std::int64_t kh) {
+    return y * s.stride_h - s.padding.top + kh * s.dilation_h;
+  };
+  std::int64_t &begin = tile.kernel_begin = 0, &end = tile.kernel_end = s.kernel_h;
+  while (begin < end && input_row(tile.last_row, begin) < 0) ++begin;
+  while (begin < end && input_row(tile.first_row, end - 1) >= s.height) --end;
+}
+
+// Calls the kernels for one tile of filters and one of pixels after the other.
+class Caller {
+ public:
+  explicit Caller(const Run& run) : run_(run), blocks_(run.plan.method == Method::filters_in_lanes), call_(run.call) {
+    const Shape& s = run.plan.shape;
+    group_filters_ = s.filters / s.groups;
+    parts_ = blocks_ ? blocks_per_group(run.plan) : group_filters_;
+    unit_ = blocks_ ? kBlock : 1;
+  }
+
+  void choose_filters(std::int64_t index) {
+    const std::int64_t group = index / run_.group_tiles, kernel_h = run_.plan.shape.kernel_h;
+    part_ = part_of(parts_, run_.group_tiles, index % run_.group_tiles);
+    rows_ = run_.rows + group * (kernel_h + 1);
+    const std::int64_t columns = rows_[kernel_h] - rows_[0], begin = part_.begin * unit_;
+    const std::int64_t filter = group * group_filters_ + begin;
+    panel_ = run_.weights + rows_[0] * parts_ * unit_ + begin * columns;
+    call_.block = columns * kBlock;
+    call_.bias = run_.bias + group * parts_ * unit_ + begin;
+    call_.filters = static_cast<int>(std::min(part_.size * unit_, group_filters_ - begin));
+    call_.out = run_.call.out + filter * call_.out_plane;
+    if (call_.residual != nullptr) call_.residual = run_.call.residual + filter * call_.residual_plane;
+  }
+
+  std::int64_t columns_of_group() const { return rows_[run_.plan.shape.kernel_h] - rows_[0]; }
+  std::int64_t panel_bytes() const {
+    return columns_of_group() * part_.size * unit_ * static_cast<std::int64_t>(sizeof(float));
+  }
+
+  // All columns that the tile needs.
+  void whole(const RowTile& tile, std::int64_t pixels, const float* ahead) {
+    call_.sums = nullptr;
+    call_.resumes = call_.stops = false;
+    call_.later[0] = kWeightsAhead;
+    call_.later[1] = (part_.size - 1) * call_.block + kWeightsAhead;
+    columns(tile, pixels, ahead, rows_[tile.kernel_begin], rows_[tile.kernel_end]);
+  }
+
+  // Columns [begin, end) of the group, of those that the tile needs. Calls 0, 1, ... for the same columns prefetch the
+  // weights of the next ones, two blocks each, so that these arrive at an even pace.
+  void chunk(const RowTile& tile, std::int64_t pixels, std::int64_t call, float* sums, std::int64_t begin,
+             std::int64_t end) {
+    call_.sums = sums;
+    call_.resumes = begin > 0;
+    call_.stops = end < columns_of_group();
+    const std::int64_t next = (call_.stops ? end : part_.size * columns_of_group()) - begin;
+    for (const std::int64_t i : {0, 1}) {
+      call_.later[i] = 2 * call + i < part_.size ? next * kBlock + (2 * call + i) * call_.block : 0;
+    }
+    const std::int64_t from = std::max<std::int64_t>(rows_[0] + begin, rows_[tile.kernel_begin]),
+                       to = std::min<std::int64_t>(rows_[0] + end, rows_[tile.kernel_end]);
+    columns(tile, pixels, tile.x[0], from, std::max(from, to));
+  }
+
+ private:
+  void columns(const RowTile& tile, std::int64_t pixels, const float* ahead, std::int64_t begin, std::int64_t end) {
+    call_.tile = &tile;
+    call_.ahead = ahead;
+    call_.offsets = run_.offsets + begin;
+    call_.columns = end - begin;
+    call_.weights = panel_ + (begin - rows_[0]) * (blocks_ ? kBlock : part_.size);
+    (blocks_ ? run_.table.filters_in_lanes[pixels - 1][part_.size - 1]
+             : run_.table.pixels_in_lanes[static_cast<int>(load_of(run_.plan))][part_.size - 1][pixels - 1])(call_);
+  }
+
+  const Run& run_;
+  const bool blocks_;
+  Call call_;
+  std::int64_t group_filters_, parts_, unit_;  // parts: filters or blocks of them in a group, of `unit` filters
+  Part part_ = {};
+  const std::int32_t* rows_ = nullptr;
+  const float* panel_ = nullptr;
+};
+
+std::int64_t tile_size(const Run& run, std::int64_t tile) { return part_of(run.pixels, run.pixel_tiles, tile).size; }
+
+Cursor tile_begin(const Run& run, std::int64_t tile) {
+  return cursor_at(run, part_of(run.pixels, run.pixel_tiles, tile).begin);
+}
+
+// Tile of pixels by tile of pixels, with all filters: weights come from the second-level cache, pixels from the first.
+void run_tiles(const Run& run, const Part& pixel_tiles, const Part& filter_tiles) {
+  RowTile tiles[2];
+  Caller caller(run);
+  Cursor at = tile_begin(run, pixel_tiles.begin);
+  const std::int64_t end = pixel_tiles.begin + pixel_tiles.size;
+  fill(run, tiles[pixel_tiles.begin % 2], at, tile_size(run, pixel_tiles.begin));
+  for (std::int64_t t = pixel_tiles.begin; t < end; ++t) {
+    const RowTile& tile = tiles[t % 2];
+    RowTile& next = tiles[(t + 1) % 2];
+    if (t + 1 < end) fill(run, next, at, tile_size(run, t + 1));
+    const RowTile& later = t + 1 < end ? next : tile;
+    for (std::int64_t i = filter_tiles.begin; i < filter_tiles.begin + filter_tiles.size; ++i) {
+      caller.choose_filters(i);
+      caller.whole(tile, tile_size(run, t), later.x[i % later.pointers]);
     }
   }
-  tile.first[ceil_div(part.size, lanes)] = count;
 }
 
-RowRange fill(const Run& run, Tile& tile, const Part& part) {
-  RowRange range;
-  if (run.plan.method == Method::filters_in_lanes) {
-    add_pixels(run, tile, range, part);
-    return range;
-  }
-  int count = 0;
-  for (int v = 0; v < part.size; ++v) {
-    tile.first[v] = count;
-    add_window(run, tile, v, count, range, part.begin + v);
-  }
-  tile.first[part.size] = count;
-  return range;
-}
-
-// The kernel rows that some output row of the range needs: [begin, end).
-void kernel_rows(const Shape& s, const RowRange& range, std::int64_t& begin, std::int64_t& end) {
-  begin = 0;
-  end = s.kernel_h;
-  while (begin < end && range.last * s.stride_h - s.padding.top + begin * s.dilation_h < 0) ++begin;
-  while (begin < end && range.first * s.stride_h - s.padding.top + (end - 1) * s.dilation_h >= s.height) --end;
-}
-
-void run_tiles(const Run& run, const Part& pixel_tiles, const Part& filter_tiles) {
-  const Shape& s = run.plan.shape;
-  const bool blocks = run.plan.method == Method::filters_in_lanes;
-  const std::int64_t group_filters = s.filters / s.groups;
-  const std::int64_t group_parts = blocks ? blocks_per_group(run.plan) : group_filters;
-  const std::int64_t padded_filters = blocks ? group_parts * kBlock : group_filters;
-  const auto load = static_cast<int>(load_of(run.plan));
-  Tile tile;
-  Call call = run.call;
-  call.tile = &tile;
-  for (std::int64_t t = pixel_tiles.begin; t < pixel_tiles.begin + pixel_tiles.size; ++t) {
-    const Part pixels = part_of(run.pixels, run.pixel_tiles, t);
-    const RowRange range = fill(run, tile, pixels);
-    std::int64_t kh_begin = 0, kh_end = 0;
-    kernel_rows(s, range, kh_begin, kh_end);
-    for (std::int64_t i = filter_tiles.begin; i < filter_tiles.begin + filter_tiles.size; ++i) {
-      const std::int64_t group = i / run.group_tiles;
-      const Part part = part_of(group_parts, run.group_tiles, i % run.group_tiles);  // filters or blocks
-      const std::int32_t* rows = run.rows + group * (s.kernel_h + 1);
-      const std::int64_t first = rows[0], columns = rows[s.kernel_h] - first, skipped = rows[kh_begin] - first;
-      const std::int64_t unit = blocks ? kBlock : 1, begin = part.begin * unit;
-      call.offsets = run.offsets + first + skipped;
-      call.columns = rows[kh_end] - rows[kh_begin];
-      call.weights = run.weights + first * padded_filters + begin * columns + skipped * (blocks ? kBlock : part.size);
-      call.block = columns * kBlock;
-      call.bias = run.bias + group * padded_filters + begin;
-      call.filters = static_cast<int>(std::min(part.size * unit, group_filters - begin));
-      const std::int64_t filter = group * group_filters + begin;
-      call.out = run.call.out + filter * call.out_plane;
-      if (call.residual != nullptr) call.residual = run.call.residual + filter * call.residual_plane;
-      (blocks ? run.table.filters_in_lanes[pixels.size - 1][part.size - 1]
-              : run.table.pixels_in_lanes[load][part.size - 1][pixels.size - 1])(call);
+// Tile of filters by tile of filters: a piece of their weights that fits into the first-level cache meets some tiles of
+// pixels before the next piece, so that weights from farther away arrive while others are computed with.
+void run_chunks(const Run& run, const Part& pixel_tiles, const Part& filter_tiles) {
+  constexpr int kTogether = 8;
+  RowTile tiles[kTogether];
+  alignas(64) float sums[kTogether][24 * kMaxLanes];
+  static_assert(24 * kMaxLanes >= kBlock * kMaxBlocks, "a tile of one pixel has the most filters");
+  Caller caller(run);
+  for (std::int64_t i = filter_tiles.begin; i < filter_tiles.begin + filter_tiles.size; ++i) {
+    caller.choose_filters(i);
+    const std::int64_t columns = std::max<std::int64_t>(1, caller.columns_of_group());
+    const std::int64_t chunk = std::max<std::int64_t>(32, columns * kChunkBytes / caller.panel_bytes());
+    Cursor at = tile_begin(run, pixel_tiles.begin);
+    for (std::int64_t done = 0; done < pixel_tiles.size; done += kTogether) {
+      const std::int64_t together = std::min<std::int64_t>(kTogether, pixel_tiles.size - done),
+                         first = pixel_tiles.begin + done;
+      for (std::int64_t t = 0; t < together; ++t) fill(run, tiles[t], at, tile_size(run, first + t));
+      for (std::int64_t k = 0; k < columns; k += chunk) {
+        for (std::int64_t t = 0; t < together; ++t) {
+          caller.chunk(tiles[t], tile_size(run, first + t), t, sums[t], k, std::min(k + chunk, columns));
+        }
+      }
     }
   }
 }
@@ -196,7 +323,7 @@ void cut(Run& run) {
   const Plan& plan = run.plan;
   if (plan.method == Method::filters_in_lanes) {
     run.pixels = run.images * run.height * run.width;
-    run.pixel_tiles = pixel_tiles(plan, run.table, run.images);
+    run.pixel_tiles = pixel_tiles(plan, run.images);
     const std::int64_t most = max_blocks(run.table, ceil_div(run.pixels, run.pixel_tiles));
     run.group_tiles = ceil_div(blocks_per_group(plan), most);
   } else {
@@ -250,9 +377,15 @@ void run(const Plan& plan, const void* packed, std::int64_t images, const float*
   const std::int64_t pixel_parts = std::min(run.pixel_tiles, ceil_div(wanted, filter_parts));
   filter_parts = std::min(run.filter_tiles, std::max(filter_parts, ceil_div(wanted, pixel_parts)));
   const int used = wanted == 1 ? 1 : threads;
+  const bool chunks = plan.method == Method::filters_in_lanes && run.filter_tiles * tile_bytes > kPanelBytes;
   parallel_for(filter_parts * pixel_parts, used, [&](std::int64_t task) {
-    run_tiles(run, part_of(run.pixel_tiles, pixel_parts, task % pixel_parts),
-              part_of(run.filter_tiles, filter_parts, task / pixel_parts));
+    const Part pixels = part_of(run.pixel_tiles, pixel_parts, task % pixel_parts),
+               filters = part_of(run.filter_tiles, filter_parts, task / pixel_parts);
+    if (chunks && pixels.size > 1) {
+      run_chunks(run, pixels, filters);
+    } else {
+      run_tiles(run, pixels, filters);
+    }
   });
 }
 

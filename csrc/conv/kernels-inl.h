@@ -131,8 +131,10 @@ void pixels_in_lanes(const Call& call) {
   constexpr int kPointers = load == Load::stretch ? kVectors : 2 * kVectors;
   const float* x[kPointers];
   unrolled<kPointers>([&](auto i) { x[i] = call.tile->x[i]; });
-  const float* w = call.weights;
+  const float *w = call.weights, *ahead = call.ahead;
+#pragma GCC unroll 2
   for (const std::int32_t *offset = call.offsets, *end = offset + call.columns; offset != end; ++offset) {
+    __builtin_prefetch(at(ahead, *offset));
     Reg pixels[kVectors];
     unrolled<kVectors>([&](auto v) { pixels[v] = load_pixels<load>(x, v, *offset); });
     unrolled<kFilters>([&](auto f) {
@@ -142,28 +144,30 @@ void pixels_in_lanes(const Call& call) {
     w += kFilters;
   }
   unrolled<kVectors>([&](auto v) {
-    const Tile& tile = *call.tile;
-    const Segment& s = tile.segments[tile.first[v]];
-    const bool one = tile.first[v + 1] - tile.first[v] == 1;
-    if (one && call.clamps && (N::kMasked || s.to - s.from == N::kLanes)) {
-      const auto mask = N::mask(s.from, s.to);
-      if (call.residual != nullptr) {
-        const float* residual = call.residual + s.residual;
+    const Segment* first = call.tile->segments + call.tile->first[v];
+    const Segment* last = call.tile->segments + call.tile->first[v + 1];
+    if (call.clamps && (N::kMasked || (last - first == 1 && first->to - first->from == N::kLanes))) {
+      for (const Segment* s = first; call.residual != nullptr && s != last; ++s) {
+        const auto mask = N::mask(s->from, s->to);
+        const float* residual = call.residual + s->residual;
         unrolled<kFilters>([&](auto f) {
           sum[f][v] = N::add(sum[f][v], N::kMasked ? N::load_masked(residual, mask) : N::load(residual));
           residual += call.residual_plane;
         });
       }
-      float* out = call.out + s.out;
-      unrolled<kFilters>([&](auto f) {
-        const Reg result = clamp(sum[f][v], call.low, call.high);
-        if (N::kMasked) {
-          N::store_masked(out, mask, result);
-        } else {
-          N::store(out, result);
-        }
-        out += call.out_plane;
-      });
+      unrolled<kFilters>([&](auto f) { sum[f][v] = clamp(sum[f][v], call.low, call.high); });
+      for (const Segment* s = first; s != last; ++s) {
+        const auto mask = N::mask(s->from, s->to);
+        float* out = call.out + s->out;
+        unrolled<kFilters>([&](auto f) {
+          if (N::kMasked) {
+            N::store_masked(out, mask, sum[f][v]);
+          } else {
+            N::store(out, sum[f][v]);
+          }
+          out += call.out_plane;
+        });
+      }
     } else {
       alignas(64) float sums[kFilters * N::kLanes];
       unrolled<kFilters>([&](auto f) { N::store(sums + f * N::kLanes, sum[f][v]); });
@@ -207,16 +211,22 @@ void finish_pixels(const Call& call, const float* sums, int width) {
 template <int kPixels, int kBlocks>
 void filters_in_lanes(const Call& call) {
   constexpr int kParts = kBlock / N::kLanes, kVectors = kBlocks * kParts;
+  constexpr int kWidth = kVectors * N::kLanes;
   Reg sum[kPixels][kVectors];
-  unrolled<kVectors>([&](auto j) {
-    const Reg bias = N::load(call.bias + j * N::kLanes);
-    unrolled<kPixels>([&](auto m) { sum[m][j] = bias; });
-  });
+  // Either one bias for all pixels or sums of each.
+  const float* begin = call.resumes ? call.sums : call.bias;
+  const std::int64_t pitch = call.resumes ? kWidth : 0;
+  unrolled<kPixels>(
+      [&](auto m) { unrolled<kVectors>([&](auto j) { sum[m][j] = N::load(begin + m * pitch + j * N::kLanes); }); });
   const float* x[kPixels];
   unrolled<kPixels>([&](auto m) { x[m] = call.tile->x[m]; });
-  const float* w = call.weights;
-  const std::int64_t block = call.block;
+  const float *w = call.weights, *ahead = call.ahead;
+  const std::int64_t block = call.block, later = call.later[0], latest = call.later[1];
+#pragma GCC unroll 2
   for (const std::int32_t *offset = call.offsets, *end = offset + call.columns; offset != end; ++offset) {
+    __builtin_prefetch(w + later);
+    __builtin_prefetch(w + latest);
+    __builtin_prefetch(at(ahead, *offset));
     Reg weights[kVectors];
     unrolled<kVectors>([&](auto j) { weights[j] = N::load(w + (j / kParts) * block + (j % kParts) * N::kLanes); });
     const std::int64_t bytes = *offset;
@@ -226,10 +236,11 @@ void filters_in_lanes(const Call& call) {
     });
     w += kBlock;
   }
-  alignas(64) float sums[kPixels * kVectors * N::kLanes];
+  alignas(64) float own[kPixels * kWidth];
+  float* sums = call.sums != nullptr ? call.sums : own;
   unrolled<kPixels>(
-      [&](auto m) { unrolled<kVectors>([&](auto j) { N::store(sums + (m * kVectors + j) * N::kLanes, sum[m][j]); }); });
-  finish_pixels<kPixels>(call, sums, kVectors * N::kLanes);
+      [&](auto m) { unrolled<kVectors>([&](auto j) { N::store(sums + m * kWidth + j * N::kLanes, sum[m][j]); }); });
+  if (!call.stops) finish_pixels<kPixels>(call, sums, kWidth);
 }
 
 // ---- the table ------------------------------------------------------------------------------------------------------

@@ -35,12 +35,18 @@ struct Call {
   const Tile* tile;
   const std::int32_t* offsets;  // of the columns to add up, relative to tile->x
   std::int64_t columns;
-  const float* weights;  // pixels_in_lanes: (columns, filters); filters_in_lanes: (columns, kBlock) per block
-  std::int64_t block;    // filters_in_lanes: how far apart the blocks lie
-  const float* bias;     // one per filter, whole blocks for filters_in_lanes
-  int filters;           // that exist in this tile
-  int pixels;            // filters_in_lanes
-  float* out;            // at (0, p, 0, 0) for the first filter p of the tile
+  const float* weights;   // pixels_in_lanes: (columns, filters); filters_in_lanes: (columns, kBlock) per block
+  std::int64_t block;     // filters_in_lanes: how far apart the blocks lie
+  const float* ahead;     // pixels that a later tile reads: prefetched at the same offsets
+  std::int64_t later[2];  // filters_in_lanes: weights so far on from those of a column are prefetched too
+  const float* bias;      // one per filter, whole blocks for filters_in_lanes
+  int filters;            // that exist in this tile
+  // filters_in_lanes may take the columns in several calls: what was summed lies in `sums` (pixels, filters of the
+  // blocks); the first call begins with the bias (resumes is false) and the last one stores the result (stops is
+  // false).
+  float* sums;  // null for one call
+  bool resumes, stops;
+  float* out;  // at (0, p, 0, 0) for the first filter p of the tile
   std::int64_t out_plane;
   const float* residual;  // likewise, or null
   std::int64_t residual_plane;

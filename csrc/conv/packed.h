@@ -29,7 +29,8 @@ std::int64_t max_vectors(const Kernels& table, Load load, std::int64_t filters);
 std::int64_t max_filters(const Kernels& table, Load load);
 std::int64_t max_blocks(const Kernels& table, std::int64_t pixels);
 std::int64_t blocks_per_group(const Plan& plan);
-std::int64_t pixel_tiles(const Plan& plan, const Kernels& table, std::int64_t images);
+// Tiles of filters_in_lanes: of exactly tile_pixels when that divides the width, else of about equal sizes.
+std::int64_t pixel_tiles(const Plan& plan, std::int64_t images);
 
 // Packed weights, one after the other, each at a multiple of kAlignment:
 //   header

@@ -67,7 +67,7 @@ double over_parts(std::int64_t count, std::int64_t parts, Cost cost) {
 
 double pixels_cycles(const Plan& plan, const Kernels& table) {
   const Load load = load_of(plan);
-  const std::int64_t windows = ceil_div(window_count(plan, table.lanes, 1), 1);
+  const std::int64_t windows = window_count(plan, table.lanes, plan.images);
   const double columns = static_cast<double>(plan.columns) / static_cast<double>(plan.shape.groups);
   const double group = over_parts(plan.shape.filters / plan.shape.groups, plan.filter_tiles, [&](std::int64_t filters) {
     const std::int64_t most = max_vectors(table, load, filters);
@@ -83,15 +83,29 @@ double pixels_cycles(const Plan& plan, const Kernels& table) {
   return group * static_cast<double>(plan.shape.groups);
 }
 
+// The share of the kernel rows that an output row needs on the average; the others meet nothing but padding.
+double kernel_row_share(const Shape& s) {
+  std::int64_t needed = 0;
+  for (std::int64_t y = 0; y < s.out_height(); ++y) {
+    for (std::int64_t kh = 0; kh < s.kernel_h; ++kh) {
+      const std::int64_t from = y * s.stride_h - s.padding.top + kh * s.dilation_h;
+      if (from >= 0 && from < s.height) ++needed;
+    }
+  }
+  return static_cast<double>(needed) / static_cast<double>(s.out_height() * s.kernel_h);
+}
+
 double filters_cycles(const Plan& plan, const Kernels& table) {
-  const std::int64_t pixels = plan.shape.out_height() * plan.shape.out_width();
-  const double columns = static_cast<double>(plan.columns) / static_cast<double>(plan.shape.groups);
+  const std::int64_t pixels = plan.images * plan.shape.out_height() * plan.shape.out_width();
+  const bool in_row = plan.shape.out_width() % plan.tile_pixels == 0;
+  const double columns = static_cast<double>(plan.columns) / static_cast<double>(plan.shape.groups) *
+                         (in_row ? kernel_row_share(plan.shape) : 1);
   const int parts = kBlock / table.lanes;
-  const double cycles = over_parts(pixels, pixel_tiles(plan, table, 1), [&](std::int64_t m) {
+  const double cycles = over_parts(pixels, pixel_tiles(plan, plan.images), [&](std::int64_t m) {
     const std::int64_t blocks = blocks_per_group(plan);
     return over_parts(blocks, ceil_div(blocks, max_blocks(table, m)), [&](std::int64_t b) {
       const auto pixel = static_cast<double>(m), vectors = static_cast<double>(b * parts);
-      return 60 + columns * step_cycles(pixel * vectors, pixel + vectors, 0) + 160 * static_cast<double>(b);
+      return 60 + columns * step_cycles(pixel * vectors, pixel + 2 * vectors, 0) + 160 * static_cast<double>(b);
     });
   });
   return cycles * static_cast<double>(plan.shape.groups);
@@ -101,13 +115,15 @@ void consider(Plan& best, const Plan& other) {
   if (best.cycles == 0 || other.cycles < best.cycles) best = other;
 }
 
-Plan start(const Shape& shape, const Pitch& in, std::int64_t columns, Isa isa) {
+Plan start(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa) {
+  ACF_CHECK(images >= 1 && images <= kMaxSize, "images must be from 1 to ", kMaxSize, ", got ", images);
   check(shape, in, columns);
   kernels(isa);
   Plan plan;
   plan.shape = shape;
   plan.in = in;
   plan.isa = isa;
+  plan.images = images;
   plan.columns = columns;
   return plan;
 }
@@ -131,9 +147,15 @@ Plan best_pixels(Plan plan) {
 }
 
 Plan best_filters(Plan plan) {
+  const Kernels& table = kernels(plan.isa);
   plan.method = Method::filters_in_lanes;
-  plan.cycles = filters_cycles(plan, kernels(plan.isa));
-  return plan;
+  Plan best = plan;
+  for (plan.tile_pixels = 1; plan.tile_pixels <= kMaxPixels && max_blocks(table, plan.tile_pixels) > 0;
+       ++plan.tile_pixels) {
+    plan.cycles = filters_cycles(plan, table);
+    consider(best, plan);
+  }
+  return best;
 }
 
 std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -235,25 +257,19 @@ std::int64_t max_blocks(const Kernels& table, std::int64_t pixels) {
 
 std::int64_t blocks_per_group(const Plan& plan) { return ceil_div(plan.shape.filters / plan.shape.groups, kBlock); }
 
-std::int64_t pixel_tiles(const Plan& plan, const Kernels& table, std::int64_t images) {
-  std::int64_t most = kMaxPixels;
-  while (max_blocks(table, most) == 0) --most;
-  const std::int64_t pixels = images * plan.shape.out_height() * plan.shape.out_width();
-  for (std::int64_t m = most; m > most / 2; --m) {
-    if (plan.shape.out_width() % m == 0) return pixels / m;
-  }
-  return ceil_div(pixels, most);
+std::int64_t pixel_tiles(const Plan& plan, std::int64_t images) {
+  return ceil_div(images * plan.shape.out_height() * plan.shape.out_width(), plan.tile_pixels);
 }
 
-Plan plan(const Shape& shape, const Pitch& in, std::int64_t columns, Isa isa, Method method) {
-  const Plan start_plan = start(shape, in, columns, isa);
-  return method == Method::pixels_in_lanes ? best_pixels(start_plan) : best_filters(start_plan);
+Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa, Method method) {
+  const Plan empty = start(shape, in, images, columns, isa);
+  return method == Method::pixels_in_lanes ? best_pixels(empty) : best_filters(empty);
 }
 
-Plan plan(const Shape& shape, const Pitch& in, std::int64_t columns, Isa isa) {
-  const Plan start_plan = start(shape, in, columns, isa);
-  Plan best = best_filters(start_plan);
-  if (shape.stride_w <= 2) consider(best, best_pixels(start_plan));
+Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa) {
+  const Plan empty = start(shape, in, images, columns, isa);
+  Plan best = best_filters(empty);
+  if (shape.stride_w <= 2) consider(best, best_pixels(empty));
   return best;
 }
 

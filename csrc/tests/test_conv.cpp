@@ -93,10 +93,10 @@ std::vector<std::int64_t> random_columns(Random& random, const Shape& shape, dou
 // All ways in which an ISA can compute the problem.
 std::vector<Plan> plans(const Problem& problem, const Pitch& pitch, Isa isa) {
   const auto count = static_cast<std::int64_t>(problem.columns.size());
-  std::vector<Plan> all = {plan(problem.shape, pitch, count, isa),
-                           plan(problem.shape, pitch, count, isa, Method::filters_in_lanes)};
+  std::vector<Plan> all = {plan(problem.shape, pitch, problem.images, count, isa),
+                           plan(problem.shape, pitch, problem.images, count, isa, Method::filters_in_lanes)};
   if (problem.shape.stride_w > 2) return all;
-  Plan pixels = plan(problem.shape, pitch, count, isa, Method::pixels_in_lanes);
+  Plan pixels = plan(problem.shape, pitch, problem.images, count, isa, Method::pixels_in_lanes);
   const std::int64_t filters = problem.shape.filters / problem.shape.groups;
   for (const Window window : {Window::flat, Window::rows, Window::halves}) {
     pixels.window = window;
@@ -343,7 +343,7 @@ ACF_TEST(residual_may_be_the_output) {
   in.fill(random);
   for (const Isa isa : supported_isas()) {
     for (const Method method : {Method::pixels_in_lanes, Method::filters_in_lanes}) {
-      const Plan way = plan(s, in.layout.pitch, 6, isa, method);
+      const Plan way = plan(s, in.layout.pitch, 2, 6, isa, method);
       AlignedBytes packed(packed_size(way));
       pack(way, columns.data(), weights.data(), nullptr, packed.data());
       Tensor residual(2, s.filters, s.height, s.width, {1, 1, 1, 1}), apart = residual;
@@ -371,7 +371,7 @@ ACF_TEST(activations_hold_at_the_ends_of_their_range) {
     for (const Activation activation : kActivations) {
       Tensor in(1, 1, 1, count, {}), out(1, 1, 1, count, {});
       for (std::int64_t i = 0; i < count; ++i) in.at(0, 0, 0, i) = values[static_cast<std::size_t>(i)];
-      const Plan way = plan(s, in.layout.pitch, 1, isa);
+      const Plan way = plan(s, in.layout.pitch, 1, 1, isa);
       AlignedBytes packed(packed_size(way));
       pack(way, &column, &one, nullptr, packed.data());
       Epilogue epilogue;
@@ -424,18 +424,20 @@ ACF_TEST(what_cannot_be_computed_is_refused) {
     change(changed);
     return changed;
   };
-  EXPECT_THROWS(plan(with([](Shape& c) { c.stride_h = 0; }), pitch, 36, isa), std::invalid_argument, "got 0");
-  EXPECT_THROWS(plan(with([](Shape& c) { c.padding.left = -1; }), pitch, 36, isa), std::invalid_argument, "got -1");
-  EXPECT_THROWS(plan(with([](Shape& c) { c.groups = 3; }), pitch, 36, isa), std::invalid_argument, "got 3");
-  EXPECT_THROWS(plan(with([](Shape& c) { c.kernel_h = 11; }), pitch, 36, isa), std::invalid_argument, "does not fit");
-  EXPECT_THROWS(plan(s, pitch, 37, isa), std::invalid_argument, "from 0 to 36, got 37");
-  EXPECT_THROWS(plan(s, {8, 81, 324}, 36, isa), std::invalid_argument, "at least the width and its padding, 9, got 8");
-  EXPECT_THROWS(plan(s, {9, 80, 320}, 36, isa), std::invalid_argument, "got 80");
-  EXPECT_THROWS(plan(s, {9, std::int64_t{1} << 27, 1}, 36, isa), std::invalid_argument, "elements");
-  EXPECT_THROWS(plan(with([](Shape& c) { c.stride_w = 3; }), pitch, 36, isa, Method::pixels_in_lanes),
+  EXPECT_THROWS(plan(with([](Shape& c) { c.stride_h = 0; }), pitch, 1, 36, isa), std::invalid_argument, "got 0");
+  EXPECT_THROWS(plan(with([](Shape& c) { c.padding.left = -1; }), pitch, 1, 36, isa), std::invalid_argument, "got -1");
+  EXPECT_THROWS(plan(with([](Shape& c) { c.groups = 3; }), pitch, 1, 36, isa), std::invalid_argument, "got 3");
+  EXPECT_THROWS(plan(with([](Shape& c) { c.kernel_h = 11; }), pitch, 1, 36, isa), std::invalid_argument,
+                "does not fit");
+  EXPECT_THROWS(plan(s, pitch, 1, 37, isa), std::invalid_argument, "from 0 to 36, got 37");
+  EXPECT_THROWS(plan(s, {8, 81, 324}, 1, 36, isa), std::invalid_argument,
+                "at least the width and its padding, 9, got 8");
+  EXPECT_THROWS(plan(s, {9, 80, 320}, 1, 36, isa), std::invalid_argument, "got 80");
+  EXPECT_THROWS(plan(s, {9, std::int64_t{1} << 27, 1}, 1, 36, isa), std::invalid_argument, "elements");
+  EXPECT_THROWS(plan(with([](Shape& c) { c.stride_w = 3; }), pitch, 1, 36, isa, Method::pixels_in_lanes),
                 std::invalid_argument, "stride of 1 or 2, got 3");
   const Isa elsewhere = supported_isas().back() == Isa::neon ? Isa::avx2 : Isa::neon;
-  EXPECT_THROWS(plan(s, pitch, 36, elsewhere), std::invalid_argument, "cannot run the ISA");
+  EXPECT_THROWS(plan(s, pitch, 1, 36, elsewhere), std::invalid_argument, "cannot run the ISA");
 }
 
 ACF_TEST(weights_packed_for_another_plan_are_refused) {
@@ -446,7 +448,7 @@ ACF_TEST(weights_packed_for_another_plan_are_refused) {
   const Pitch pitch = layout(1, 4, 8, 8, {}).pitch;
   const std::vector<std::int64_t> columns = {0, 2, 3};
   const std::vector<float> weights(15, 1.0f);
-  const Plan way = plan(s, pitch, 3, Isa::generic);
+  const Plan way = plan(s, pitch, 1, 3, Isa::generic);
   AlignedBytes packed(packed_size(way));
   pack(way, columns.data(), weights.data(), nullptr, packed.data());
   Tensor in(1, 4, 8, 8, {}), out(1, 5, 8, 8, {});
