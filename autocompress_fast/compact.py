@@ -168,12 +168,12 @@ class EmptyLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, P, ...), what the layer would put out for `x`."""
-        if self.linear:
-            return self.value.expand(*x.shape[:-1], self.value.shape[0])
+        if self.linear:  # a copy: operators in place may follow
+            return self.value.expand(*x.shape[:-1], self.value.shape[0]).clone()
         first = x.dim() - self.dims
         sizes = [self._size(dim, x.shape[first + dim]) for dim in range(self.dims)]
         value = self.value.reshape(-1, *[1] * self.dims)
-        return value.expand(*x.shape[: first - 1], self.value.shape[0], *sizes)
+        return value.expand(*x.shape[: first - 1], self.value.shape[0], *sizes).clone()
 
     def _size(self, dim: int, size: int) -> int:
         """Of the output along a dimension in which the input has this size."""

@@ -280,13 +280,12 @@ class Plan(Mapping[str, LayerPlan]):
             layer.name: self[layer.name].filters if layer.name in self else np.ones(layer.shape[0], bool)
             for layer in report.layers
         }
-        alive = channels.alive(filters)
+        lives = channels.lives(channels.alive(filters))
         own = {f"{layer.name}.{part}" for layer in report.layers for part in ("weight", "bias")}
         tied = {}
         for (name, dim), labels in channels.slices.items():
-            dead = channels.dead(labels, alive)
-            if name not in own and report.trace.tensors[name].is_floating_point() and dead.any():
-                tied[name] = (dim, ~dead)
+            if name not in own and not lives[labels].all() and report.trace.tensors[name].is_floating_point():
+                tied[name] = (dim, lives[labels])
         return Plan(self, tied, report.held)
 
     @classmethod

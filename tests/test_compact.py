@@ -811,7 +811,10 @@ def test_an_empty_layer_puts_out_what_the_layer_does_without_weights(layer, shap
     with torch.no_grad():
         layer.weight.zero_()
         x = torch.randn(shape)
-        assert torch.equal(EmptyLayer(layer)(x), layer(x))
+        empty = EmptyLayer(layer)
+        assert torch.equal(empty(x), layer(x))
+        empty(x).add_(1)  # what follows may work in place
+        assert torch.equal(empty(x), layer(x))
     assert sorted(EmptyLayer(layer).state_dict()) == (["value"] if layer.bias is not None else [])
 
 

@@ -109,14 +109,13 @@ class Channels:
             alive[join.first : join.first + a.size] = result
         return alive
 
-    def dead(self, labels: IntArray, alive: BoolArray) -> BoolArray:
-        """Which of these labels of a tensor are dead; a parameter's element is when its group has nothing alive."""
+    def lives(self, alive: BoolArray) -> BoolArray:
+        """(labels,) what stays of a tensor: what is alive; a parameter's element while its group has anything alive."""
         group_alive = np.zeros(self.group.size, bool)
         group_alive[self.group[alive & ~self.constant]] = True
         group_alive[DATA] = True
-        lives = np.where(self.constant[labels], group_alive[self.group[labels]], alive[labels])
-        dead: BoolArray = ~lives
-        return dead
+        lives: BoolArray = np.where(self.constant, group_alive[self.group], alive)
+        return lives
 
     def used(self, read: BoolArray) -> BoolArray:
         """(labels,) whether anybody reads it, when layers read those of `read`.

@@ -16,7 +16,7 @@ constexpr std::int64_t kPanelBytes = 512 << 10;
 // processor prefetches by itself ends at every page.
 constexpr std::int64_t kWeightsAhead = 512;
 // What a piece of weights may take of the first-level cache.
-constexpr std::int64_t kChunkBytes = 16 << 10;
+constexpr std::int64_t kChunkBytes = 128 << 10;
 // Fewer multiply-adds than this are not worth another thread.
 constexpr std::int64_t kTaskMacs = 500'000;
 constexpr std::int64_t kTasksPerThread = 4;
