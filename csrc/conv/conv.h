@@ -25,9 +25,9 @@
 //
 // A linear layer is a convolution of 1x1 planes; a depthwise one has as many groups as channels.
 //
-// Every output is one chain of multiply-adds in the order (kh, kw, c), which begins with the bias: the bits of the
-// result depend neither on the orientation nor on the threads or the batch, and are the same for all ISAs that fuse
-// multiply and add (all but generic).
+// Every output is one chain of multiply-adds that begins with the bias, in an order that only the shape and the kept
+// columns decide: the bits of the result depend neither on the orientation nor on the threads or the batch, and are the
+// same for all ISAs that fuse multiply and add (all but generic).
 #pragma once
 
 #include <cstddef>

@@ -16,7 +16,7 @@ constexpr std::int64_t kPanelBytes = 512 << 10;
 // processor prefetches by itself ends at every page.
 constexpr std::int64_t kWeightsAhead = 512;
 // What a piece of weights may take of the first-level cache.
-constexpr std::int64_t kChunkBytes = 128 << 10;
+constexpr std::int64_t kChunkBytes = 16 << 10;
 // Fewer multiply-adds than this are not worth another thread.
 constexpr std::int64_t kTaskMacs = 500'000;
 constexpr std::int64_t kTasksPerThread = 4;
@@ -34,6 +34,7 @@ struct Run {
   std::int64_t pixels, pixel_tiles;  // pixels or vectors of them, and into how many tiles they are cut
   std::int64_t filter_tiles;         // of all groups
   std::int64_t group_tiles;          // of one
+  const std::int32_t* groups;
   const std::int32_t* rows;
   const std::int32_t* offsets;
   const float* bias;
@@ -50,6 +51,7 @@ struct Cursor {
 struct RowTile : Tile {
   std::int64_t first_row, last_row, kernel_begin, kernel_end;
   int pointers, segment_count;
+  bool neighbours;  // in memory: the pixels of filters_in_lanes
 };
 
 // Where part `begin` of the pixels, or of their vectors, begins.
@@ -168,6 +170,7 @@ void fill(const Run& run, RowTile& tile, Cursor& at, std::int64_t size) {
     }
     tile.first[size] = tile.segment_count;
   }
+  tile.neighbours = tile.x[tile.pointers - 1] - tile.x[0] == tile.pointers - 1;
   const Shape& s = run.plan.shape;
   const auto input_row = [&s](std::int64_t y, std::int64_t kh) {
     return y * s.stride_h - s.padding.top + kh * s.dilation_h;
@@ -188,22 +191,31 @@ class Caller {
   }
 
   void choose_filters(std::int64_t index) {
-    const std::int64_t group = index / run_.group_tiles, kernel_h = run_.plan.shape.kernel_h;
+    const std::int64_t group = index / run_.group_tiles;
+    const std::int32_t* ends = run_.groups + 2 * group;
     part_ = part_of(parts_, run_.group_tiles, index % run_.group_tiles);
-    rows_ = run_.rows + group * (kernel_h + 1);
-    const std::int64_t columns = rows_[kernel_h] - rows_[0], begin = part_.begin * unit_;
-    const std::int64_t filter = group * group_filters_ + begin;
-    panel_ = run_.weights + rows_[0] * parts_ * unit_ + begin * columns;
-    call_.block = columns * kBlock;
+    columns_ = ends[2] - ends[0];
+    pieces_ = ends[3] - ends[1];
+    rows_ = run_.rows + ends[1] * (run_.plan.shape.kernel_h + 1);
+    const std::int64_t begin = part_.begin * unit_, filter = group * group_filters_ + begin;
+    call_.offsets = run_.offsets + ends[0];
+    call_.weights = run_.weights + ends[0] * parts_ * unit_ + begin * columns_;
+    call_.block = columns_ * kBlock;
     call_.bias = run_.bias + group * parts_ * unit_ + begin;
     call_.filters = static_cast<int>(std::min(part_.size * unit_, group_filters_ - begin));
     call_.out = run_.call.out + filter * call_.out_plane;
     if (call_.residual != nullptr) call_.residual = run_.call.residual + filter * call_.residual_plane;
   }
 
-  std::int64_t columns_of_group() const { return rows_[run_.plan.shape.kernel_h] - rows_[0]; }
-  std::int64_t panel_bytes() const {
-    return columns_of_group() * part_.size * unit_ * static_cast<std::int64_t>(sizeof(float));
+  std::int64_t pieces() const { return pieces_; }
+
+  // The pieces from `piece` on that make up a chunk.
+  std::int64_t chunk_end(std::int64_t piece) const {
+    const std::int64_t most = kChunkBytes / (part_.size * kBlock * static_cast<std::int64_t>(sizeof(float)));
+    const std::int32_t begin = row(piece)[0];
+    std::int64_t end = piece + 1;
+    while (end < pieces_ && row(end)[run_.plan.shape.kernel_h] - begin <= most) ++end;
+    return end;
   }
 
   // All columns that the tile needs.
@@ -212,33 +224,41 @@ class Caller {
     call_.resumes = call_.stops = false;
     call_.later[0] = kWeightsAhead;
     call_.later[1] = (part_.size - 1) * call_.block + kWeightsAhead;
-    columns(tile, pixels, ahead, rows_[tile.kernel_begin], rows_[tile.kernel_end]);
+    add_up(tile, pixels, ahead, 0, pieces_);
   }
 
-  // Columns [begin, end) of the group, of those that the tile needs. Calls 0, 1, ... for the same columns prefetch the
-  // weights of the next ones, two blocks each, so that these arrive at an even pace.
+  // The columns of pieces [begin, end) that the tile needs. Calls 0, 1, ... for the same pieces prefetch the weights of
+  // the next ones, a block or two each, so that these arrive at an even pace.
   void chunk(const RowTile& tile, std::int64_t pixels, std::int64_t call, float* sums, std::int64_t begin,
              std::int64_t end) {
     call_.sums = sums;
     call_.resumes = begin > 0;
-    call_.stops = end < columns_of_group();
-    const std::int64_t next = (call_.stops ? end : part_.size * columns_of_group()) - begin;
-    for (const std::int64_t i : {0, 1}) {
-      call_.later[i] = 2 * call + i < part_.size ? next * kBlock + (2 * call + i) * call_.block : 0;
+    call_.stops = end < pieces_;
+    const std::int64_t next = (call_.stops ? row(end)[0] : part_.size * columns_) - row(begin)[0];
+    const std::int64_t each = tile.neighbours ? 2 : 1;
+    for (std::int64_t i = 0; i < each; ++i) {
+      const std::int64_t block = each * call + i;
+      call_.later[i] = block < part_.size ? next * kBlock + block * call_.block : 0;
     }
-    const std::int64_t from = std::max<std::int64_t>(rows_[0] + begin, rows_[tile.kernel_begin]),
-                       to = std::min<std::int64_t>(rows_[0] + end, rows_[tile.kernel_end]);
-    columns(tile, pixels, tile.x[0], from, std::max(from, to));
+    add_up(tile, pixels, tile.x[0], begin, end);
   }
 
  private:
-  void columns(const RowTile& tile, std::int64_t pixels, const float* ahead, std::int64_t begin, std::int64_t end) {
+  const std::int32_t* row(std::int64_t piece) const { return rows_ + piece * (run_.plan.shape.kernel_h + 1); }
+
+  void add_up(const RowTile& tile, std::int64_t pixels, const float* ahead, std::int64_t begin, std::int64_t end) {
+    const std::int64_t kernel_h = run_.plan.shape.kernel_h;
     call_.tile = &tile;
     call_.ahead = ahead;
-    call_.offsets = run_.offsets + begin;
-    call_.columns = end - begin;
-    call_.weights = panel_ + (begin - rows_[0]) * (blocks_ ? kBlock : part_.size);
-    (blocks_ ? run_.table.filters_in_lanes[pixels - 1][part_.size - 1]
+    call_.rows = row(begin) + tile.kernel_begin;
+    call_.row_count = tile.kernel_end - tile.kernel_begin;
+    call_.row_pitch = kernel_h + 1;
+    call_.pieces = end - begin;
+    if (call_.row_count == kernel_h) {  // pieces lie side by side: one run
+      call_.row_count = (end - begin) * (kernel_h + 1) - 1;
+      call_.pieces = 1;
+    }
+    (blocks_ ? run_.table.filters_in_lanes[tile.neighbours][pixels - 1][part_.size - 1]
              : run_.table.pixels_in_lanes[static_cast<int>(load_of(run_.plan))][part_.size - 1][pixels - 1])(call_);
   }
 
@@ -247,8 +267,8 @@ class Caller {
   Call call_;
   std::int64_t group_filters_, parts_, unit_;  // parts: filters or blocks of them in a group, of `unit` filters
   Part part_ = {};
+  std::int64_t columns_ = 0, pieces_ = 0;  // of the group
   const std::int32_t* rows_ = nullptr;
-  const float* panel_ = nullptr;
 };
 
 std::int64_t tile_size(const Run& run, std::int64_t tile) { return part_of(run.pixels, run.pixel_tiles, tile).size; }
@@ -286,16 +306,15 @@ void run_chunks(const Run& run, const Part& pixel_tiles, const Part& filter_tile
   Caller caller(run);
   for (std::int64_t i = filter_tiles.begin; i < filter_tiles.begin + filter_tiles.size; ++i) {
     caller.choose_filters(i);
-    const std::int64_t columns = std::max<std::int64_t>(1, caller.columns_of_group());
-    const std::int64_t chunk = std::max<std::int64_t>(32, columns * kChunkBytes / caller.panel_bytes());
     Cursor at = tile_begin(run, pixel_tiles.begin);
     for (std::int64_t done = 0; done < pixel_tiles.size; done += kTogether) {
       const std::int64_t together = std::min<std::int64_t>(kTogether, pixel_tiles.size - done),
                          first = pixel_tiles.begin + done;
       for (std::int64_t t = 0; t < together; ++t) fill(run, tiles[t], at, tile_size(run, first + t));
-      for (std::int64_t k = 0; k < columns; k += chunk) {
+      for (std::int64_t piece = 0, end = 0; piece < caller.pieces(); piece = end) {
+        end = caller.chunk_end(piece);
         for (std::int64_t t = 0; t < together; ++t) {
-          caller.chunk(tiles[t], tile_size(run, first + t), t, sums[t], k, std::min(k + chunk, columns));
+          caller.chunk(tiles[t], tile_size(run, first + t), t, sums[t], piece, end);
         }
       }
     }
@@ -357,6 +376,7 @@ void run(const Plan& plan, const void* packed, std::int64_t images, const float*
              0,
              0,
              0,
+             reinterpret_cast<const std::int32_t*>(bytes + layout.groups),
              reinterpret_cast<const std::int32_t*>(bytes + layout.rows),
              reinterpret_cast<const std::int32_t*>(bytes + layout.offsets),
              reinterpret_cast<const float*>(bytes + layout.bias),

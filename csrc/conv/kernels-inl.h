@@ -112,6 +112,18 @@ void finish_features(const Call& call, const Segment& segment, int lane, const f
   }
 }
 
+// body(offset, weights) for every column of the call, whose weights lie `width` apart.
+template <class Body>
+ACF_INLINE void each_column(const Call& call, int width, const Body& body) {
+  const std::int32_t* row = call.rows;
+  for (std::int64_t piece = 0; piece < call.pieces; ++piece, row += call.row_pitch) {
+    const float* w = call.weights + row[0] * width;
+    const std::int32_t *offset = call.offsets + row[0], *end = call.offsets + row[call.row_count];
+#pragma GCC unroll 2
+    for (; offset != end; ++offset, w += width) body(*offset, w);
+  }
+}
+
 // ---- pixels in lanes ------------------------------------------------------------------------------------------------
 
 template <Load load>
@@ -131,18 +143,16 @@ void pixels_in_lanes(const Call& call) {
   constexpr int kPointers = load == Load::stretch ? kVectors : 2 * kVectors;
   const float* x[kPointers];
   unrolled<kPointers>([&](auto i) { x[i] = call.tile->x[i]; });
-  const float *w = call.weights, *ahead = call.ahead;
-#pragma GCC unroll 2
-  for (const std::int32_t *offset = call.offsets, *end = offset + call.columns; offset != end; ++offset) {
-    __builtin_prefetch(at(ahead, *offset));
+  const float* ahead = call.ahead;
+  each_column(call, kFilters, [&](std::int64_t offset, const float* w) {
+    __builtin_prefetch(at(ahead, offset));
     Reg pixels[kVectors];
-    unrolled<kVectors>([&](auto v) { pixels[v] = load_pixels<load>(x, v, *offset); });
+    unrolled<kVectors>([&](auto v) { pixels[v] = load_pixels<load>(x, v, offset); });
     unrolled<kFilters>([&](auto f) {
       const Reg weight = N::broadcast(w + f);
       unrolled<kVectors>([&](auto v) { sum[f][v] = N::fma(weight, pixels[v], sum[f][v]); });
     });
-    w += kFilters;
-  }
+  });
   unrolled<kVectors>([&](auto v) {
     const Segment* first = call.tile->segments + call.tile->first[v];
     const Segment* last = call.tile->segments + call.tile->first[v + 1];
@@ -208,7 +218,9 @@ void finish_pixels(const Call& call, const float* sums, int width) {
   }
 }
 
-template <int kPixels, int kBlocks>
+// kRow: the pixels are neighbours in memory. One pointer for them instead of one for each leaves registers for those of
+// the prefetches.
+template <bool kRow, int kPixels, int kBlocks>
 void filters_in_lanes(const Call& call) {
   constexpr int kParts = kBlock / N::kLanes, kVectors = kBlocks * kParts;
   constexpr int kWidth = kVectors * N::kLanes;
@@ -218,24 +230,23 @@ void filters_in_lanes(const Call& call) {
   const std::int64_t pitch = call.resumes ? kWidth : 0;
   unrolled<kPixels>(
       [&](auto m) { unrolled<kVectors>([&](auto j) { sum[m][j] = N::load(begin + m * pitch + j * N::kLanes); }); });
-  const float* x[kPixels];
-  unrolled<kPixels>([&](auto m) { x[m] = call.tile->x[m]; });
-  const float *w = call.weights, *ahead = call.ahead;
+  constexpr int kPointers = kRow ? 1 : kPixels;
+  const float *x[kPointers], *ahead = call.ahead;
+  unrolled<kPointers>([&](auto m) { x[m] = call.tile->x[m]; });
   const std::int64_t block = call.block, later = call.later[0], latest = call.later[1];
-#pragma GCC unroll 2
-  for (const std::int32_t *offset = call.offsets, *end = offset + call.columns; offset != end; ++offset) {
+  each_column(call, kBlock, [&](std::int64_t offset, const float* w) {
     __builtin_prefetch(w + later);
-    __builtin_prefetch(w + latest);
-    __builtin_prefetch(at(ahead, *offset));
+    if (kRow) {
+      __builtin_prefetch(w + latest);
+      __builtin_prefetch(at(ahead, offset));
+    }
     Reg weights[kVectors];
     unrolled<kVectors>([&](auto j) { weights[j] = N::load(w + (j / kParts) * block + (j % kParts) * N::kLanes); });
-    const std::int64_t bytes = *offset;
     unrolled<kPixels>([&](auto m) {
-      const Reg pixel = N::broadcast(at(x[m], bytes));
+      const Reg pixel = N::broadcast(kRow ? at(x[0], offset) + m : at(x[kRow ? 0 : m], offset));
       unrolled<kVectors>([&](auto j) { sum[m][j] = N::fma(weights[j], pixel, sum[m][j]); });
     });
-    w += kBlock;
-  }
+  });
   alignas(64) float own[kPixels * kWidth];
   float* sums = call.sums != nullptr ? call.sums : own;
   unrolled<kPixels>(
@@ -253,10 +264,10 @@ constexpr Kernel pixels_kernel() {
     return nullptr;
   }
 }
-template <int kPixels, int kBlocks>
+template <bool kRow, int kPixels, int kBlocks>
 constexpr Kernel filters_kernel() {
   if constexpr (kBlocks <= N::max_blocks(kPixels)) {
-    return filters_in_lanes<kPixels, kBlocks>;
+    return filters_in_lanes<kRow, kPixels, kBlocks>;
   } else {
     return nullptr;
   }
@@ -274,15 +285,20 @@ constexpr Kernel filters_kernel() {
         ACF_VECTORS(load, 6), ACF_VECTORS(load, 7), ACF_VECTORS(load, 8), ACF_VECTORS(load, 9), ACF_VECTORS(load, 10), \
         ACF_VECTORS(load, 11), ACF_VECTORS(load, 12)                                                                   \
   }
-#define ACF_BLOCKS(m)                                                                                  \
-  {                                                                                                    \
-    filters_kernel<m, 1>(), filters_kernel<m, 2>(), filters_kernel<m, 3>(), filters_kernel<m, 4>(),    \
-        filters_kernel<m, 5>(), filters_kernel<m, 6>(), filters_kernel<m, 7>(), filters_kernel<m, 8>() \
+#define ACF_BLOCKS(row, m)                                                                     \
+  {                                                                                            \
+    filters_kernel<row, m, 1>(), filters_kernel<row, m, 2>(), filters_kernel<row, m, 3>(),     \
+        filters_kernel<row, m, 4>(), filters_kernel<row, m, 5>(), filters_kernel<row, m, 6>(), \
+        filters_kernel<row, m, 7>(), filters_kernel<row, m, 8>()                               \
   }
-#define ACF_KERNEL_TABLE                                                                                       \
-  {                                                                                                            \
-    N::kLanes, {ACF_FILTERS(Load::stretch), ACF_FILTERS(Load::halves), ACF_FILTERS(Load::strided)}, {          \
-      ACF_BLOCKS(1), ACF_BLOCKS(2), ACF_BLOCKS(3), ACF_BLOCKS(4), ACF_BLOCKS(5), ACF_BLOCKS(6), ACF_BLOCKS(7), \
-          ACF_BLOCKS(8)                                                                                        \
-    }                                                                                                          \
+#define ACF_PIXELS(row)                                                                                 \
+  {                                                                                                     \
+    ACF_BLOCKS(row, 1), ACF_BLOCKS(row, 2), ACF_BLOCKS(row, 3), ACF_BLOCKS(row, 4), ACF_BLOCKS(row, 5), \
+        ACF_BLOCKS(row, 6), ACF_BLOCKS(row, 7), ACF_BLOCKS(row, 8)                                      \
+  }
+#define ACF_KERNEL_TABLE                                                                              \
+  {                                                                                                   \
+    N::kLanes, {ACF_FILTERS(Load::stretch), ACF_FILTERS(Load::halves), ACF_FILTERS(Load::strided)}, { \
+      ACF_PIXELS(false), ACF_PIXELS(true)                                                             \
+    }                                                                                                 \
   }

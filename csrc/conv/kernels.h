@@ -33,8 +33,10 @@ struct Tile {
 // One tile for some filters. Offsets are in bytes.
 struct Call {
   const Tile* tile;
-  const std::int32_t* offsets;  // of the columns to add up, relative to tile->x
-  std::int64_t columns;
+  const std::int32_t* offsets;  // of the columns of the group, relative to tile->x
+  // Which columns to add up: for every piece p those from rows[p * row_pitch] to rows[p * row_pitch + row_count] - 1.
+  const std::int32_t* rows;
+  std::int64_t pieces, row_pitch, row_count;
   const float* weights;   // pixels_in_lanes: (columns, filters); filters_in_lanes: (columns, kBlock) per block
   std::int64_t block;     // filters_in_lanes: how far apart the blocks lie
   const float* ahead;     // pixels that a later tile reads: prefetched at the same offsets
@@ -63,7 +65,7 @@ struct Kernels {
   int lanes;
   // Null where the tile would not fit into the registers.
   Kernel pixels_in_lanes[3][kMaxFilters][kMaxVectors];  // [Load][filters - 1][vectors - 1]
-  Kernel filters_in_lanes[kMaxPixels][kMaxBlocks];      // [pixels - 1][blocks - 1]
+  Kernel filters_in_lanes[2][kMaxPixels][kMaxBlocks];   // [pixels are neighbours in memory][pixels - 1][blocks - 1]
 };
 
 // The table of an ISA; throws std::invalid_argument when this machine cannot run it.

@@ -32,14 +32,16 @@ std::int64_t blocks_per_group(const Plan& plan);
 // Tiles of filters_in_lanes: of exactly tile_pixels when that divides the width, else of about equal sizes.
 std::int64_t pixel_tiles(const Plan& plan, std::int64_t images);
 
-// Packed weights, one after the other, each at a multiple of kAlignment:
+// Packed weights, one after the other, each at a multiple of kAlignment. Columns are sorted by (group, piece, kh, kw,
+// c), where a piece is a run of channels with at most kPieceColumns columns (or one channel): small enough for its
+// pixels to stay in the first-level cache from tap to tap.
 //   header
-//   rows     int32 (groups, kernel_h + 1): where the columns of every kernel row begin; columns are sorted by (group,
-//   kh,
-//            kw, c)
+//   groups   int32 (groups + 1, 2): the first column and the first piece of every group
+//   rows     int32 (pieces, kernel_h + 1): where the columns of every kernel row begin, counted within the group
 //   offsets  int32 (columns,): from a pixel at (y * stride_h, x * stride_w) to what the column reads, in bytes
 //   bias     float (groups, filters of a group, padded to kBlock for filters_in_lanes)
 //   weights  float, per group and tile of filters (columns of the group, filters of the tile)
+inline constexpr std::int64_t kPieceColumns = 48;
 struct PackedHeader {
   std::uint32_t magic = 0x43464341;  // "ACFC"
   std::uint32_t version = kPackedVersion;
@@ -47,7 +49,7 @@ struct PackedHeader {
   std::int64_t numbers[17] = {};
 };
 struct PackedLayout {
-  std::size_t rows, offsets, bias, weights, size;
+  std::size_t groups, rows, offsets, bias, weights, size;
 };
 PackedHeader packed_header(const Plan& plan);
 PackedLayout packed_layout(const Plan& plan);

@@ -251,7 +251,7 @@ std::int64_t max_filters(const Kernels& table, Load load) {
 
 std::int64_t max_blocks(const Kernels& table, std::int64_t pixels) {
   std::int64_t blocks = 0;
-  while (blocks < kMaxBlocks && table.filters_in_lanes[pixels - 1][blocks] != nullptr) ++blocks;
+  while (blocks < kMaxBlocks && table.filters_in_lanes[0][pixels - 1][blocks] != nullptr) ++blocks;
   return blocks;
 }
 
@@ -280,8 +280,11 @@ PackedLayout packed_layout(const Plan& plan) {
   const bool blocks = plan.method == Method::filters_in_lanes;
   const std::int64_t group_filters = blocks ? blocks_per_group(plan) * kBlock : s.filters / s.groups;
   PackedLayout layout;
-  layout.rows = aligned(sizeof(PackedHeader));
-  layout.offsets = aligned(layout.rows + static_cast<std::size_t>(s.groups * (s.kernel_h + 1)) * sizeof(std::int32_t));
+  // Of two neighbouring pieces of a group one has more than half of what fits.
+  const std::int64_t pieces = s.groups + plan.columns / (kPieceColumns / 2);
+  layout.groups = aligned(sizeof(PackedHeader));
+  layout.rows = aligned(layout.groups + static_cast<std::size_t>(s.groups + 1) * 2 * sizeof(std::int32_t));
+  layout.offsets = aligned(layout.rows + static_cast<std::size_t>(pieces * (s.kernel_h + 1)) * sizeof(std::int32_t));
   layout.bias = aligned(layout.offsets + static_cast<std::size_t>(plan.columns) * sizeof(std::int32_t));
   layout.weights = aligned(layout.bias + static_cast<std::size_t>(s.groups * group_filters) * sizeof(float));
   layout.size = aligned(layout.weights + static_cast<std::size_t>(plan.columns * group_filters) * sizeof(float));
@@ -302,6 +305,17 @@ PackedHeader packed_header(const Plan& plan) {
   return header;
 }
 
+// The end of the piece that begins at `first`: whole channels.
+const std::int64_t* end_of_piece(const std::int64_t* first, const std::int64_t* last, std::int64_t taps) {
+  const std::int64_t* end = first;
+  while (end != last) {
+    const std::int64_t* channel_end = std::lower_bound(end, last, (*end / taps + 1) * taps);
+    if (end != first && channel_end - first > kPieceColumns) break;
+    end = channel_end;
+  }
+  return end;
+}
+
 std::size_t packed_size(const Plan& plan) { return packed_layout(plan).size; }
 
 void pack(const Plan& plan, const std::int64_t* columns, const float* weights, const float* bias, void* packed) {
@@ -312,6 +326,7 @@ void pack(const Plan& plan, const std::int64_t* columns, const float* weights, c
   std::memset(bytes, 0, layout.size);
   const PackedHeader header = packed_header(plan);
   std::memcpy(bytes, &header, sizeof(header));
+  auto* groups = reinterpret_cast<std::int32_t*>(bytes + layout.groups);
   auto* rows = reinterpret_cast<std::int32_t*>(bytes + layout.rows);
   auto* offsets = reinterpret_cast<std::int32_t*>(bytes + layout.offsets);
   auto* packed_bias = reinterpret_cast<float*>(bytes + layout.bias);
@@ -322,38 +337,47 @@ void pack(const Plan& plan, const std::int64_t* columns, const float* weights, c
   // The filters of a tile lie side by side in a step of its panel.
   const std::int64_t tiles = blocks ? blocks_per_group(plan) : plan.filter_tiles;
   const std::int64_t padded_filters = blocks ? tiles * kBlock : group_filters;
-  const std::int64_t* next = columns;
+  const std::int64_t *next = columns, *last = columns + plan.columns;
+  std::int64_t pieces = 0;
   for (std::int64_t g = 0; g < s.groups; ++g) {
-    const std::int64_t* first = next;
-    const std::int64_t begin = first - columns;
-    while (next != columns + plan.columns && *next < (g + 1) * group_columns) ++next;
-    const std::int64_t count = next - first;
+    const std::int64_t *first = next, *group_last = std::lower_bound(first, last, (g + 1) * group_columns);
+    const std::int64_t begin = first - columns, count = group_last - first;
+    groups[2 * g] = static_cast<std::int32_t>(begin);
+    groups[2 * g + 1] = static_cast<std::int32_t>(pieces);
     std::int64_t k = 0;
-    for (std::int64_t tap = 0; tap < taps; ++tap) {
-      const std::int64_t kh = tap / s.kernel_w, kw = tap % s.kernel_w;
-      if (kw == 0) rows[g * (s.kernel_h + 1) + kh] = static_cast<std::int32_t>(begin + k);
-      for (std::int64_t i = 0; i < count; ++i) {
-        if (first[i] % taps != tap) continue;
-        offsets[begin + k] = static_cast<std::int32_t>(4 * (first[i] / taps * plan.in.plane +
-                                                            (kh * s.dilation_h - s.padding.top) * plan.in.row +
-                                                            kw * s.dilation_w - s.padding.left));
-        for (std::int64_t tile = 0; tile < tiles; ++tile) {
-          const Part part = blocks ? Part{tile * kBlock, std::min<std::int64_t>(kBlock, group_filters - tile * kBlock)}
-                                   : part_of(group_filters, tiles, tile);
-          const std::int64_t width = blocks ? kBlock : part.size;
-          float* step = packed_weights + begin * padded_filters + part.begin * count + k * width;
-          for (std::int64_t f = 0; f < part.size; ++f) step[f] = weights[(part.begin + f) * count + i];
+    do {
+      const std::int64_t* piece_last = end_of_piece(next, group_last, taps);
+      std::int32_t* row = rows + pieces++ * (s.kernel_h + 1);
+      for (std::int64_t tap = 0; tap < taps; ++tap) {
+        const std::int64_t kh = tap / s.kernel_w, kw = tap % s.kernel_w;
+        if (kw == 0) row[kh] = static_cast<std::int32_t>(k);
+        for (const std::int64_t* column = next; column != piece_last; ++column) {
+          if (*column % taps != tap) continue;
+          offsets[begin + k] = static_cast<std::int32_t>(4 * (*column / taps * plan.in.plane +
+                                                              (kh * s.dilation_h - s.padding.top) * plan.in.row +
+                                                              kw * s.dilation_w - s.padding.left));
+          for (std::int64_t tile = 0; tile < tiles; ++tile) {
+            const Part part = blocks
+                                  ? Part{tile * kBlock, std::min<std::int64_t>(kBlock, group_filters - tile * kBlock)}
+                                  : part_of(group_filters, tiles, tile);
+            const std::int64_t width = blocks ? kBlock : part.size;
+            float* step = packed_weights + begin * padded_filters + part.begin * count + k * width;
+            for (std::int64_t f = 0; f < part.size; ++f) step[f] = weights[(part.begin + f) * count + (column - first)];
+          }
+          ++k;
         }
-        ++k;
       }
-    }
-    rows[g * (s.kernel_h + 1) + s.kernel_h] = static_cast<std::int32_t>(begin + count);
+      row[s.kernel_h] = static_cast<std::int32_t>(k);
+      next = piece_last;
+    } while (next != group_last);
     if (bias != nullptr) {
       std::memcpy(packed_bias + g * padded_filters, bias + g * group_filters,
                   static_cast<std::size_t>(group_filters) * sizeof(float));
     }
     weights += group_filters * count;
   }
+  groups[2 * s.groups] = static_cast<std::int32_t>(plan.columns);
+  groups[2 * s.groups + 1] = static_cast<std::int32_t>(pieces);
 }
 
 }  // namespace acf::conv
