@@ -5,7 +5,10 @@
 Every run has a work directory of its own with a checkpoint of each stage: interrupted, it goes on where it was.
 
     base      published weights, fine-tuned on the images of DIR (whose decoding may differ from the original's)
-    admm      filters and columns at once, to `target` of all weights
+    admm      filters and columns at once. "separate", as in the papers: every convolution but the first keeps the same
+              shares of its filters and of its columns and knows nothing of the others, which leaves dead paths.
+              "coupled", as this package does by itself: tied filters together, columns on living channels alone, rates
+              by layer for a rate of all weights
     retrain   masked retraining of what ADMM keeps: "before purification"
     control   the same network trained on as long as purification trains: what more training alone does
     purify    thresholds per layer, unused paths, masked fine-tuning, in rounds: "after purification"
@@ -28,11 +31,12 @@ import torch
 
 import autocompress_fast as acf
 from autocompress_fast import data, models
-from autocompress_fast.admm import ADMM, RhoSchedule
+from autocompress_fast.admm import ADMM, Constraint, RhoSchedule
 from autocompress_fast.compact import compact
 from autocompress_fast.data import batches
 from autocompress_fast.pipeline import train
 from autocompress_fast.progress import default_progress
+from autocompress_fast.purify import unused_paths
 from autocompress_fast.rates import Target, allocate
 from autocompress_fast.training import Trainer, TrainingConfig, evaluate, evaluate_together
 
@@ -41,21 +45,31 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run for one network; lengths in epochs."""
+    """What is run; lengths in epochs, `keep` the shares of filters and columns, or the rate of all weights."""
 
+    model: str
     weights: str
-    target: float
+    keep: tuple[float, float] | float
     base: int
     admm: int
     retrain: int
     seeds: tuple[int, ...]
+    rounds: int  # of purification
+    tolerance: float  # points of accuracy before retraining
+
+    @property
+    def title(self) -> str:
+        """For the table."""
+        return f"{self.model}, {'separate' if isinstance(self.keep, tuple) else 'coupled'}"
 
 
+R20, R56 = ("resnet20", "resnet20-12fca82f.th"), ("resnet56", "resnet56-4bfd9763.th")
 SETTINGS = {
-    "resnet20": Setting("resnet20-12fca82f.th", 3.0, 2, 6, 8, (0, 1, 2)),
-    "resnet56": Setting("resnet56-4bfd9763.th", 4.0, 1, 4, 6, (0,)),
+    "resnet20-separate": Setting(*R20, (0.4, 0.4), 2, 6, 8, (0, 1, 2), rounds=2, tolerance=3.0),
+    "resnet56-separate": Setting(*R56, (0.4, 0.4), 1, 4, 6, (0,), rounds=2, tolerance=3.0),
+    "resnet20-coupled": Setting(*R20, 3.0, 2, 6, 8, (0,), rounds=3, tolerance=6.0),
 }
-ROUNDS, EPOCHS, TOLERANCE = 3, 4, 6.0  # of purification: rounds, epochs of retraining in each, points before them
+EPOCHS = 4  # of masked retraining after each round of purification
 COMMON = {"precision": "bfloat16", "channels_last": True, "weight_decay": 1e-4}
 
 
@@ -72,7 +86,7 @@ class Run:
         self.loader = batches(self.splits.train, 128, shuffle=True, seed=seed, augmentation=moved, drop_last=True)
         self.validation = batches(self.splits.validation, 1000)
         self.example = torch.from_numpy(self.splits.validation.normalized(slice(0, 2)))
-        model = models.create(name)
+        model = models.create(self.setting.model)
         models.load_pretrained(model, options.pretrained / self.setting.weights)
         self.model = model.eval()
 
@@ -85,7 +99,7 @@ class Run:
             validation=self.validation,
             checkpoint=self.folder / f"{name}.ckpt",
             log=self.folder / "log.jsonl",
-            name=f"{self.name} seed {self.seed} {name}",
+            name=f"{self.setting.model} seed {self.seed} {name}",
             progress=self.progress,
             **options,
         ).run()
@@ -99,13 +113,19 @@ class Run:
         """After ADMM and masked retraining: the network without its dead filters, its plan, and the plan of ADMM."""
         model = copy.deepcopy(base)
         report = acf.inspect(model, self.example)
-        constraints = allocate(report, Target(params=self.setting.target), report.counts())
-        admm = ADMM(model, constraints, rho=RhoSchedule(1e-2, 2.0, maximum=1.0), report=report)
+        rho, keep = RhoSchedule(1e-2, 2.0, maximum=1.0), self.setting.keep
+        if isinstance(keep, tuple):
+            convolutions = [layer for layer in report.layers if layer.is_conv][1:]
+            counts = {c.name: (round(c.shape[0] * keep[0]), round(c.columns * keep[1])) for c in convolutions}
+            admm = ADMM(model, {name: Constraint("filter+column", pair) for name, pair in counts.items()}, rho=rho)
+        else:
+            constraints = allocate(report, Target(params=keep), report.counts())
+            admm = ADMM(model, constraints, rho=rho, report=report)
         config = TrainingConfig(
             self.setting.admm, lr=0.02, schedule="constant", warmup=0.0, seed=self.seed + 1, **COMMON
         )
         self.stage(model, "admm", config, admm=admm)
-        plan = admm.plan()
+        plan = admm.plan().tied(report)
         cut = compact(model, plan, self.example, columns=False, report=report)
         config = TrainingConfig(self.setting.retrain, lr=0.05, distillation=0.7, seed=self.seed + 2, **COMMON)
         self.stage(cut.model, "retrain", config, plan=cut.plan, teacher=base)
@@ -126,10 +146,11 @@ class Run:
         def score(net: torch.nn.Module) -> float:
             return evaluate(net, some, **quick).accuracy
 
-        for number in range(1, ROUNDS + 1):
+        for number in range(1, self.setting.rounds + 1):
             decided, found = self.folder / f"purify{number}.plan.json", self.folder / f"purify{number}.json"
             if not decided.exists():
-                result = acf.purify(model, score, self.example, plan=plan, tolerance=TOLERANCE, progress=self.progress)
+                tolerance = self.setting.tolerance
+                result = acf.purify(model, score, self.example, plan=plan, tolerance=tolerance, progress=self.progress)
                 found.write_text(json.dumps(result.to_json(), indent=1))
                 result.plan.save(decided)
             plan = acf.Plan.load(decided)
@@ -142,7 +163,7 @@ class Run:
     def control(self, base: torch.nn.Module, model: torch.nn.Module, plan: acf.Plan) -> torch.nn.Module:
         """The pruned network trained on as purification trains it, with nothing removed."""
         model = copy.deepcopy(model)
-        for number in range(1, ROUNDS + 1):
+        for number in range(1, self.setting.rounds + 1):
             self.stage(model, f"control{number}", self.tuning(number), plan=plan, teacher=base)
         return model.eval()
 
@@ -168,7 +189,7 @@ class Run:
             "accuracy": accuracy,
             "dense": asdict(report.counts()),
             "before": asdict(report.counts(first)),
-            "unused": rounds[0]["unused"],
+            "unused": asdict(report.counts(unused_paths(first, report))),
             "after": rounds[-1]["after"],
             "rounds": rounds,
         }
@@ -194,10 +215,12 @@ def table(results: dict[str, dict[int, dict[str, Any]]], options: argparse.Names
         "on 45,000 of them. The first 1,000 validation images decide what purification removes; the test set is read",
         "once, at the end. Seeds: mean ± standard deviation. Weights without biases and normalisations.",
         "",
-        f"*before*: filters and columns by ADMM, masked retraining. *after*: {ROUNDS} rounds of purification (columns,",
-        f"channels and filters, at most {TOLERANCE:g} points on those images before retraining) with unused paths,",
-        f"each followed by {EPOCHS} epochs of masked retraining. *control*: *before*, trained for as many epochs and",
-        "in the same way, with nothing removed.",
+        "*before*: filters and columns by ADMM, masked retraining. *separate*, as in the papers: every convolution but",
+        "the first keeps 40% of its filters and 40% of its columns, chosen without regard to the others. *coupled*, as",
+        "this package does by itself: tied filters together, columns on living channels alone, rates by layer.",
+        "*after*: rounds of purification (columns, channels, filters; at most 3 points, coupled 6, on those images",
+        f"before retraining) with unused paths, each followed by {EPOCHS} epochs of masked retraining. *control*:",
+        "*before*, trained for as many epochs in the same way, with nothing removed.",
         "",
         "| network | seeds | | test accuracy, % | CONV weights | of the dense | MACs | of the dense |",
         "|---|---|---|---|---|---|---|---|",
@@ -207,9 +230,14 @@ def table(results: dict[str, dict[int, dict[str, Any]]], options: argparse.Names
             having = [run for run in runs.values() if what in run["accuracy"]["test"]]
             if not having:
                 continue
-            size = {"base": "dense", "control": "unused", "before": "unused"}.get(what, what)
+            size = {"base": "dense", "control": "before"}.get(what, what)
             accuracy = spread([run["accuracy"]["test"][what] for run in having])
-            cells = [name, ", ".join(str(seed) for seed, run in runs.items() if run in having), what, accuracy]
+            cells = [
+                SETTINGS[name].title,
+                ", ".join(str(seed) for seed, run in runs.items() if run in having),
+                what,
+                accuracy,
+            ]
             for count in ("conv", "macs"):
                 values = [run[size][count] for run in having]
                 rate = statistics.mean(run["dense"][count] / run[size][count] for run in having)
