@@ -30,10 +30,10 @@ struct Run {
   std::int64_t images;
   const float* in;
   Pitch out_pitch, residual_pitch;
-  std::int64_t height, width;        // of the output
-  std::int64_t pixels, pixel_tiles;  // pixels or vectors of them, and into how many tiles they are cut
-  std::int64_t filter_tiles;         // of all groups
-  std::int64_t group_tiles;          // of one
+  std::int64_t height, width;  // of the output
+  Parts pixels;                // all pixels, or vectors of them, cut into tiles
+  Parts group;                 // the filters of a group, or blocks of them, cut into tiles
+  std::int64_t filter_tiles;   // of all groups
   const std::int32_t* groups;
   const std::int32_t* rows;
   const std::int32_t* offsets;
@@ -191,9 +191,10 @@ class Caller {
   }
 
   void choose_filters(std::int64_t index) {
-    const std::int64_t group = index / run_.group_tiles;
+    const std::int64_t tiles = run_.group.count, groups = run_.plan.shape.groups;
+    const std::int64_t group = groups == 1 ? 0 : tiles == 1 ? index : index / tiles;
     const std::int32_t* ends = run_.groups + 2 * group;
-    part_ = part_of(parts_, run_.group_tiles, index % run_.group_tiles);
+    part_ = run_.group[index - group * tiles];
     columns_ = ends[2] - ends[0];
     pieces_ = ends[3] - ends[1];
     rows_ = run_.rows + ends[1] * (run_.plan.shape.kernel_h + 1);
@@ -271,27 +272,23 @@ class Caller {
   const std::int32_t* rows_ = nullptr;
 };
 
-std::int64_t tile_size(const Run& run, std::int64_t tile) { return part_of(run.pixels, run.pixel_tiles, tile).size; }
-
-Cursor tile_begin(const Run& run, std::int64_t tile) {
-  return cursor_at(run, part_of(run.pixels, run.pixel_tiles, tile).begin);
-}
-
 // Tile of pixels by tile of pixels, with all filters: weights come from the second-level cache, pixels from the first.
 void run_tiles(const Run& run, const Part& pixel_tiles, const Part& filter_tiles) {
   RowTile tiles[2];
   Caller caller(run);
-  Cursor at = tile_begin(run, pixel_tiles.begin);
+  Cursor at = cursor_at(run, run.pixels[pixel_tiles.begin].begin);
   const std::int64_t end = pixel_tiles.begin + pixel_tiles.size;
-  fill(run, tiles[pixel_tiles.begin % 2], at, tile_size(run, pixel_tiles.begin));
+  fill(run, tiles[pixel_tiles.begin % 2], at, run.pixels[pixel_tiles.begin].size);
   for (std::int64_t t = pixel_tiles.begin; t < end; ++t) {
     const RowTile& tile = tiles[t % 2];
     RowTile& next = tiles[(t + 1) % 2];
-    if (t + 1 < end) fill(run, next, at, tile_size(run, t + 1));
+    if (t + 1 < end) fill(run, next, at, run.pixels[t + 1].size);
     const RowTile& later = t + 1 < end ? next : tile;
+    int ahead = 0;
     for (std::int64_t i = filter_tiles.begin; i < filter_tiles.begin + filter_tiles.size; ++i) {
       caller.choose_filters(i);
-      caller.whole(tile, tile_size(run, t), later.x[i % later.pointers]);
+      caller.whole(tile, run.pixels[t].size, later.x[ahead]);
+      ahead = ahead + 1 < later.pointers ? ahead + 1 : 0;
     }
   }
 }
@@ -301,20 +298,19 @@ void run_tiles(const Run& run, const Part& pixel_tiles, const Part& filter_tiles
 void run_chunks(const Run& run, const Part& pixel_tiles, const Part& filter_tiles) {
   constexpr int kTogether = 8;
   RowTile tiles[kTogether];
-  alignas(64) float sums[kTogether][24 * kMaxLanes];
-  static_assert(24 * kMaxLanes >= kBlock * kMaxBlocks, "a tile of one pixel has the most filters");
+  alignas(64) float sums[kTogether][kMaxSums];
   Caller caller(run);
   for (std::int64_t i = filter_tiles.begin; i < filter_tiles.begin + filter_tiles.size; ++i) {
     caller.choose_filters(i);
-    Cursor at = tile_begin(run, pixel_tiles.begin);
+    Cursor at = cursor_at(run, run.pixels[pixel_tiles.begin].begin);
     for (std::int64_t done = 0; done < pixel_tiles.size; done += kTogether) {
       const std::int64_t together = std::min<std::int64_t>(kTogether, pixel_tiles.size - done),
                          first = pixel_tiles.begin + done;
-      for (std::int64_t t = 0; t < together; ++t) fill(run, tiles[t], at, tile_size(run, first + t));
+      for (std::int64_t t = 0; t < together; ++t) fill(run, tiles[t], at, run.pixels[first + t].size);
       for (std::int64_t piece = 0, end = 0; piece < caller.pieces(); piece = end) {
         end = caller.chunk_end(piece);
         for (std::int64_t t = 0; t < together; ++t) {
-          caller.chunk(tiles[t], tile_size(run, first + t), t, sums[t], piece, end);
+          caller.chunk(tiles[t], run.pixels[first + t].size, t, sums[t], piece, end);
         }
       }
     }
@@ -337,21 +333,20 @@ Call shared_call(const Epilogue& epilogue, float* out, const Pitch& out_pitch) {
   return call;
 }
 
-// Into how many tiles pixels and filters are cut.
-void cut(Run& run) {
-  const Plan& plan = run.plan;
+Parts cut_pixels(const Plan& plan, const Kernels& table, std::int64_t images) {
+  const Shape& s = plan.shape;
   if (plan.method == Method::filters_in_lanes) {
-    run.pixels = run.images * run.height * run.width;
-    run.pixel_tiles = pixel_tiles(plan, run.images);
-    const std::int64_t most = max_blocks(run.table, ceil_div(run.pixels, run.pixel_tiles));
-    run.group_tiles = ceil_div(blocks_per_group(plan), most);
-  } else {
-    run.pixels = window_count(plan, run.table.lanes, run.images);
-    run.group_tiles = plan.filter_tiles;
-    const std::int64_t filters = ceil_div(plan.shape.filters / plan.shape.groups, plan.filter_tiles);
-    run.pixel_tiles = ceil_div(run.pixels, max_vectors(run.table, load_of(plan), filters));
+    return {images * s.out_height() * s.out_width(), pixel_tiles(plan, images)};
   }
-  run.filter_tiles = run.group_tiles * plan.shape.groups;
+  const std::int64_t windows = window_count(plan, table.lanes, images);
+  const std::int64_t filters = Parts(s.filters / s.groups, plan.filter_tiles).largest();
+  return {windows, ceil_div(windows, max_vectors(table, load_of(plan), filters))};
+}
+
+Parts cut_filters(const Plan& plan, const Kernels& table, const Parts& pixels) {
+  if (plan.method == Method::pixels_in_lanes) return {plan.shape.filters / plan.shape.groups, plan.filter_tiles};
+  const std::int64_t blocks = blocks_per_group(plan);
+  return {blocks, ceil_div(blocks, max_blocks(table, pixels.largest()))};
 }
 
 }  // namespace
@@ -364,25 +359,25 @@ void run(const Plan& plan, const void* packed, std::int64_t images, const float*
   if (images == 0) return;
   const PackedLayout layout = packed_layout(plan);
   const auto* bytes = static_cast<const unsigned char*>(packed);
-  Run run = {plan,
-             kernels(plan.isa),
-             images,
-             in,
-             out_pitch,
-             epilogue.residual_pitch,
-             plan.shape.out_height(),
-             plan.shape.out_width(),
-             0,
-             0,
-             0,
-             0,
-             reinterpret_cast<const std::int32_t*>(bytes + layout.groups),
-             reinterpret_cast<const std::int32_t*>(bytes + layout.rows),
-             reinterpret_cast<const std::int32_t*>(bytes + layout.offsets),
-             reinterpret_cast<const float*>(bytes + layout.bias),
-             reinterpret_cast<const float*>(bytes + layout.weights),
-             shared_call(epilogue, out, out_pitch)};
-  cut(run);
+  const Kernels& table = kernels(plan.isa);
+  const Parts pixel_tiles = cut_pixels(plan, table, images), group = cut_filters(plan, table, pixel_tiles);
+  const Run run = {plan,
+                   table,
+                   images,
+                   in,
+                   out_pitch,
+                   epilogue.residual_pitch,
+                   plan.shape.out_height(),
+                   plan.shape.out_width(),
+                   pixel_tiles,
+                   group,
+                   group.count * plan.shape.groups,
+                   reinterpret_cast<const std::int32_t*>(bytes + layout.groups),
+                   reinterpret_cast<const std::int32_t*>(bytes + layout.rows),
+                   reinterpret_cast<const std::int32_t*>(bytes + layout.offsets),
+                   reinterpret_cast<const float*>(bytes + layout.bias),
+                   reinterpret_cast<const float*>(bytes + layout.weights),
+                   shared_call(epilogue, out, out_pitch)};
 
   const std::int64_t macs = images * run.height * run.width * plan.shape.filters / plan.shape.groups *
                             std::max<std::int64_t>(plan.columns, 1);
@@ -394,13 +389,13 @@ void run(const Plan& plan, const void* packed, std::int64_t images, const float*
   // tasks.
   std::int64_t filter_parts =
       ceil_div(run.filter_tiles, std::max<std::int64_t>(1, kPanelBytes / std::max<std::int64_t>(1, tile_bytes)));
-  const std::int64_t pixel_parts = std::min(run.pixel_tiles, ceil_div(wanted, filter_parts));
+  const std::int64_t pixel_parts = std::min(pixel_tiles.count, ceil_div(wanted, filter_parts));
   filter_parts = std::min(run.filter_tiles, std::max(filter_parts, ceil_div(wanted, pixel_parts)));
   const int used = wanted == 1 ? 1 : threads;
   const bool chunks = plan.method == Method::filters_in_lanes && run.filter_tiles * tile_bytes > kPanelBytes;
   parallel_for(filter_parts * pixel_parts, used, [&](std::int64_t task) {
-    const Part pixels = part_of(run.pixel_tiles, pixel_parts, task % pixel_parts),
-               filters = part_of(run.filter_tiles, filter_parts, task / pixel_parts);
+    const Part pixels = Parts(pixel_tiles.count, pixel_parts)[task % pixel_parts],
+               filters = Parts(run.filter_tiles, filter_parts)[task / pixel_parts];
     if (chunks && pixels.size > 1) {
       run_chunks(run, pixels, filters);
     } else {

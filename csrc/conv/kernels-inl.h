@@ -12,11 +12,12 @@
 //   max(a, b), min(a, b)             b when either is NaN
 //   pow2(t)                          2^n for t = kMagic + n, |n| < 127
 //   transpose(rows, from, to)        to[i * kMaxPixels + m] = rows[m][from + i] for i < kBlock, m < kMaxPixels
+//   store_planes(call, rows, from, filters)      all of that, residual, activation and store when it has a quick way,
+//   or
+//                                                false
 //
 // and includes no header with templates of the standard library: an inline function compiled here with wide
 // instructions could be the copy that the linker keeps for everyone.
-
-#define ACF_INLINE __attribute__((always_inline)) inline
 
 // body(0), ..., body(count - 1) with constant arguments: a loop would be unrolled too late for the compiler to keep the
 // tile in registers.
@@ -207,12 +208,14 @@ void finish_pixels(const Call& call, const float* sums, int width) {
   for (int m = 0; m < kMaxPixels; ++m) rows[m] = sums + (m < kPixels ? m : 0) * width;
   Call block = call;
   for (int from = 0; from < call.filters; from += kBlock) {
-    // Vectors longer than kMaxPixels read on past their row.
-    alignas(64) float planes[kBlock * kMaxPixels + kMaxLanes];
-    N::transpose(rows, from, planes);
     const int filters = call.filters - from < kBlock ? call.filters - from : kBlock;
-    for (int i = 0; i < kMaxLanes; ++i) planes[kBlock * kMaxPixels + i] = 0;
-    for (int v = 0; v < kVectors; ++v) finish(block, v, filters, planes + v * N::kLanes, kMaxPixels);
+    if (!N::store_planes(block, rows, from, filters)) {
+      alignas(64) float planes[kBlock * kMaxPixels + kMaxLanes];
+      N::transpose(rows, from, planes);
+      // Vectors longer than kMaxPixels read on past the last filter.
+      for (int i = 0; i < kMaxLanes; ++i) planes[kBlock * kMaxPixels + i] = 0;
+      for (int v = 0; v < kVectors; ++v) finish(block, v, filters, planes + v * N::kLanes, kMaxPixels);
+    }
     block.out += kBlock * call.out_plane;
     if (block.residual != nullptr) block.residual += kBlock * call.residual_plane;
   }

@@ -6,6 +6,8 @@
 
 #include "conv/conv.h"
 
+#define ACF_INLINE __attribute__((always_inline)) inline
+
 namespace acf::conv {
 
 inline constexpr int kBlock = 16;       // filters are packed in blocks of so many for filters_in_lanes
@@ -14,6 +16,7 @@ inline constexpr int kMaxVectors = 8;
 inline constexpr int kMaxPixels = 8;  // of a tile of filters_in_lanes
 inline constexpr int kMaxBlocks = 8;
 inline constexpr int kMaxLanes = 16;
+inline constexpr int kMaxSums = 24 * kMaxLanes;  // of a tile
 
 // Where lanes [from, to) of a vector of pixels go: lane i to out + i, after residual + i was added. In floats, from
 // element (0, p, 0, 0) of the tensors.

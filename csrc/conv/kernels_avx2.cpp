@@ -58,6 +58,7 @@ struct N {
     return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)));
   }
   static void transpose(const float* const* rows, int from, float* to) { transpose_block(rows, from, to); }
+  static bool store_planes(const Call&, const float* const*, int, int) { return false; }
 };
 
 #include "conv/kernels-inl.h"

@@ -46,6 +46,29 @@ struct N {
     return _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f800000)));
   }
   static void transpose(const float* const* rows, int from, float* to) { transpose_block(rows, from, to); }
+  static bool store_planes(const Call& call, const float* const* rows, int from, int filters) {
+    const Tile& tile = *call.tile;
+    if (!call.clamps || tile.first[1] - tile.first[0] != 1) return false;
+    const Segment& s = tile.segments[tile.first[0]];
+    const auto mask = static_cast<__mmask8>((1u << s.to) - (1u << s.from));
+    const __m256 low = _mm256_set1_ps(call.low), high = _mm256_set1_ps(call.high);
+    float* out = call.out + s.out;
+    const float* residual = call.residual == nullptr ? nullptr : call.residual + s.residual;
+    for (int half = 0; half < filters; half += 8) {
+      __m256 sums[8];
+      transpose_eight(rows, from + half, sums);
+      for (int i = 0; i < 8 && half + i < filters; ++i) {
+        __m256 sum = sums[i];
+        if (call.residual != nullptr) {
+          sum = _mm256_add_ps(sum, _mm256_maskz_loadu_ps(mask, residual));
+          residual += call.residual_plane;
+        }
+        _mm256_mask_storeu_ps(out, mask, _mm256_min_ps(high, _mm256_max_ps(low, sum)));
+        out += call.out_plane;
+      }
+    }
+    return true;
+  }
 };
 
 #include "conv/kernels-inl.h"

@@ -59,6 +59,7 @@ struct N {
       for (int m = 0; m < kMaxPixels; ++m) to[i * kMaxPixels + m] = rows[m][from + i];
     }
   }
+  static bool store_planes(const Call&, const float* const*, int, int) { return false; }
 };
 
 #include "conv/kernels-inl.h"

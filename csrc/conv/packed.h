@@ -12,14 +12,16 @@ namespace acf::conv {
 // Offsets are 32-bit numbers of bytes, and halos lie around what they count.
 inline constexpr std::int64_t kMaxSize = std::int64_t{1} << 28;
 
-// Part `index` of `count` things cut into `parts` equal ones, the larger ones first.
+// `count` things cut into `parts` parts as equal as can be, the larger ones first.
 struct Part {
   std::int64_t begin, size;
 };
-inline Part part_of(std::int64_t count, std::int64_t parts, std::int64_t index) {
-  const std::int64_t size = count / parts, larger = count % parts;
-  return {index * size + (index < larger ? index : larger), size + (index < larger ? 1 : 0)};
-}
+struct Parts {
+  Parts(std::int64_t count_, std::int64_t parts) : count(parts), size(count_ / parts), larger(count_ % parts) {}
+  Part operator[](std::int64_t i) const { return {i * size + (i < larger ? i : larger), size + (i < larger ? 1 : 0)}; }
+  std::int64_t largest() const { return size + (larger > 0 ? 1 : 0); }
+  std::int64_t count, size, larger;
+};
 
 bool window_fits(const Plan& plan);
 Load load_of(const Plan& plan);
