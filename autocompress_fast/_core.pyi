@@ -19,6 +19,23 @@ def reload_isa() -> str: ...
 def hardware_threads() -> int: ...
 
 # An Array is a numpy array or a torch CPU tensor, float32 or float64, C-contiguous.
+def conv2d(
+    input: Array,
+    weight: Array,
+    columns: Sequence[int],
+    bias: Array | None,
+    filters: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    activation: str,
+    slope: float,
+    residual: Array | None,
+    method: str,
+    threads: int,
+) -> NDArray[np.float32]: ...
 def group_norms(weight: Array, structure: str, groups: int, threads: int) -> NDArray[np.float64]: ...
 def project(
     weight: Array, out: Array, structure: str, keep: int | tuple[int, int], groups: int, threads: int

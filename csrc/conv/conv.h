@@ -54,6 +54,9 @@ struct Shape {
   std::int64_t out_width() const;
 };
 
+// Throws std::invalid_argument for sizes that make no sense: none or too many of something, an empty output.
+void check(const Shape& shape);
+
 // How far apart rows, planes and images lie, in floats.
 struct Pitch {
   std::int64_t row = 1, plane = 1, image = 1;

@@ -239,10 +239,8 @@ void filters_in_lanes(const Call& call) {
   const std::int64_t block = call.block, later = call.later[0], latest = call.later[1];
   each_column(call, kBlock, [&](std::int64_t offset, const float* w) {
     __builtin_prefetch(w + later);
-    if (kRow) {
-      __builtin_prefetch(w + latest);
-      __builtin_prefetch(at(ahead, offset));
-    }
+    if (kRow && kBlocks > 1) __builtin_prefetch(w + latest);
+    if (kRow) __builtin_prefetch(at(ahead, offset));
     Reg weights[kVectors];
     unrolled<kVectors>([&](auto j) { weights[j] = N::load(w + (j / kParts) * block + (j % kParts) * N::kLanes); });
     unrolled<kPixels>([&](auto m) {

@@ -17,36 +17,26 @@ std::int64_t out_size(std::int64_t in, std::int64_t pads, std::int64_t kernel, s
   return room < 0 ? 0 : room / stride + 1;
 }
 
-void check(const Shape& s, const Pitch& in, std::int64_t columns) {
-  for (const std::int64_t size : {s.channels, s.height, s.width, s.filters, s.groups, s.kernel_h, s.kernel_w,
-                                  s.stride_h, s.stride_w, s.dilation_h, s.dilation_w}) {
-    ACF_CHECK(size >= 1 && size <= kMaxSize, "sizes of a convolution must be from 1 to ", kMaxSize, ", got ", size);
-  }
+void check(const Plan& plan) {
+  const Shape& s = plan.shape;
+  const Pitch& in = plan.in;
   const Padding& p = s.padding;
-  for (const std::int64_t pad : {p.top, p.left, p.bottom, p.right}) {
-    ACF_CHECK(pad >= 0 && pad <= kMaxSize, "padding must be from 0 to ", kMaxSize, ", got ", pad);
-  }
-  ACF_CHECK(s.channels % s.groups == 0 && s.filters % s.groups == 0, "groups must divide channels ", s.channels,
-            " and filters ", s.filters, ", got ", s.groups);
-  ACF_CHECK(s.kernel_h <= kMaxSize / s.kernel_w && s.channels <= kMaxSize / (s.kernel_h * s.kernel_w),
-            "a convolution may have at most ", kMaxSize, " columns, got ", s.channels, " x ", s.kernel_h, " x ",
-            s.kernel_w);
-  ACF_CHECK(columns >= 0 && columns <= s.columns(), "columns must be from 0 to ", s.columns(), ", got ", columns);
-  ACF_CHECK(s.out_height() >= 1 && s.out_width() >= 1, "the kernel does not fit into the padded input of ",
-            s.height + p.top + p.bottom, " x ", s.width + p.left + p.right);
-  const bool planes = s.height > 1 || s.width > 1 || p.top + p.left + p.bottom + p.right > 0;
-  ACF_CHECK(in.row >= 1 && in.row <= kMaxSize && in.row >= s.width + std::max(p.left, p.right),
-            "the row pitch must be at least the width and its padding, ", s.width + std::max(p.left, p.right), ", got ",
-            in.row);
-  ACF_CHECK(
-      in.plane >= 1 && in.plane <= kMaxSize && (!planes || in.plane / in.row >= s.height + std::max(p.top, p.bottom)),
-      "the plane pitch must be at least the height and its padding, ", s.height + std::max(p.top, p.bottom),
-      ", times the row pitch ", in.row, ", got ", in.plane);
+  conv::check(s);
+  ACF_CHECK(plan.images >= 1 && plan.images <= kMaxSize, "images must be from 1 to ", kMaxSize, ", got ", plan.images);
+  ACF_CHECK(plan.columns >= 0 && plan.columns <= s.columns(), "columns must be from 0 to ", s.columns(), ", got ",
+            plan.columns);
+  const std::int64_t row = s.width + std::max(p.left, p.right), rows = s.height + std::max(p.top, p.bottom);
+  ACF_CHECK(in.row >= row && in.row <= kMaxSize, "the row pitch must be at least the width and its padding, ", row,
+            ", got ", in.row);
+  ACF_CHECK(in.plane <= kMaxSize && in.plane >= (rows == 1 ? row : rows * in.row),
+            "the plane pitch must be at least the height and its padding, ", rows, ", times the row pitch ", in.row,
+            ", got ", in.plane);
   ACF_CHECK(in.plane <= kMaxSize / s.channels, "an image may take at most ", kMaxSize, " elements, got ", s.channels,
             " channels of ", in.plane);
 }
 
-// Multiply-adds and loads overlap, two of each a cycle; a chain of multiply-adds takes four cycles a link.
+// Multiply-adds and loads (of pixels, weights, an offset, and prefetches) overlap, two of each a cycle; a chain of
+// multiply-adds takes four cycles a link.
 double step_cycles(double sums, double loads, double shuffles) {
   return std::max({(sums + shuffles) / 2, loads / 2, sums < 8 ? 4.0 : 0.0});
 }
@@ -73,7 +63,7 @@ double pixels_cycles(const Plan& plan, const Kernels& table) {
     const std::int64_t most = max_vectors(table, load, filters);
     return over_parts(windows, ceil_div(windows, most), [&](std::int64_t vectors) {
       const auto f = static_cast<double>(filters), v = static_cast<double>(vectors);
-      const double step = step_cycles(f * v, f + v * loads_per_vector(load, table.lanes),
+      const double step = step_cycles(f * v, 2 + f + v * loads_per_vector(load, table.lanes),
                                       load == Load::stretch  ? 0
                                       : load == Load::halves ? v
                                                              : 2 * v);
@@ -107,7 +97,7 @@ double filters_cycles(const Plan& plan, const Kernels& table) {
       const auto pixel = static_cast<double>(m), vectors = static_cast<double>(b * parts);
       // Sums that are put aside between the pieces of the weights, and whatever else measurements show.
       const double rest = 1.05;
-      return 100 + rest * columns * step_cycles(pixel * vectors, pixel + 2 * vectors, 0) +
+      return 100 + rest * columns * step_cycles(pixel * vectors, 4 + pixel + vectors, 0) +
              (table.lanes == kBlock ? 80 : 160) * static_cast<double>(b);
     });
   });
@@ -119,15 +109,13 @@ void consider(Plan& best, const Plan& other) {
 }
 
 Plan start(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa) {
-  ACF_CHECK(images >= 1 && images <= kMaxSize, "images must be from 1 to ", kMaxSize, ", got ", images);
-  check(shape, in, columns);
-  kernels(isa);
   Plan plan;
   plan.shape = shape;
   plan.in = in;
   plan.isa = isa;
   plan.images = images;
   plan.columns = columns;
+  check(plan);
   return plan;
 }
 
@@ -164,6 +152,24 @@ Plan best_filters(Plan plan) {
 std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 }  // namespace
+
+void check(const Shape& s) {
+  for (const std::int64_t size : {s.channels, s.height, s.width, s.filters, s.groups, s.kernel_h, s.kernel_w,
+                                  s.stride_h, s.stride_w, s.dilation_h, s.dilation_w}) {
+    ACF_CHECK(size >= 1 && size <= kMaxSize, "sizes of a convolution must be from 1 to ", kMaxSize, ", got ", size);
+  }
+  const Padding& p = s.padding;
+  for (const std::int64_t pad : {p.top, p.left, p.bottom, p.right}) {
+    ACF_CHECK(pad >= 0 && pad <= kMaxSize, "padding must be from 0 to ", kMaxSize, ", got ", pad);
+  }
+  ACF_CHECK(s.channels % s.groups == 0 && s.filters % s.groups == 0, "groups must divide channels ", s.channels,
+            " and filters ", s.filters, ", got ", s.groups);
+  ACF_CHECK(s.kernel_h <= kMaxSize / s.kernel_w && s.channels <= kMaxSize / (s.kernel_h * s.kernel_w),
+            "a convolution may have at most ", kMaxSize, " columns, got ", s.channels, " x ", s.kernel_h, " x ",
+            s.kernel_w);
+  ACF_CHECK(s.out_height() >= 1 && s.out_width() >= 1, "the kernel does not fit into the padded input of ",
+            s.height + p.top + p.bottom, " x ", s.width + p.left + p.right);
+}
 
 // ---- sizes ----------------------------------------------------------------------------------------------------------
 
