@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from autocompress_fast.plan import Plan as Plan
     from autocompress_fast.plan import mask as mask
     from autocompress_fast.purify import purify as purify
-    from autocompress_fast.purify import unused_paths as unused_paths
     from autocompress_fast.rates import Target as Target
     from autocompress_fast.rates import allocate as allocate
     from autocompress_fast.training import Trainer as Trainer
     from autocompress_fast.training import TrainingConfig as TrainingConfig
     from autocompress_fast.training import evaluate as evaluate
+    from autocompress_fast.unused import unused_paths as unused_paths
 
 __version__ = _core.__version__
 
@@ -75,7 +75,7 @@ _LAZY = {
     "purify": "purify",
     "show_config": "config",
     "train": "pipeline",
-    "unused_paths": "purify",
+    "unused_paths": "unused",
 }
 _SUBMODULES: tuple[str, ...] = ("data", "engine", "models", "ops")
 

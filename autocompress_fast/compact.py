@@ -20,7 +20,7 @@ from autocompress_fast._baked import baked, computed, copied
 from autocompress_fast.graph import DATA, Layer, Report, inspect
 from autocompress_fast.graph.rebuild import as_graph
 from autocompress_fast.plan import LayerPlan, Plan, apply_masks, mask
-from autocompress_fast.purify import check_something_left, read_labels, whole, with_weights, without_empty
+from autocompress_fast.unused import check_something_left, read_labels, whole, with_weights, without_empty
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -17,7 +17,7 @@ from autocompress_fast import ops
 from autocompress_fast.admm import Constraint
 from autocompress_fast.graph import Counts, Layer, Report, Set
 from autocompress_fast.plan import Plan
-from autocompress_fast.purify import unused_paths
+from autocompress_fast.unused import unused_paths
 
 __all__ = ["STRUCTURES", "Target", "allocate", "fill", "smallest"]
 

@@ -36,6 +36,7 @@ import copy
 import datetime
 import importlib
 import importlib.metadata
+import json
 import multiprocessing
 import platform
 import re
@@ -45,7 +46,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,18 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def kept_rows(path: Path | None) -> dict[str, Row]:
+    """The rows that an earlier run left in a file, by network."""
+    if path is None or not path.exists():
+        return {}
+    by_name, rows = {str(entry): entry for entry in ZOO}, {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        entry = by_name[row["entry"]]
+        rows[row["entry"]] = Row(entry, row["network"], Side(**row["ours"]), Side(**row["theirs"]))
+    return rows
+
+
 def time_resnet50(runs: int = 5) -> list[float]:
     """Seconds for inspect, a uniform plan and compact of ResNet-50."""
     entry = Entry("torchvision", "resnet50", 224)
@@ -395,6 +408,7 @@ def main() -> None:
     parser.add_argument("--models", help="names, separated by commas; all by default")
     parser.add_argument("--report", type=Path, help="write the page here")
     parser.add_argument("--no-peer", action="store_true", help="ours only")
+    parser.add_argument("--keep", type=Path, help="file that rows are kept in: another run goes on where one stopped")
     arguments = parser.parse_args()
     wanted = set(arguments.models.split(",")) if arguments.models else None
     entries = [entry for entry in ZOO if wanted is None or entry.name in wanted]
@@ -405,9 +419,13 @@ def main() -> None:
         for name in ("torchvision", "timm", "torch_pruning"):
             importlib.import_module(name)  # here, once, and not in every process
     rows = []
+    known = kept_rows(arguments.keep)
     for number, entry in enumerate(entries, 1):
-        row = run(entry, peer=not arguments.no_peer)
+        row = known.get(str(entry)) or run(entry, peer=not arguments.no_peer)
         rows.append(row)
+        if arguments.keep and str(entry) not in known:
+            with arguments.keep.open("a") as file:
+                file.write(json.dumps(asdict(row) | {"entry": str(entry)}) + "\n")
         sides = "; ".join(
             f"{title} {side.verdict} {statistics.median(side.seconds) if side.seconds else 0:.2f} s "
             f"{'' if side.left is None else f'{side.left:.0%} left'} {short(side.message)}"

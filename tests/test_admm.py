@@ -14,7 +14,7 @@ from autocompress_fast.admm import ADMM, Constraint, RhoSchedule
 from autocompress_fast.compact import compact
 from autocompress_fast.graph import inspect
 from autocompress_fast.plan import mask
-from autocompress_fast.purify import unused_paths
+from autocompress_fast.unused import unused_paths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from autocompress_fast import models
 from autocompress_fast.compact import ColumnConv2d, ColumnLinear, EmptyLayer, Kept, compact, restore
 from autocompress_fast.graph import Report, inspect
 from autocompress_fast.plan import LayerPlan, MaskedParameters, Plan, check_fits, mask
-from autocompress_fast.purify import unused_paths
+from autocompress_fast.unused import unused_paths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

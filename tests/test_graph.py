@@ -17,9 +17,10 @@ from autocompress_fast.admm import ADMM, Constraint
 from autocompress_fast.compact import compact
 from autocompress_fast.graph import Counts, Frozen, Group, Kind, Layer, Report, Set, inspect
 from autocompress_fast.plan import LayerPlan, Plan
-from autocompress_fast.purify import purify, unused_paths
+from autocompress_fast.purify import purify
 from autocompress_fast.rates import STRUCTURES, Target, allocate, fill
 from autocompress_fast.report import Inspection
+from autocompress_fast.unused import unused_paths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

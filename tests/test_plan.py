@@ -13,7 +13,7 @@ from torch import nn
 from autocompress_fast._baked import baked
 from autocompress_fast.graph import inspect
 from autocompress_fast.plan import LayerPlan, MaskedParameters, Plan, check_fits, mask
-from autocompress_fast.purify import unused_paths
+from autocompress_fast.unused import unused_paths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

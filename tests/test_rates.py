@@ -14,8 +14,8 @@ from autocompress_fast.admm import ADMM
 from autocompress_fast.compact import compact, restore
 from autocompress_fast.graph import Counts, Report, inspect
 from autocompress_fast.models import vgg
-from autocompress_fast.purify import unused_paths
 from autocompress_fast.rates import STRUCTURES, Target, allocate, fill, smallest
+from autocompress_fast.unused import unused_paths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

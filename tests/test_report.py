@@ -11,7 +11,7 @@ from rich.console import Console
 
 import autocompress_fast as acf
 from autocompress_fast import report as reports
-from autocompress_fast.purify import unused_paths
+from autocompress_fast.unused import unused_paths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

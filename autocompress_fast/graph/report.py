@@ -347,7 +347,7 @@ class Report:
             Counts(conv=54, params=54, macs=1224)
         """
         from autocompress_fast.plan import Plan
-        from autocompress_fast.purify import unused_paths
+        from autocompress_fast.unused import unused_paths
 
         return self.counts(unused_paths(Plan.uniform(self, filters=filters, columns=columns), self))
 

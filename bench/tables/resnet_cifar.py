@@ -36,9 +36,9 @@ from autocompress_fast.compact import compact
 from autocompress_fast.data import batches
 from autocompress_fast.pipeline import train
 from autocompress_fast.progress import default_progress
-from autocompress_fast.purify import unused_paths
 from autocompress_fast.rates import Target, allocate
 from autocompress_fast.training import Trainer, TrainingConfig, evaluate, evaluate_together
+from autocompress_fast.unused import unused_paths
 
 HERE = pathlib.Path(__file__).resolve().parent
 

@@ -1,0 +1,124 @@
+"""Unused paths: what is dead because of what was dropped, exactly (P-RM, arXiv 1905.00136, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from autocompress_fast.graph import Layer, Report
+from autocompress_fast.graph.channels import OUTPUT
+from autocompress_fast.plan import LayerPlan, Plan
+
+__all__ = ["check_something_left", "read_labels", "unused_paths", "whole", "with_weights", "without_empty"]
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+def unused_paths(plan: Plan, report: Report) -> Plan:
+    """Drop every path through the network that is dead at one end, to a fixed point.
+
+    Forwards: a filter without any weight puts out nothing; columns of channels to which nothing arrives do nothing. A
+    sum is dead when all its terms are, a product when one of its factors is. Backwards: a channel that no layer reads
+    any more is needed by nobody, so the filters that make it do nothing. Layers that the plan does not name count as
+    kept whole.
+
+    The result keeps a subset of what `plan` keeps; the masked network computes the same with both when an empty filter
+    puts out zero (its bias and normalisation are dropped with it, and the activation maps 0 to 0); `compact` folds the
+    constant forward where it does not. Filters that cannot be cut out (of the output layer, for one) are left as the
+    plan has them.
+
+    Args:
+        plan: what is kept.
+        report: of `acf.inspect`, on the network that the plan is for.
+
+    Returns:
+        a plan for all layers of the report.
+
+    Raises:
+        ValueError: nothing would be left of the output layers, the plan is for other layers, or it drops weights of a
+            layer that was excluded.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from autocompress_fast.graph import inspect
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+        >>> plan = Plan.from_masks({"0": np.array([[1, 1, 0], [0, 0, 0]]), "2": np.ones((2, 2))})
+        >>> unused_paths(plan, inspect(model, torch.zeros(1, 3)))["2"].columns.tolist()
+        [True, False]
+    """
+    layers = whole(plan, report)
+    while True:
+        before = sum(layer.weights for layer in layers.values())
+        for layer in report.layers:
+            layers[layer.name] = without_empty(report, layer, layers[layer.name])
+        alive = report.channels.alive(with_weights(layers))
+        for layer in report.layers:
+            columns = layers[layer.name].columns & report.living_columns(alive, layer.name)
+            layers[layer.name] = without_empty(report, layer, replace(layers[layer.name], columns=columns))
+        used = report.channels.used(read_labels(layers, report))
+        for layer in report.layers:
+            filters = layers[layer.name].filters & used[report.labels(layer.name)]
+            layers[layer.name] = without_empty(report, layer, replace(layers[layer.name], filters=filters))
+        if sum(layer.weights for layer in layers.values()) == before:
+            check_something_left(layers, report, plan)
+            return Plan({layer.name: layers[layer.name] for layer in report.layers}).tied(report)
+
+
+def whole(plan: Plan, report: Report) -> dict[str, LayerPlan]:
+    """The plan of every layer of the report; a layer that `plan` does not name is kept whole."""
+    for name, layer in plan.items():
+        if name not in report:
+            reason = report.skipped.get(name, "there is no such layer")
+            raise ValueError(f"the plan names {name!r}, which cannot be pruned here: {reason}")
+        if layer.shape != report[name].shape:
+            raise ValueError(
+                f"the plan of {name!r} is for a weight {layer.shape}, the model's has {report[name].shape}"
+            )
+        if report[name].held and layer.weights < layer.dense_weights:
+            raise ValueError(f"the plan drops weights of {name!r}, which stays as it is: {report[name].held}")
+    return {
+        layer.name: plan[layer.name]
+        if layer.name in plan
+        else LayerPlan.dense(layer.shape, layer.groups, transposed=layer.transposed)
+        for layer in report.layers
+    }
+
+
+def with_weights(layers: dict[str, LayerPlan]) -> dict[str, BoolArray]:
+    """Layer -> which filters have any weight left."""
+    return {name: layer.used()[0] for name, layer in layers.items()}
+
+
+def read_labels(layers: dict[str, LayerPlan], report: Report) -> BoolArray:
+    """(labels,) which are read by a weight that is kept."""
+    read = np.zeros(report.channels.group.size, bool)
+    for layer in report.layers:
+        inputs = layers[layer.name].used()[1].reshape(layer.inputs, -1).any(axis=1)
+        read[report.channels.inputs[layer.name][inputs]] = True
+    return read
+
+
+def without_empty(report: Report, layer: Layer, kept: LayerPlan) -> LayerPlan:
+    """The layer's plan without the columns, and the filters that can be cut out, in which no weight is left."""
+    filters, columns = kept.used()
+    frozen = report.frozen_filters(layer.name)
+    return replace(kept, filters=np.where(frozen, kept.filters, filters), columns=columns)
+
+
+def check_something_left(layers: Mapping[str, LayerPlan], report: Report, plan: Plan) -> None:
+    """Raise ValueError when the network would be a constant: no weight is left of any output layer.
+
+    Where no layer is an output (what comes after it freezes it), those count of which no filter can be cut out. The
+    message names the layer that `plan` leaves nothing of, if there is one.
+    """
+    frozen = [layer for layer in report.layers if layer.frozen_filters]
+    ends = [layer for layer in frozen if layer.frozen_filters == OUTPUT] or [
+        layer for layer in frozen if not layer.held
+    ]
+    empty = [layer.name for layer in ends if not layers[layer.name].used()[0].any()]
+    if empty and len(empty) == len(ends):
+        name = next((name for name, layer in plan.items() if layer.weights == 0), empty[-1])
+        raise ValueError(f"nothing would be left of layer {name!r}: the network would be a constant")
