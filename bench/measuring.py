@@ -62,7 +62,7 @@ def interleaved(
     for _ in range(rounds):
         for name, function in functions.items():
             if torch.get_num_threads() > 1:
-                time.sleep(0.003)  # torch's threads spin for a while after each operation, on the cores of the next one
+                time.sleep(0.02)  # torch's threads spin for a while after each operation, on the cores of the next one
             prepare()
             times[name].append(seconds(function))
     return {name: statistics.median(values) for name, values in times.items()}
