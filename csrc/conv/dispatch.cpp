@@ -169,6 +169,10 @@ void fill(const Run& run, RowTile& tile, Cursor& at, std::int64_t size) {
       add_window(run, tile, at);
     }
     tile.first[size] = tile.segment_count;
+    if (run.plan.window == Window::halves && size == 1) {
+      tile.first[2] = tile.segment_count;
+      tile.x[2] = tile.x[3] = tile.x[0];
+    }
   }
   tile.neighbours = tile.x[tile.pointers - 1] - tile.x[0] == tile.pointers - 1;
   const Shape& s = run.plan.shape;

@@ -43,7 +43,7 @@ ACF_INLINE const float* at(const float* p, std::int64_t bytes) {
 
 // 1.5 * 2^23: a float of this size has no fraction, so adding it rounds to the nearest integer, which is then found in
 // the low bits.
-constexpr float kMagic = 12582912.0f;
+inline constexpr float kMagic = 12582912.0f;
 
 // e^x for |x| <= 87, within 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2 and Cephes' polynomial for e^r.
 inline Reg exp(Reg x) {
@@ -84,7 +84,7 @@ inline Reg activate(const Call& call, Reg x) {
 // ---- what follows the sums ------------------------------------------------------------------------------------------
 
 // Adds the residual, activates and stores vector v of the tile for `filters` filters, whose sums lie `pitch` apart.
-__attribute__((noinline)) void finish(const Call& call, int v, int filters, const float* sums, int pitch) {
+__attribute__((noinline)) inline void finish(const Call& call, int v, int filters, const float* sums, int pitch) {
   const Segment* first = call.tile->segments + call.tile->first[v];
   const Segment* last = call.tile->segments + call.tile->first[v + 1];
   for (int f = 0; f < filters; ++f) {
@@ -102,7 +102,7 @@ __attribute__((noinline)) void finish(const Call& call, int v, int filters, cons
 }
 
 // The same for one pixel whose filters lie side by side in the output.
-void finish_features(const Call& call, const Segment& segment, int lane, const float* sums) {
+inline void finish_features(const Call& call, const Segment& segment, int lane, const float* sums) {
   for (int f = 0; f < call.filters; f += N::kLanes) {
     const auto mask = N::mask(0, call.filters - f < N::kLanes ? call.filters - f : N::kLanes);
     Reg sum = N::load(sums + f);
@@ -221,6 +221,8 @@ void finish_pixels(const Call& call, const float* sums, int width) {
   }
 }
 
+inline constexpr int kFewPixels = 4;  // of which the pointers fit into registers anyway
+
 // kRow: the pixels are neighbours in memory. One pointer for them instead of one for each leaves registers for those of
 // the prefetches.
 template <bool kRow, int kPixels, int kBlocks>
@@ -233,18 +235,19 @@ void filters_in_lanes(const Call& call) {
   const std::int64_t pitch = call.resumes ? kWidth : 0;
   unrolled<kPixels>(
       [&](auto m) { unrolled<kVectors>([&](auto j) { sum[m][j] = N::load(begin + m * pitch + j * N::kLanes); }); });
-  constexpr int kPointers = kRow ? 1 : kPixels;
+  constexpr int kPointers = kPixels - kRow * (kPixels - 1);
+  constexpr bool kAhead = kPointers < kFewPixels;
   const float *x[kPointers], *ahead = call.ahead;
   unrolled<kPointers>([&](auto m) { x[m] = call.tile->x[m]; });
   const std::int64_t block = call.block, later = call.later[0], latest = call.later[1];
   each_column(call, kBlock, [&](std::int64_t offset, const float* w) {
     __builtin_prefetch(w + later);
-    if (kRow && kBlocks > 1) __builtin_prefetch(w + latest);
-    if (kRow) __builtin_prefetch(at(ahead, offset));
+    if (kAhead && kBlocks > 1) __builtin_prefetch(w + latest);
+    if (kAhead) __builtin_prefetch(at(ahead, offset));
     Reg weights[kVectors];
     unrolled<kVectors>([&](auto j) { weights[j] = N::load(w + (j / kParts) * block + (j % kParts) * N::kLanes); });
     unrolled<kPixels>([&](auto m) {
-      const Reg pixel = N::broadcast(kRow ? at(x[0], offset) + m : at(x[kRow ? 0 : m], offset));
+      const Reg pixel = N::broadcast(at(x[kRow ? 0 : m], offset) + (kRow ? m : 0));
       unrolled<kVectors>([&](auto j) { sum[m][j] = N::fma(weights[j], pixel, sum[m][j]); });
     });
   });
@@ -259,7 +262,10 @@ void filters_in_lanes(const Call& call) {
 
 template <Load load, int kFilters, int kVectors>
 constexpr Kernel pixels_kernel() {
-  if constexpr (kVectors <= N::max_vectors(load, kFilters)) {
+  constexpr int kMost = N::max_vectors(load, kFilters);
+  if constexpr (load != Load::stretch && kVectors == 1 && kMost > 1) {
+    return pixels_kernel<load, kFilters, 2>();
+  } else if constexpr (kVectors <= kMost) {
     return pixels_in_lanes<load, kFilters, kVectors>;
   } else {
     return nullptr;
@@ -268,7 +274,7 @@ constexpr Kernel pixels_kernel() {
 template <bool kRow, int kPixels, int kBlocks>
 constexpr Kernel filters_kernel() {
   if constexpr (kBlocks <= N::max_blocks(kPixels)) {
-    return filters_in_lanes<kRow, kPixels, kBlocks>;
+    return filters_in_lanes<(kRow && kPixels >= kFewPixels), kPixels, kBlocks>;
   } else {
     return nullptr;
   }

@@ -14,10 +14,13 @@ struct N {
   static constexpr bool kMasked = true;
   // 32 registers: 24 sums, the pixels, a weight.
   static constexpr int max_vectors(Load load, int filters) {
-    const int fit = 24 / filters < kMaxVectors ? 24 / filters : kMaxVectors, most = filters == 1 ? fit : 6;
-    return load == Load::stretch ? (fit < most ? fit : most) : (fit < 2 ? fit : 2);
+    constexpr int kFit[kMaxFilters] = {8, 6, 5, 4, 4, 4, 3, 3, 2, 2, 2, 2};
+    return load == Load::stretch ? kFit[filters - 1] : 2;
   }
-  static constexpr int max_blocks(int pixels) { return 24 / pixels < kMaxBlocks ? 24 / pixels : kMaxBlocks; }
+  static constexpr int max_blocks(int pixels) {
+    constexpr int kFit[kMaxPixels] = {8, 8, 4, 6, 4, 4, 3, 3};
+    return kFit[pixels - 1];
+  }
 
   static Mask mask(int from, int to) { return static_cast<Mask>((1u << to) - (1u << from)); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
