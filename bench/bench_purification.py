@@ -134,9 +134,9 @@ Command: `{command}`.
 
 Medians of {rounds} runs in milliseconds, float32 weights, taken in turns (torch after the others): the scores of every
 layer (norms of filters and columns, importance of channels, summed in float64) and what of them is below its limits,
-for the conv layers of a network. *floor*: torch.sum of every weight, which reads each once; *scores*: `ops.purification_scores_all` alone;
-*ours*: that and `ops.purification_keep`. The last columns: peers, and how many times as long as ours they take;
-"torch float32" sums in float32, which the others do not.
+for the conv layers of a network. *floor*: torch.sum of every weight, which reads each once; *scores*:
+`ops.purification_scores_all` alone; *ours*: that and `ops.purification_keep`. The last columns: peers, and how many
+times as long as ours they take; "torch float32" sums in float32, which the others do not.
 """
 
 
