@@ -62,7 +62,7 @@ struct Pitch {
   std::int64_t row = 1, plane = 1, image = 1;
 };
 
-inline constexpr std::int64_t kSlack = 16;
+inline constexpr std::int64_t kSlack = 32;
 
 // Pitches of a tensor whose readers pad it by at most `padding`, and the floats it takes: `before` its first element,
 // `size` in all, slack included.
@@ -81,8 +81,9 @@ enum class Method { pixels_in_lanes, filters_in_lanes };
 
 // What a register of pixels_in_lanes holds: a stretch of the plane with the halo between rows in it (flat; stride 1), a
 // stretch of one row (rows; horizontal stride 1), or two half stretches of the same row or two (halves; horizontal
-// stride 1 or 2).
-enum class Window { flat, rows, halves };
+// stride 1 or 2). depthwise is a kernel of its own for complete 3x3 and 5x5 kernels with one channel and filter a
+// group: whole planes at once, every stretch of a row read for all the output rows that need it.
+enum class Window { flat, rows, halves, depthwise };
 
 // How one convolution will be computed. Plain data; plan() fills it in.
 struct Plan {

@@ -129,6 +129,7 @@ void add_window(const Run& run, RowTile& tile, Cursor& at) {
   switch (run.plan.window) {
     case Window::flat: add_flat(run, tile, at); return;
     case Window::rows: add_stretch(run, tile, at, 0, lanes); return;
+    case Window::depthwise: return;
     case Window::halves: {
       add_stretch(run, tile, at, 0, lanes / 2);
       if (at.n < run.images) {
@@ -321,6 +322,20 @@ void run_chunks(const Run& run, const Part& pixel_tiles, const Part& filter_tile
   }
 }
 
+// Planes of a depthwise convolution.
+void run_planes(const Run& run, const Part& planes) {
+  const Shape& s = run.plan.shape;
+  const PlaneKernel kernel = run.table.depthwise[depthwise_index(s)][s.stride_h - 1];
+  const Pitch &in = run.plan.in, &out = run.out_pitch, &residual = run.residual_pitch;
+  for (std::int64_t i = planes.begin; i < planes.begin + planes.size; ++i) {
+    const std::int64_t n = i / s.channels, c = i % s.channels;
+    kernel({&run.call, run.in + n * in.image + c * in.plane - s.padding.top * in.row - s.padding.left,
+            run.weights + c * s.kernel_h * s.kernel_w, run.bias + c,
+            run.call.residual == nullptr ? nullptr : run.call.residual + n * residual.image + c * residual.plane,
+            run.call.out + n * out.image + c * out.plane, in.row, residual.row, out.row, run.height, run.width});
+  }
+}
+
 Call shared_call(const Epilogue& epilogue, float* out, const Pitch& out_pitch) {
   Call call = {};
   call.out = out;
@@ -389,13 +404,19 @@ void run(const Plan& plan, const void* packed, std::int64_t images, const float*
                                   static_cast<std::int64_t>(sizeof(float)) / run.filter_tiles;
   const std::int64_t wanted =
       threads == 1 ? 1 : std::min(kTasksPerThread * threads, std::max<std::int64_t>(1, macs / kTaskMacs));
+  const int used = wanted == 1 ? 1 : threads;
+  if (plan.window == Window::depthwise && plan.method == Method::pixels_in_lanes) {
+    const std::int64_t planes = images * plan.shape.channels, tasks = std::min(planes, wanted);
+    parallel_for(tasks, used, [&](std::int64_t task) { run_planes(run, Parts(planes, tasks)[task]); });
+    return;
+  }
+
   // Filters are cut so that their panels stay in the cache, then pixels, then filters again, until there are enough
   // tasks.
   std::int64_t filter_parts =
       ceil_div(run.filter_tiles, std::max<std::int64_t>(1, kPanelBytes / std::max<std::int64_t>(1, tile_bytes)));
   const std::int64_t pixel_parts = std::min(pixel_tiles.count, ceil_div(wanted, filter_parts));
   filter_parts = std::min(run.filter_tiles, std::max(filter_parts, ceil_div(wanted, pixel_parts)));
-  const int used = wanted == 1 ? 1 : threads;
   const bool chunks = plan.method == Method::filters_in_lanes && run.filter_tiles * tile_bytes > kPanelBytes;
   parallel_for(filter_parts * pixel_parts, used, [&](std::int64_t task) {
     const Part pixels = Parts(pixel_tiles.count, pixel_parts)[task % pixel_parts],

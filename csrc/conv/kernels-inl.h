@@ -258,6 +258,58 @@ void filters_in_lanes(const Call& call) {
   if (!call.stops) finish_pixels<kPixels>(call, sums, kWidth);
 }
 
+// ---- depthwise ------------------------------------------------------------------------------------------------------
+
+// kRows output rows of kLanes pixels, of which the last ones may not exist. Input rows come one after the other, so the
+// taps of every output are added in their order.
+template <int kSize, int kStride, int kRows>
+ACF_INLINE void depthwise_block(const PlaneCall& plane, const Reg (&weights)[kSize * kSize], std::int64_t y,
+                                std::int64_t x) {
+  Reg sum[kRows];
+  const Reg bias = N::broadcast(plane.bias);
+  unrolled<kRows>([&](auto r) { sum[r] = bias; });
+  const float* in = plane.in + y * kStride * plane.in_row + x * kStride;
+  unrolled<(kRows - 1) * kStride + kSize>([&](auto i) {
+    unrolled<kSize>([&](auto kw) {
+      const Reg pixels = kStride == 1 ? N::load(in + kw) : N::load_strided(in + kw, in + kw + N::kLanes);
+      unrolled<kRows>([&](auto r) {
+        constexpr int kh = i - r * kStride;
+        if constexpr (kh >= 0 && kh < kSize) sum[r] = N::fma(weights[kh * kSize + kw], pixels, sum[r]);
+      });
+    });
+    in += plane.in_row;
+  });
+  const int lanes = plane.width - x < N::kLanes ? static_cast<int>(plane.width - x) : N::kLanes;
+  const auto mask = N::mask(0, lanes);
+  float* out = plane.out + y * plane.out_row + x;
+  const float* residual = plane.residual == nullptr ? nullptr : plane.residual + y * plane.residual_row + x;
+  unrolled<kRows>([&](auto r) {
+    if (residual != nullptr) {
+      sum[r] = N::add(sum[r], N::load_masked(residual, mask));
+      residual += plane.residual_row;
+    }
+    N::store_masked(out, mask, activate(*plane.call, sum[r]));
+    out += plane.out_row;
+  });
+}
+
+template <int kSize, int kStride>
+void depthwise(const PlaneCall& plane) {
+  Reg weights[kSize * kSize];
+  unrolled<kSize * kSize>([&](auto i) { weights[i] = N::broadcast(plane.weights + i); });
+  std::int64_t y = 0;
+  for (; y + kDepthwiseRows <= plane.height; y += kDepthwiseRows) {
+    for (std::int64_t x = 0; x < plane.width; x += N::kLanes) {
+      depthwise_block<kSize, kStride, kDepthwiseRows>(plane, weights, y, x);
+    }
+  }
+  for (; y < plane.height; ++y) {
+    for (std::int64_t x = 0; x < plane.width; x += N::kLanes) {
+      depthwise_block<kSize, kStride, 1>(plane, weights, y, x);
+    }
+  }
+}
+
 // ---- the table ------------------------------------------------------------------------------------------------------
 
 template <Load load, int kFilters, int kVectors>
@@ -303,9 +355,10 @@ constexpr Kernel filters_kernel() {
     ACF_BLOCKS(row, 1), ACF_BLOCKS(row, 2), ACF_BLOCKS(row, 3), ACF_BLOCKS(row, 4), ACF_BLOCKS(row, 5), \
         ACF_BLOCKS(row, 6), ACF_BLOCKS(row, 7), ACF_BLOCKS(row, 8)                                      \
   }
-#define ACF_KERNEL_TABLE                                                                              \
-  {                                                                                                   \
-    N::kLanes, {ACF_FILTERS(Load::stretch), ACF_FILTERS(Load::halves), ACF_FILTERS(Load::strided)}, { \
-      ACF_PIXELS(false), ACF_PIXELS(true)                                                             \
-    }                                                                                                 \
+#define ACF_KERNEL_TABLE                                                                            \
+  {                                                                                                 \
+    N::kLanes, {ACF_FILTERS(Load::stretch), ACF_FILTERS(Load::halves), ACF_FILTERS(Load::strided)}, \
+        {ACF_PIXELS(false), ACF_PIXELS(true)}, {                                                    \
+      {depthwise<3, 1>, depthwise<3, 2>}, { depthwise<5, 1>, depthwise<5, 2> }                      \
+    }                                                                                               \
   }

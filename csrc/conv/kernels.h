@@ -60,7 +60,19 @@ struct Call {
   bool clamps;
 };
 
+// One plane of a depthwise convolution, from and to its element (0, 0); `in` is what the first tap reads there.
+struct PlaneCall {
+  const Call* call;  // for the activation
+  const float* in;
+  const float* weights;  // (kernel, kernel)
+  const float* bias;
+  const float* residual;  // or null
+  float* out;
+  std::int64_t in_row, residual_row, out_row, height, width;
+};
+
 using Kernel = void (*)(const Call&);
+using PlaneKernel = void (*)(const PlaneCall&);
 
 enum class Load { stretch, halves, strided };
 
@@ -70,7 +82,11 @@ struct Kernels {
   // which the second has no segments.
   Kernel pixels_in_lanes[3][kMaxFilters][kMaxVectors];  // [Load][filters - 1][vectors - 1]
   Kernel filters_in_lanes[2][kMaxPixels][kMaxBlocks];   // [pixels are neighbours in memory][pixels - 1][blocks - 1]
+  PlaneKernel depthwise[2][2];                          // [index in kDepthwiseSizes][stride - 1]
 };
+
+inline constexpr int kDepthwiseSizes[] = {3, 5};
+inline constexpr int kDepthwiseRows = 4;  // of the output at a time
 
 // The table of an ISA; throws std::invalid_argument when this machine cannot run it.
 const Kernels& kernels(Isa isa);

@@ -55,7 +55,23 @@ double over_parts(std::int64_t count, std::int64_t parts, Cost cost) {
          (cut.size > 0 ? static_cast<double>(parts - cut.larger) * cost(cut.size) : 0);
 }
 
+double depthwise_cycles(const Plan& plan, const Kernels& table) {
+  const Shape& s = plan.shape;
+  const auto size = static_cast<double>(s.kernel_h), stride = static_cast<double>(s.stride_h);
+  const double stretches = static_cast<double>(ceil_div(s.out_width(), table.lanes) * plan.images * s.channels);
+  const auto block = [&](double rows) {
+    const double loads =
+        (rows * stride - stride + size) * size * (stride < 2 ? 1 : 2) * loads_per_vector(Load::stretch, table.lanes);
+    return 10 + std::max(rows * size * size, loads) / 2;
+  };
+  const std::int64_t rest = s.out_height() % kDepthwiseRows;
+  return 50.0 * static_cast<double>(plan.images * s.channels) +
+         stretches * (static_cast<double>(s.out_height() / kDepthwiseRows) * block(kDepthwiseRows) +
+                      static_cast<double>(rest) * block(1));
+}
+
 double pixels_cycles(const Plan& plan, const Kernels& table) {
+  if (plan.window == Window::depthwise) return depthwise_cycles(plan, table);
   const Load load = load_of(plan);
   const std::int64_t windows = window_count(plan, table.lanes, plan.images);
   const double columns = static_cast<double>(plan.columns) / static_cast<double>(plan.shape.groups);
@@ -124,7 +140,7 @@ Plan best_pixels(Plan plan) {
   plan.method = Method::pixels_in_lanes;
   Plan best = plan;
   const std::int64_t filters = plan.shape.filters / plan.shape.groups;
-  for (const Window window : {Window::flat, Window::rows, Window::halves}) {
+  for (const Window window : {Window::flat, Window::rows, Window::halves, Window::depthwise}) {
     plan.window = window;
     if (!window_fits(plan)) continue;
     const std::int64_t fewest = ceil_div(filters, max_filters(table, load_of(plan)));
@@ -220,8 +236,22 @@ bool window_fits(const Plan& plan) {
     case Window::flat: return plan.shape.stride_h == 1 && stride_w == 1 && plan.shape.out_width() <= plan.in.row;
     case Window::rows: return stride_w == 1;
     case Window::halves: return stride_w <= 2;
+    case Window::depthwise: return depthwise_index(plan.shape) >= 0 && plan.columns == plan.shape.columns();
   }
   return false;
+}
+
+int depthwise_index(const Shape& s) {
+  if (s.groups != s.channels || s.groups != s.filters || s.kernel_h != s.kernel_w || s.stride_h != s.stride_w ||
+      s.stride_w > 2 || s.dilation_h != 1 || s.dilation_w != 1) {
+    return -1;
+  }
+  int i = 0;
+  for (const int size : kDepthwiseSizes) {
+    if (size == s.kernel_h) return i;
+    ++i;
+  }
+  return -1;
 }
 
 Load load_of(const Plan& plan) {
@@ -235,6 +265,7 @@ std::int64_t windows_per_image(const Plan& plan, std::int64_t lanes) {
     case Window::flat: return ceil_div((height - 1) * plan.in.row + width, lanes);
     case Window::rows: return height * ceil_div(width, lanes);
     case Window::halves: return height * ceil_div(width, lanes / 2);  // half ones
+    case Window::depthwise: return 1;
   }
   return 0;
 }

@@ -98,7 +98,7 @@ std::vector<Plan> plans(const Problem& problem, const Pitch& pitch, Isa isa) {
   if (problem.shape.stride_w > 2) return all;
   Plan pixels = plan(problem.shape, pitch, problem.images, count, isa, Method::pixels_in_lanes);
   const std::int64_t filters = problem.shape.filters / problem.shape.groups;
-  for (const Window window : {Window::flat, Window::rows, Window::halves}) {
+  for (const Window window : {Window::flat, Window::rows, Window::halves, Window::depthwise}) {
     pixels.window = window;
     if (!window_fits(pixels)) continue;
     const std::int64_t most = max_filters(kernels(isa), load_of(pixels)), fewest = (filters + most - 1) / most;
@@ -286,13 +286,17 @@ ACF_TEST(depthwise_layers_equal_the_reference) {
         problem.shape.channels = problem.shape.groups = 19;
         problem.shape.filters = 19 * multiplier;
         problem.shape.height = 11;
-        problem.shape.width = 29;
+        problem.shape.width = stride == 1 ? 29 : 37;
         problem.shape.kernel_h = problem.shape.kernel_w = kernel;
         problem.shape.stride_h = problem.shape.stride_w = stride;
         problem.shape.padding = {kernel / 2, kernel / 2, kernel / 2, kernel / 2};
         problem.images = 2;
         problem.columns = random_columns(random, problem.shape, multiplier == 1 ? 1.0 : 0.5);
         problem.epilogue.activation = Activation::relu6;
+        check(random, problem);
+        problem.residual = true;
+        problem.epilogue.activation = Activation::hardswish;
+        problem.shape.width = 5;
         check(random, problem);
       }
     }
