@@ -78,8 +78,8 @@ enum class Load { stretch, halves, strided };
 
 struct Kernels {
   int lanes;
-  // Null where the tile would not fit into the registers. One vector of two halves may be computed as two vectors, of
-  // which the second has no segments.
+  // Null where the tile would not fit into the registers; more of one side never allows more of the other. One vector
+  // of two halves may be computed as two vectors, of which the second has no segments.
   Kernel pixels_in_lanes[3][kMaxFilters][kMaxVectors];  // [Load][filters - 1][vectors - 1]
   Kernel filters_in_lanes[2][kMaxPixels][kMaxBlocks];   // [pixels are neighbours in memory][pixels - 1][blocks - 1]
   PlaneKernel depthwise[2][2];                          // [index in kDepthwiseSizes][stride - 1]

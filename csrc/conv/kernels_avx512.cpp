@@ -18,7 +18,7 @@ struct N {
     return load == Load::stretch ? kFit[filters - 1] : 2;
   }
   static constexpr int max_blocks(int pixels) {
-    constexpr int kFit[kMaxPixels] = {8, 8, 4, 6, 4, 4, 3, 3};
+    constexpr int kFit[kMaxPixels] = {8, 8, 6, 6, 4, 4, 3, 3};
     return kFit[pixels - 1];
   }
 

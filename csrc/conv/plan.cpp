@@ -64,10 +64,9 @@ double depthwise_cycles(const Plan& plan, const Kernels& table) {
         (rows * stride - stride + size) * size * (stride < 2 ? 1 : 2) * loads_per_vector(Load::stretch, table.lanes);
     return 10 + std::max(rows * size * size, loads) / 2;
   };
-  const std::int64_t rest = s.out_height() % kDepthwiseRows;
+  const std::int64_t blocks = s.out_height() / kDepthwiseRows, rest = s.out_height() % kDepthwiseRows;
   return 50.0 * static_cast<double>(plan.images * s.channels) +
-         stretches * (static_cast<double>(s.out_height() / kDepthwiseRows) * block(kDepthwiseRows) +
-                      static_cast<double>(rest) * block(1));
+         stretches * (static_cast<double>(blocks) * block(kDepthwiseRows) + static_cast<double>(rest) * block(1));
 }
 
 double pixels_cycles(const Plan& plan, const Kernels& table) {

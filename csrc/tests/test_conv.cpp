@@ -95,14 +95,19 @@ std::vector<Plan> plans(const Problem& problem, const Pitch& pitch, Isa isa) {
   const auto count = static_cast<std::int64_t>(problem.columns.size());
   std::vector<Plan> all = {plan(problem.shape, pitch, problem.images, count, isa),
                            plan(problem.shape, pitch, problem.images, count, isa, Method::filters_in_lanes)};
+  Plan filters = all[1];
+  for (filters.tile_pixels = 1; filters.tile_pixels <= kMaxPixels && max_blocks(kernels(isa), filters.tile_pixels) > 0;
+       ++filters.tile_pixels) {
+    all.push_back(filters);
+  }
   if (problem.shape.stride_w > 2) return all;
   Plan pixels = plan(problem.shape, pitch, problem.images, count, isa, Method::pixels_in_lanes);
-  const std::int64_t filters = problem.shape.filters / problem.shape.groups;
+  const std::int64_t group_filters = problem.shape.filters / problem.shape.groups;
   for (const Window window : {Window::flat, Window::rows, Window::halves, Window::depthwise}) {
     pixels.window = window;
     if (!window_fits(pixels)) continue;
-    const std::int64_t most = max_filters(kernels(isa), load_of(pixels)), fewest = (filters + most - 1) / most;
-    for (const std::int64_t tiles : {fewest, std::min(fewest + 1, filters)}) {
+    const std::int64_t most = max_filters(kernels(isa), load_of(pixels)), fewest = (group_filters + most - 1) / most;
+    for (const std::int64_t tiles : {fewest, std::min(fewest + 1, group_filters)}) {
       pixels.filter_tiles = tiles;
       all.push_back(pixels);
     }
@@ -114,7 +119,7 @@ std::string describe(const Problem& problem, const Plan& plan) {
   const Shape& s = problem.shape;
   std::ostringstream text;
   text << isa_name(plan.isa) << " method " << static_cast<int>(plan.method) << " window "
-       << static_cast<int>(plan.window) << " tiles " << plan.filter_tiles << " images " << problem.images << " "
+       << static_cast<int>(plan.window) << " tiles " << plan.filter_tiles << "," << plan.tile_pixels << " images " << problem.images << " "
        << s.channels << "x" << s.height << "x" << s.width << " -> " << s.filters << " groups " << s.groups << " kernel "
        << s.kernel_h << "x" << s.kernel_w << " stride " << s.stride_h << "," << s.stride_w << " dilation "
        << s.dilation_h << "," << s.dilation_w << " padding " << s.padding.top << "," << s.padding.left << ","
@@ -263,7 +268,7 @@ ACF_TEST(every_size_of_plane_equals_the_reference) {
 
 ACF_TEST(linear_layers_equal_the_reference) {
   Random random(4);
-  for (const std::int64_t images : {1, 2, 5, 8, 9, 33}) {
+  for (const std::int64_t images : {1, 2, 3, 5, 7, 8, 9, 33}) {
     for (const std::int64_t features : {1, 10, 16, 131, 150}) {
       Problem problem;
       problem.shape.channels = 77;
@@ -392,6 +397,19 @@ ACF_TEST(activations_hold_at_the_ends_of_their_range) {
         }
       }
     }
+  }
+}
+
+// Tiles are cut into parts of two sizes: what fits for the larger must exist for the smaller.
+ACF_TEST(smaller_tiles_exist) {
+  for (const Isa isa : supported_isas()) {
+    const Kernels& table = kernels(isa);
+    for (int m = 1; m < kMaxPixels; ++m) EXPECT(max_blocks(table, m) >= max_blocks(table, m + 1));
+    for (const Load load : {Load::stretch, Load::halves, Load::strided}) {
+      for (int f = 1; f < kMaxFilters; ++f) EXPECT(max_vectors(table, load, f) >= max_vectors(table, load, f + 1));
+    }
+    EXPECT(max_blocks(table, 1) >= 1);
+    EXPECT(max_vectors(table, Load::strided, 1) >= 1);
   }
 }
 
