@@ -148,6 +148,7 @@ void add_pixel(const Run& run, RowTile& tile, Cursor& at) {
   const int lane = tile.pointers % run.table.lanes;
   if (lane == 0) tile.first[tile.pointers / run.table.lanes] = tile.segment_count;
   add_pointer(run, tile, at);
+  tile.neighbours &= tile.x[tile.pointers - 1] - tile.x[0] == tile.pointers - 1;
   if (lane == 0 || at.x == 0) {
     add_segment(run, tile, at, lane, 1);
   } else {
@@ -159,6 +160,7 @@ void add_pixel(const Run& run, RowTile& tile, Cursor& at) {
 // The next `size` pixels or vectors of pixels.
 void fill(const Run& run, RowTile& tile, Cursor& at, std::int64_t size) {
   tile.pointers = tile.segment_count = 0;
+  tile.neighbours = true;
   tile.first_row = run.height;
   tile.last_row = 0;
   if (run.plan.method == Method::filters_in_lanes) {
@@ -175,7 +177,6 @@ void fill(const Run& run, RowTile& tile, Cursor& at, std::int64_t size) {
       tile.x[2] = tile.x[3] = tile.x[0];
     }
   }
-  tile.neighbours = tile.x[tile.pointers - 1] - tile.x[0] == tile.pointers - 1;
   const Shape& s = run.plan.shape;
   const auto input_row = [&s](std::int64_t y, std::int64_t kh) {
     return y * s.stride_h - s.padding.top + kh * s.dilation_h;

@@ -247,6 +247,25 @@ ACF_TEST(every_number_of_filters_equals_the_reference) {
   }
 }
 
+// With a stride beyond the row pitch the pixels of a tile go to and fro in memory.
+ACF_TEST(wide_strides_and_paddings_equal_the_reference) {
+  Random random(9);
+  for (std::int64_t width = 1; width <= 4; ++width) {
+    for (const std::int64_t stride : {1, 2, 3}) {
+      Problem problem;
+      problem.shape.channels = 2;
+      problem.shape.height = 7;
+      problem.shape.width = width;
+      problem.shape.filters = 19;
+      problem.shape.kernel_h = 2;
+      problem.shape.stride_w = stride;
+      problem.shape.padding = {1, 3, 0, 3};
+      problem.columns = random_columns(random, problem.shape, 1.0);
+      check(random, problem);
+    }
+  }
+}
+
 // Sizes whose vectors are full, half full, cross rows and images; planes of a few pixels.
 ACF_TEST(every_size_of_plane_equals_the_reference) {
   Random random(3);
