@@ -111,7 +111,7 @@ double filters_cycles(const Plan& plan, const Kernels& table) {
     return over_parts(blocks, ceil_div(blocks, max_blocks(table, m)), [&](std::int64_t b) {
       const auto pixel = static_cast<double>(m), vectors = static_cast<double>(b * parts);
       // Sums that are put aside between the pieces of the weights, and whatever else measurements show.
-      const double rest = 1.13;
+      const double rest = table.lanes == kBlock ? 1.13 : 1.25;
       return 100 + rest * columns * step_cycles(pixel * vectors, 4 + pixel + vectors, 0) +
              (table.lanes == kBlock ? 80 : 160) * static_cast<double>(b);
     });
