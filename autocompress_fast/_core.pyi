@@ -20,7 +20,7 @@ def hardware_threads() -> int: ...
 
 # An Array is a numpy array or a torch CPU tensor, float32 or float64, C-contiguous.
 def conv2d(
-    input: Array,
+    x: Array,
     weight: Array,
     columns: Sequence[int],
     bias: Array | None,

@@ -120,13 +120,13 @@ def test_methods_and_threads_give_the_same_bits():
         ({"bias": np.zeros(4, np.float32)}, r"bias must have the shape \(5,\), got \(4,\)"),
         ({"weight": np.zeros(7, np.float32)}, r"weight must have the shape \(180,\), got \(7,\)"),
         ({"residual": np.zeros((1, 5, 8, 8), np.float32)}, r"residual must have the shape \(1, 5, 6, 6\)"),
-        ({"input": np.zeros((4, 8, 8), np.float32)}, r"input must have the shape .*, got \(4, 8, 8\)"),
+        ({"x": np.zeros((4, 8, 8), np.float32)}, r"input must have the shape .*, got \(4, 8, 8\)"),
         ({"stride": (1, 3), "method": "pixels_in_lanes"}, "horizontal stride of 1 or 2, got 3"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(changes, message):
     call = {
-        "input": np.zeros((1, 4, 8, 8), np.float32),
+        "x": np.zeros((1, 4, 8, 8), np.float32),
         "weight": np.zeros(180, np.float32),
         "columns": range(36),
         "bias": None,

@@ -179,7 +179,7 @@ py::array_t<float> conv2d(py::handle input, py::handle weight, const std::vector
 }  // namespace
 
 void register_conv(py::module_& module) {
-  module.def("conv2d", &conv2d, py::arg("input"), py::arg("weight"), py::arg("columns"), py::arg("bias"),
+  module.def("conv2d", &conv2d, py::arg("x"), py::arg("weight"), py::arg("columns"), py::arg("bias"),
              py::arg("filters"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
              py::arg("groups"), py::arg("activation"), py::arg("slope"), py::arg("residual"), py::arg("method"),
              py::arg("threads"));
