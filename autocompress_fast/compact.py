@@ -6,7 +6,6 @@ that keeps only some of its columns becomes a `ColumnConv2d` or `ColumnLinear`: 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from autocompress_fast._baked import baked, computed, copied
 from autocompress_fast.graph import DATA, Layer, Report, inspect
 from autocompress_fast.graph.rebuild import as_graph
 from autocompress_fast.plan import LayerPlan, Plan, apply_masks, mask
-from autocompress_fast.unused import check_something_left, read_labels, whole, with_weights, without_empty
+from autocompress_fast.unused import check_something_left, read_labels, settled, whole
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -208,7 +207,8 @@ class Compacted:
         plan: what is kept of the smaller layers (columns or single weights that are masked in them, if any); layers of
             which nothing is left (`EmptyLayer`) are not in it.
         kept: per layer, where the weights of the smaller model were.
-        max_difference: largest difference of any output to the masked model's, relative to the largest output.
+        max_difference: largest difference of any output to the masked model's, which is computed in float64 where it
+            can be, relative to the largest output.
         kind: "module", the user's own class with smaller layers in it; or "graph", a `torch.fx.GraphModule` of the same
             layers, where the Python code has sizes of its own in the way.
         reason: why it is a graph; empty when it is not.
@@ -308,24 +308,9 @@ def compact(
         plain = baked(model)
         _check_baked(model, plain, inputs)
         return replace(compact(plain, plan, inputs, columns=columns, report=report), baked=changed)
-    masked = mask(model, plan).eval()
-    report = inspect(masked, inputs, exclude=sorted(plan.held)) if report is None else report
-    _check_report(report, masked)
-    exact = all(x.dtype == torch.float64 for x in masked.parameters())
-    if not exact and not _rounds(
-        report
-    ):  # in float64 the two must agree to rounding, whatever constants were folded into float32 biases
-        double, cast = copy.deepcopy(masked).double(), _cast(inputs, torch.float64)
-        try:
-            arriving, expected = _measured(double, report, (cast, _random_like(cast)))
-        except RuntimeError:  # its code insists on another dtype
-            pass
-        else:
-            _cut(double, cast, plan, report, columns, arriving, expected, _FLOAT64_TOLERANCE)
-        del double
-    arriving, expected = _measured(masked, report, (inputs, _random_like(inputs)))
-    tolerance = _FLOAT64_TOLERANCE if exact and not _rounds(report) else _FLOAT32_TOLERANCE
-    small = _cut(masked, inputs, plan, report, columns, arriving, expected, tolerance)
+    report = inspect(model, inputs, exclude=sorted(plan.held)) if report is None else report
+    _check_report(report, model)
+    small = _cut_in_double(model, inputs, plan, report, columns) or _cut_as_it_is(model, inputs, plan, report, columns)
     training = {name: module.training for name, module in model.named_modules()}
     for name, module in small.model.named_modules():
         module.training = training.get(name, model.training)
@@ -340,11 +325,50 @@ def _check_baked(model: nn.Module, plain: nn.Module, inputs: tuple[torch.Tensor,
         raise AssertionError(f"{type(model).__name__} computes something else when its computed weights are plain ones")
 
 
-def _rounds(report: Report) -> bool:
-    """Whether the model casts to a lower precision, so that it is exact to that in float64 too."""
+def _cut_in_double(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], plan: Plan, report: Report, columns: bool
+) -> Compacted | None:
+    """Compact a float32 model in float64, where the masked and the compacted network must agree to rounding.
+
+    Returns:
+        None for models that are float64 themselves or insist on another precision.
+    """
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    dtypes = {name: x.dtype for name, x in tensors}
+    if _rounds(model, report) or all(x.dtype == torch.float64 for x in model.parameters()):
+        return None
+    masked, cast = mask(model, plan).eval().double(), _cast(inputs, torch.float64)
+    examples = (cast, _random_like(cast))
+    try:
+        arriving, expected = _measured(masked, report, examples)
+    except RuntimeError:  # its code insists on another dtype
+        return None
+    pairs = list(zip(examples, expected, strict=True))
+    small = _cut(masked, plan, report, columns, arriving, pairs, _FLOAT64_TOLERANCE)
+    for name, x in [*small.model.named_parameters(), *small.model.named_buffers()]:
+        if x.dtype == torch.float64:  # (a bias that was folded into a layer without one is of its weight's type)
+            dtype = dtypes.get(name) or dtypes.get(f"{name.rpartition('.')[0]}.weight")
+            x.data = x.data.to(dtype or x.dtype)
+    return replace(small, max_difference=_difference(small.model, [(inputs, expected[0])], _FLOAT32_TOLERANCE))
+
+
+def _cut_as_it_is(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], plan: Plan, report: Report, columns: bool
+) -> Compacted:
+    """Compact a model in its own precision."""
+    masked, examples = mask(model, plan).eval(), (inputs, _random_like(inputs))
+    arriving, expected = _measured(masked, report, examples)
+    exact = not _rounds(model, report) and all(x.dtype == torch.float64 for x in model.parameters())
+    pairs, tolerance = list(zip(examples, expected, strict=True)), _FLOAT64_TOLERANCE if exact else _FLOAT32_TOLERANCE
+    return _cut(masked, plan, report, columns, arriving, pairs, tolerance)
+
+
+def _rounds(model: nn.Module, report: Report) -> bool:
+    """Whether the model holds, or casts to, a lower precision than its own: in float64 it would compute otherwise."""
     lower = (torch.float32, torch.float16, torch.bfloat16)
     casts = (node for node in report.trace.nodes if node.op in ("to", "_to_copy"))
-    return any(isinstance(x, torch.dtype) and x in lower for n in casts for x in (*n.args, *n.kwargs.values()))
+    holds = any(x.dtype in lower[1:] for x in model.parameters())
+    return holds or any(isinstance(x, torch.dtype) and x in lower for n in casts for x in (*n.args, *n.kwargs.values()))
 
 
 def _check_report(report: Report, model: nn.Module) -> None:
@@ -358,15 +382,23 @@ def _check_report(report: Report, model: nn.Module) -> None:
 
 def _cut(
     small: nn.Module,
-    inputs: tuple[torch.Tensor, ...],
     plan: Plan,
     report: Report,
     columns: bool,
     arriving: dict[str, tuple[torch.Tensor, torch.Tensor]],
-    expected: Sequence[torch.Tensor],
+    examples: Sequence[tuple[tuple[torch.Tensor, ...], torch.Tensor]],
     tolerance: float,
 ) -> Compacted:
-    """Make the masked network `small` physically smaller, in place, and compare it with what was measured of it."""
+    """Make the masked network `small` physically smaller, in place.
+
+    Args:
+        arriving: of the masked network, from `_measured`.
+        examples: inputs, and what the masked network makes of them.
+        tolerance: of the largest output.
+
+    Raises:
+        AssertionError: on one of the examples they differ by more.
+    """
     alive = _fold_constants(small, plan, report, arriving)
     apply_masks(small, alive)
     keep = _kept_labels(alive, report)
@@ -379,12 +411,12 @@ def _cut(
     if columns:
         _cut_columns(small, alive, kept, report)
     try:
-        worst = _difference(small, inputs, expected, tolerance)
+        worst = _difference(small, examples, tolerance)
         kind, reason = "module", ""
     except Exception as error:  # whatever the user's code raises, or computes, with sizes that it did not expect
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         small, kind = as_graph(small, report, keep), "graph"
-        worst = _difference(small, inputs, expected, tolerance)
+        worst = _difference(small, examples, tolerance)
     return Compacted(small, _remaining(small, alive, kept, report), kept, worst, kind, reason)
 
 
@@ -398,26 +430,16 @@ def _fold_constants(
     average pooling that counts its padding), or where the reader pads with zeros beside it, the reader keeps it.
     Backwards, filters that nobody reads any more are dropped, until nothing changes.
     """
-    layers = whole(plan, report)
     exact = {layer.name: np.zeros(layer.inputs, bool) for layer in report.layers}
     exact |= {name: _foldable(model.get_submodule(name), low, high) for name, (low, high) in arriving.items()}
     folded = {layer.name: np.zeros(layer.inputs, bool) for layer in report.layers}
-    while True:
-        before = sum(layer.weights for layer in layers.values())
-        for layer in report.layers:
-            layers[layer.name] = without_empty(report, layer, layers[layer.name])
-        alive = report.channels.alive(with_weights(layers))
-        for layer in report.layers:
-            dead = ~alive[report.channels.inputs[layer.name]] & exact[layer.name]
-            folded[layer.name] |= dead
-            columns = layers[layer.name].columns & ~np.repeat(dead, layer.columns // layer.inputs)
-            layers[layer.name] = without_empty(report, layer, replace(layers[layer.name], columns=columns))
-        used = report.channels.used(read_labels(layers, report))
-        for layer in report.layers:
-            filters = layers[layer.name].filters & used[report.labels(layer.name)]
-            layers[layer.name] = replace(layers[layer.name], filters=filters)
-        if sum(layer.weights for layer in layers.values()) == before:
-            break
+
+    def living_columns(alive: npt.NDArray[np.bool_], name: str) -> npt.NDArray[np.bool_]:
+        dead = ~alive[report.channels.inputs[name]] & exact[name]
+        folded[name] |= dead
+        return ~np.repeat(dead, report[name].columns // report[name].inputs)
+
+    layers = settled(whole(plan, report), report, living_columns)
     check_something_left(layers, report, plan)
     for name, (low, _) in arriving.items():
         _fold(model.get_submodule(name), report[name], torch.from_numpy(folded[name]), low)
@@ -678,16 +700,16 @@ def _remaining(small: nn.Module, alive: Plan, kept: dict[str, Kept], report: Rep
 
 
 def _difference(
-    small: nn.Module, inputs: tuple[torch.Tensor, ...], expected: Sequence[torch.Tensor], tolerance: float
+    small: nn.Module, examples: Sequence[tuple[tuple[torch.Tensor, ...], torch.Tensor]], tolerance: float
 ) -> float:
-    """Compare the outputs, in eval mode, on the example and on random inputs.
+    """The largest difference to the outputs wanted of each input, relative to the largest output.
 
     Raises:
-        AssertionError: they differ by more than `tolerance` of the largest output.
+        AssertionError: they differ by more than `tolerance`.
     """
     worst = 0.0
-    for arguments, wanted in zip((inputs, _random_like(inputs)), expected, strict=True):
-        got = _outputs(small, arguments)
+    for inputs, wanted in examples:
+        got = _outputs(small, inputs)
         if got.shape != wanted.shape:
             raise AssertionError(
                 f"the compacted network puts out {got.numel()} values, the masked one {wanted.numel()}"
@@ -697,7 +719,7 @@ def _difference(
         if not difference <= tolerance:
             raise AssertionError(
                 f"the compacted network differs from the masked one by {difference:.3g} of the largest output "
-                f"({str(wanted.dtype).removeprefix('torch.')}, allowed {tolerance:g}); nothing is returned"
+                f"({str(got.dtype).removeprefix('torch.')}, allowed {tolerance:g}); nothing is returned"
             )
         worst = max(worst, difference)
     return worst

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from autocompress_fast.graph import Layer, Report
 from autocompress_fast.graph.channels import OUTPUT
 from autocompress_fast.plan import LayerPlan, Plan
 
-__all__ = ["check_something_left", "read_labels", "unused_paths", "whole", "with_weights", "without_empty"]
+__all__ = ["check_something_left", "read_labels", "settled", "unused_paths", "whole"]
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -49,22 +49,36 @@ def unused_paths(plan: Plan, report: Report) -> Plan:
         >>> unused_paths(plan, inspect(model, torch.zeros(1, 3)))["2"].columns.tolist()
         [True, False]
     """
-    layers = whole(plan, report)
+    layers = settled(whole(plan, report), report, report.living_columns)
+    check_something_left(layers, report, plan)
+    return Plan(layers).tied(report)
+
+
+def settled(
+    layers: Mapping[str, LayerPlan], report: Report, living_columns: Callable[[BoolArray, str], BoolArray]
+) -> dict[str, LayerPlan]:
+    """What is left when empty filters, the columns that read them, and filters that nobody reads go until none is left.
+
+    Args:
+        layers: the plan of every layer of the report.
+        report: on the network.
+        living_columns: (labels that are alive, name of a layer) -> which of its columns stay.
+    """
+    layers = {layer.name: layers[layer.name] for layer in report.layers}
     while True:
         before = sum(layer.weights for layer in layers.values())
         for layer in report.layers:
-            layers[layer.name] = without_empty(report, layer, layers[layer.name])
-        alive = report.channels.alive(with_weights(layers))
+            layers[layer.name] = _without_empty(report, layer, layers[layer.name])
+        alive = report.channels.alive(_with_weights(layers))
         for layer in report.layers:
-            columns = layers[layer.name].columns & report.living_columns(alive, layer.name)
-            layers[layer.name] = without_empty(report, layer, replace(layers[layer.name], columns=columns))
+            columns = layers[layer.name].columns & living_columns(alive, layer.name)
+            layers[layer.name] = _without_empty(report, layer, replace(layers[layer.name], columns=columns))
         used = report.channels.used(read_labels(layers, report))
         for layer in report.layers:
             filters = layers[layer.name].filters & used[report.labels(layer.name)]
-            layers[layer.name] = without_empty(report, layer, replace(layers[layer.name], filters=filters))
+            layers[layer.name] = _without_empty(report, layer, replace(layers[layer.name], filters=filters))
         if sum(layer.weights for layer in layers.values()) == before:
-            check_something_left(layers, report, plan)
-            return Plan({layer.name: layers[layer.name] for layer in report.layers}).tied(report)
+            return layers
 
 
 def whole(plan: Plan, report: Report) -> dict[str, LayerPlan]:
@@ -87,7 +101,7 @@ def whole(plan: Plan, report: Report) -> dict[str, LayerPlan]:
     }
 
 
-def with_weights(layers: dict[str, LayerPlan]) -> dict[str, BoolArray]:
+def _with_weights(layers: dict[str, LayerPlan]) -> dict[str, BoolArray]:
     """Layer -> which filters have any weight left."""
     return {name: layer.used()[0] for name, layer in layers.items()}
 
@@ -101,7 +115,7 @@ def read_labels(layers: dict[str, LayerPlan], report: Report) -> BoolArray:
     return read
 
 
-def without_empty(report: Report, layer: Layer, kept: LayerPlan) -> LayerPlan:
+def _without_empty(report: Report, layer: Layer, kept: LayerPlan) -> LayerPlan:
     """The layer's plan without the columns, and the filters that can be cut out, in which no weight is left."""
     filters, columns = kept.used()
     frozen = report.frozen_filters(layer.name)

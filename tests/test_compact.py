@@ -650,7 +650,7 @@ def test_plans_that_do_not_fit_are_refused():
 def test_a_plan_that_keeps_everything_changes_nothing():
     model, x = network("normalised", 0)
     small = compact(model, Plan({}), x)
-    assert small.max_difference == 0
+    assert small.max_difference < 1e-6
     assert_same_state(small.model, state(model))
 
 

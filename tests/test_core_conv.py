@@ -7,6 +7,17 @@ from autocompress_fast import _core
 
 every_isa = pytest.mark.usefixtures("isa")
 METHODS = ("auto", "pixels_in_lanes", "filters_in_lanes")
+OPTIONS = {
+    "stride": (1, 1),
+    "dilation": (1, 1),
+    "padding": (0, 0, 0, 0),
+    "groups": 1,
+    "activation": "none",
+    "slope": 0.01,
+    "residual": None,
+    "method": "auto",
+    "threads": 1,
+}
 
 
 def conv2d(x, weight, columns=None, bias=None, **changes):
@@ -16,20 +27,8 @@ def conv2d(x, weight, columns=None, bias=None, **changes):
     columns = np.arange(groups * weight[0].size) if columns is None else np.asarray(columns)
     own, per_group = weight.reshape(groups, filters // groups, -1), channels * kernel[0] * kernel[1]
     kept = [own[g][:, columns[columns // per_group == g] - g * per_group].ravel() for g in range(groups)]
-    options = {
-        "filters": filters,
-        "kernel": kernel,
-        "stride": (1, 1),
-        "dilation": (1, 1),
-        "padding": (0, 0, 0, 0),
-        "groups": 1,
-        "activation": "none",
-        "slope": 0.01,
-        "residual": None,
-        "method": "auto",
-        "threads": 1,
-    }
-    return _core.conv2d(x, np.concatenate(kept), columns.tolist(), bias, **(options | changes))
+    options = {"filters": filters, "kernel": kernel} | OPTIONS | changes
+    return _core.conv2d(x, np.concatenate(kept), columns.tolist(), bias, **options)
 
 
 def expected(x, weight, columns, bias, stride, dilation, padding, groups):
@@ -132,15 +131,7 @@ def test_what_cannot_be_computed_is_refused(changes, message):
         "bias": None,
         "filters": 5,
         "kernel": (3, 3),
-        "stride": (1, 1),
-        "dilation": (1, 1),
-        "padding": (0, 0, 0, 0),
-        "groups": 1,
-        "activation": "none",
-        "slope": 0.0,
-        "residual": None,
-        "method": "auto",
-        "threads": 1,
+        **OPTIONS,
     }
     _core.conv2d(**call)
     with pytest.raises(ValueError, match=message):

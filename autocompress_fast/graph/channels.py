@@ -252,7 +252,7 @@ class _Follower:
             result = rule(node)
         except _NotFollowedError as error:
             return self._give_up(node, f"{error} in {node.where}")
-        except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):
+        except (RuntimeError, IndexError, TypeError, ValueError):  # torch's, when an operator cannot run on labels
             return self._give_up(node, f"its channels cannot be followed through {node.where}")
         return self._rectangular(result)
 

@@ -19,19 +19,7 @@
 // and includes no header with templates of the standard library: an inline function compiled here with wide
 // instructions could be the copy that the linker keeps for everyone.
 
-// body(0), ..., body(count - 1) with constant arguments: a loop would be unrolled too late for the compiler to keep the
-// tile in registers.
-template <int i>
-struct Constant {
-  constexpr operator int() const { return i; }  // NOLINT(google-explicit-constructor): it stands for the number
-};
-template <int count, int i = 0, class Body>
-ACF_INLINE void unrolled(const Body& body) {
-  if constexpr (i < count) {
-    body(Constant<i>{});
-    unrolled<count, i + 1>(body);
-  }
-}
+#include "core/unrolled-inl.h"
 
 using Reg = N::Reg;
 

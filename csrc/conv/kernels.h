@@ -5,8 +5,7 @@
 #include <cstdint>
 
 #include "conv/conv.h"
-
-#define ACF_INLINE __attribute__((always_inline)) inline
+#include "core/inline.h"
 
 namespace acf::conv {
 

@@ -33,22 +33,8 @@ struct Sums {
   typename N::Double r[kBlock / N::kDoubles];
 };
 
-// What takes a body is inlined by force: out of line, the body's captures are read from memory in every step.
-#define ACF_INLINE __attribute__((always_inline)) inline
+#include "core/unrolled-inl.h"
 
-// body(0), ..., body(count - 1) with constant arguments. A loop over the registers of a block would be unrolled too
-// late for the compiler to keep them in registers.
-template <int i>
-struct Constant {
-  constexpr operator int() const { return i; }  // NOLINT(google-explicit-constructor): it stands for the number
-};
-template <int count, int i = 0, class Body>
-ACF_INLINE void unrolled(const Body& body) {
-  if constexpr (i < count) {
-    body(Constant<i>{});
-    unrolled<count, i + 1>(body);
-  }
-}
 template <class N>
 constexpr int kRegs = kBlock / N::kLanes;
 

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "core/inline.h"
 #include "core/isa.h"
 
 namespace acf::projection {
