@@ -417,7 +417,7 @@ def _cut(
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         small, kind = as_graph(small, report, keep), "graph"
         worst = _difference(small, examples, tolerance)
-    return Compacted(small, _remaining(small, alive, kept, report), kept, worst, kind, reason)
+    return Compacted(small, _remaining(small, alive, plan, keep, kept, report), kept, worst, kind, reason)
 
 
 def _fold_constants(
@@ -669,8 +669,15 @@ def _cuts_columns(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.padding_mode == "zeros")
 
 
-def _remaining(small: nn.Module, alive: Plan, kept: dict[str, Kept], report: Report) -> Plan:
-    """What is kept of the smaller layers: the masks that could not be cut out physically."""
+def _remaining(
+    small: nn.Module,
+    alive: Plan,
+    given: Plan,
+    keep: npt.NDArray[np.bool_],
+    kept: dict[str, Kept],
+    report: Report,
+) -> Plan:
+    """What is kept of the smaller layers, and of what `given` ties to them: the masks that could not be cut out."""
     layers = {}
     for layer in report.layers:
         if isinstance(small.get_submodule(layer.name), EmptyLayer):
@@ -696,7 +703,13 @@ def _remaining(small: nn.Module, alive: Plan, kept: dict[str, Kept], report: Rep
             groups,
             layer.transposed,
         )
-    return Plan(layers, held=report.held)
+    tied = {}
+    for name, (dim, mask_of) in given.parameters.items():
+        labels = report.channels.slices.get((name, dim))
+        left = mask_of if labels is None else mask_of[keep[labels]]
+        if not left.all():
+            tied[name] = (dim, left)
+    return Plan(layers, tied, report.held)
 
 
 def _difference(

@@ -20,7 +20,7 @@ from autocompress_fast.graph.operators import oriented
 from autocompress_fast.ops import PurificationLimits
 from autocompress_fast.plan import Plan, apply_masks, mask
 from autocompress_fast.progress import Progress
-from autocompress_fast.unused import unused_paths
+from autocompress_fast.unused import unused_paths, whole
 
 if TYPE_CHECKING:
     import torch
@@ -165,10 +165,15 @@ def purify(
             raise ValueError(f"{name} must be 1 or more, got {value}")
     report = inspect(model, example_input) if report is None else report
     told = progress or Progress()
-    given = Plan.dense(report) if plan is None else plan
-    search = _Search(mask(model, given), unused_paths(given, report), score, report, told)
-    unused, floor = report.counts(search.plan), search.score - tolerance
-    scores, steps = [search.score], []
+    given = Plan.dense(report) if plan is None else Plan(whole(plan, report), plan.parameters, report.held)
+    search = _Search(mask(model, given), given, score, report, told)
+    floor, scores, steps = search.score - tolerance, [search.score], []
+    if not search.without_unused_paths(floor):
+        told.note(
+            "unused paths: the network needs the constants that empty filters put out, so they stay; "
+            "`compact` folds them into what reads them"
+        )
+    unused = report.counts(search.plan)
     for number in range(1, rounds + 1):
         told.note(f"purification, round {number} of {rounds}: the score is {search.score:.4g}, at least {floor:.4g}")
         found = list(search.round(number, floor, evaluations))
@@ -217,6 +222,16 @@ class _Search:
         self._share = 0.01  # of a layer's energy, which is tried first
         self.evaluations = 0
         self.score = self._evaluate(plan)
+
+    def without_unused_paths(self, floor: float) -> bool:
+        """Drop them, unless the score is below `floor` then: they are not zero, if the network was trained so."""
+        plan = unused_paths(self.plan, self.report)
+        if plan == self.plan:
+            return True
+        found = self._evaluate(plan)
+        if found >= floor:
+            self.plan, self.score = plan, found
+        return found >= floor
 
     def round(self, number: int, floor: float, evaluations: int) -> Iterator[PurifyStep]:
         """Find one limit after the other, those with most to save first."""

@@ -10,8 +10,10 @@ from torch import nn
 
 import autocompress_fast as acf
 from autocompress_fast import models
+from autocompress_fast.compact import compact
 from autocompress_fast.graph import inspect
 from autocompress_fast.plan import MaskedParameters, Plan, mask
+from autocompress_fast.progress import Progress
 from autocompress_fast.purify import Purified, purify
 from autocompress_fast.unused import unused_paths
 
@@ -255,3 +257,62 @@ def test_a_score_that_is_not_finite_is_an_error() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="score must return a finite number, got nan"):
         purify(model, lambda _: float("nan"), torch.zeros(1, 2))
+
+
+def network_with_a_constant():
+    """A residual block of which one filter is empty but puts out a constant that the output needs."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv, self.norm = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.last = nn.Conv2d(4, 2, 3, padding=1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last((x + self.norm(self.conv(x))).relu())
+
+    torch.manual_seed(0)
+    model = Block().eval()
+    with torch.no_grad():
+        model.conv.weight[1] = 0
+        model.conv.bias[1] = 0
+        model.norm.bias[1] = 3.0
+    x = torch.randn(2, 2, 6, 6)
+    weights = np.ones((4, 4, 3, 3))
+    weights[1] = 0
+    return model, x, Plan.from_masks({"conv": weights})
+
+
+def test_constants_of_empty_filters_that_the_network_needs_stay():
+    model, x, plan = network_with_a_constant()
+    with torch.no_grad():
+        expected = model(x)
+    notes = []
+
+    class Told(Progress):
+        def note(self, text):
+            notes.append(text)
+
+    result = purify(
+        model, lambda net: -float((net(x) - expected).abs().max()), x, plan=plan, tolerance=1e-3, progress=Told()
+    )
+    assert result.scores[0] == 0
+    assert result.scores[-1] >= -1e-3
+    assert any("constants" in note for note in notes)
+
+
+def test_the_plan_of_a_compacted_network_keeps_what_was_tied_to_empty_filters_at_zero():
+    model, x, plan = network_with_a_constant()
+    report = inspect(model, x)
+    small = compact(model, plan.tied(report), x, columns=False)
+    dim, kept = small.plan.parameters["norm.bias"]
+    assert (dim, kept.tolist()) == (0, [True, False, True, True])
+    optimizer = torch.optim.SGD(small.model.parameters(), lr=1.0)
+    with MaskedParameters(small.model, small.plan, optimizer):
+        small.model(x).square().sum().backward()
+        optimizer.step()
+    assert (small.model.norm.bias != 0).tolist() == [True, False, True, True]
+    untied = compact(model, plan, x, columns=False)
+    assert "norm.bias" not in untied.plan.parameters
+    assert untied.model.norm.bias[1] == 3
