@@ -59,3 +59,93 @@ def purification_keep(
     ],
     groups: int,
 ) -> list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]: ...
+
+class Network:
+    """Operations on float32 values, named as in docs/acf-format.md; a method adds one and returns its number."""
+
+    def __init__(self) -> None: ...
+    def input(self, shape: Sequence[int]) -> int: ...
+    def conv(
+        self,
+        inputs: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        padding: Sequence[int],
+        groups: int,
+        filters: int,
+        columns: NDArray[Any],
+        values: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        activation: str,
+    ) -> int: ...
+    def sparse_conv(
+        self,
+        inputs: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        padding: Sequence[int],
+        groups: int,
+        offsets: NDArray[Any],
+        indices: NDArray[Any],
+        values: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        activation: str,
+    ) -> int: ...
+    def linear(
+        self,
+        inputs: Sequence[int],
+        features: int,
+        filters: int,
+        columns: NDArray[Any],
+        values: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        activation: str,
+    ) -> int: ...
+    def sparse_linear(
+        self,
+        inputs: Sequence[int],
+        features: int,
+        offsets: NDArray[Any],
+        indices: NDArray[Any],
+        values: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        activation: str,
+    ) -> int: ...
+    def max_pool(
+        self,
+        inputs: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        padding: Sequence[int],
+        ceil: bool,
+    ) -> int: ...
+    def avg_pool(
+        self,
+        inputs: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        ceil: bool,
+        count_padding: bool,
+    ) -> int: ...
+    def adaptive_avg_pool(self, inputs: Sequence[int], output: Sequence[int]) -> int: ...
+    def mean(self, inputs: Sequence[int], axes: Sequence[int], keep: bool) -> int: ...
+    def combine(self, inputs: Sequence[int], op: str, activation: str) -> int: ...
+    def combine_constant(
+        self, inputs: Sequence[int], op: str, constant: NDArray[np.float32], activation: str
+    ) -> int: ...
+    def activation(self, inputs: Sequence[int], activation: str, slope: float) -> int: ...
+    def clip(self, inputs: Sequence[int], low: float, high: float) -> int: ...
+    def softmax(self, inputs: Sequence[int], axis: int, logarithm: bool) -> int: ...
+    def concat(self, inputs: Sequence[int], axis: int) -> int: ...
+    def reshape(self, inputs: Sequence[int], shape: Sequence[int]) -> int: ...
+    def transpose(self, inputs: Sequence[int], order: Sequence[int]) -> int: ...
+    def pad(self, inputs: Sequence[int], before: Sequence[int], after: Sequence[int], value: float) -> int: ...
+    def slice(self, inputs: Sequence[int], axis: int, start: int, stop: int, step: int) -> int: ...
+    def take(self, inputs: Sequence[int], axis: int, indices: NDArray[Any]) -> int: ...
+    def finish(self, outputs: Sequence[int]) -> None: ...
+    def run(self, inputs: Sequence[NDArray[np.float32]], threads: int) -> list[NDArray[np.float32]]: ...
+    def workspace_bytes(self, samples: int) -> int: ...

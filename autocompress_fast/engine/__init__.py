@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from autocompress_fast.config import default_threads
-from autocompress_fast.engine.execute import Executor
 from autocompress_fast.engine.file import FORMAT_VERSION, FileFormatError, check_info, read, write
+from autocompress_fast.engine.native import NativeExecutor
 from autocompress_fast.engine.program import Input, Program, ProgramError, UnsupportedError, VerificationError, validate
 
 if TYPE_CHECKING:
@@ -108,11 +108,11 @@ class Engine:
     refused, not converted: only the caller knows how 0..255 was scaled for training. A torch tensor on another device
     is computed on the CPU and the result put back there; no gradient flows through.
 
-    An engine keeps no state between calls and may be used by several threads.
+    An engine may be used by several threads at once; they run side by side.
 
     Attributes:
         program: the steps and tensors it runs.
-        threads: how many parts of a batch are computed at the same time; results do not depend on it.
+        threads: how many processors a call uses; results do not depend on it.
     """
 
     def __init__(self, program: Program, *, threads: int | None = None, info: dict[str, Any] | None = None) -> None:
@@ -120,7 +120,7 @@ class Engine:
         self.program = program
         self.threads = _thread_count(threads)
         self.info = {} if info is None else info
-        self._executor = Executor(program, self._infos, self.threads)
+        self._executor = NativeExecutor(program, self._infos, self.threads)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def compile(  # noqa: A001  the name users see is acf.compile
     Args:
         model: any model made of supported operators.
         example_input: a float32 tensor, or a sequence of them, that the model takes; the first dimension is the batch.
-        threads: how many parts of a batch are computed at the same time; default: those of torch.
+        threads: how many processors a call uses; default: those of torch.
         info: what `Engine.info` says at first.
 
     Raises:
@@ -264,8 +264,7 @@ def load(path: str | Path, *, threads: int | None = None) -> Engine:
 
     Args:
         path: the file.
-        threads: how many parts of a batch are computed at the same time; default: torch's if it is loaded, else one
-            for each core.
+        threads: how many processors a call uses; default: torch's if it is loaded, else all of them.
 
     Raises:
         FileFormatError: the file is not a valid program; the message names the file and the fault.

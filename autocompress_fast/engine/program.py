@@ -44,13 +44,14 @@ MAX_INT: Final = 2**31 - 1
 MAX_VALUE: Final = 2**26
 """Elements of one value of one sample (256 MiB of float32)."""
 MAX_LIVE: Final = 2**28
-"""Elements of one sample alive at once, work space included (1 GiB of float32)."""
+"""Elements of one sample alive at once, paddings included (1 GiB of float32)."""
 MAX_WEIGHT: Final = 2**28
 """Elements of one weight written out in full; values and indices stored are bounded by the file itself."""
 
+FILTER_BLOCK: Final = 16
+"""Filters are unpacked in blocks of so many."""
 MAX_SIDE: Final = 2**16
 """Height or width of an image."""
-MAX_SHARES: Final = 2**22
 
 
 class ProgramError(ValueError):
@@ -124,8 +125,8 @@ class StepInfo:
         dense_weights: weights of the same layer written out in full.
         macs: multiply-accumulates: weights stored times the positions each is used at.
         bytes: of all its tensors, indices and biases included.
-        workspace: elements needed besides inputs and output while it runs.
-        prepared: elements that a sparse weight is unpacked to before it runs.
+        workspace: elements needed besides inputs and output while it runs: the padding around an image.
+        prepared: elements that the weight is unpacked to before it runs.
     """
 
     shape: Shape
@@ -366,10 +367,7 @@ def sparse_block(
 
 
 def _weights(call: _Call, columns: int) -> StepInfo:
-    """Check the matrix (filters x columns) of a step as it is stored. `shape` is left empty, `macs` is per position.
-
-    `workspace` is counted per position too: the columns gathered and, for element-wise products, one per weight.
-    """
+    """Check the matrix (filters x columns) of a step as it is stored. `shape` is left empty, `macs` is per position."""
     filters, storage = call.attributes["filters"], call.attributes["storage"]
     needed, optional = {
         "dense": ({"weight"}, {"bias"}),
@@ -386,10 +384,9 @@ def _weights(call: _Call, columns: int) -> StepInfo:
     if storage == "sparse":
         values, indices, offsets = call.tensors["values"], call.tensors["indices"], call.tensors["offsets"]
         _check_sparse(values, indices, offsets, filters, columns)
-        block_rows, block_columns, dense = sparse_block(indices, offsets)
-        work = len(block_columns) + len(block_rows) + (0 if dense else len(values))
-        block = len(block_rows) * len(block_columns) if dense else 0
-        return StepInfo((), storage, len(values), filters * columns, len(values), workspace=work, prepared=block)
+        _, block_columns, dense = sparse_block(indices, offsets)
+        prepared = _padded(call) * len(block_columns) if dense else len(values)
+        return StepInfo((), storage, len(values), filters * columns, len(values), prepared=prepared)
     stored = call.tensors["filters"].size if "filters" in call.tensors else filters
     used = call.tensors["columns"].size if "columns" in call.tensors else columns
     if call.tensors["weight"].shape != (stored, used):
@@ -398,7 +395,14 @@ def _weights(call: _Call, columns: int) -> StepInfo:
         _rising(call.tensors["filters"], filters, "filters")
     if "columns" in call.tensors:
         _rising(call.tensors["columns"], columns, "columns")
-    return StepInfo((), storage, stored * used, filters * columns, stored * used, workspace=stored + used)
+    return StepInfo((), storage, stored * used, filters * columns, stored * used, prepared=_padded(call) * used)
+
+
+def _padded(call: _Call) -> int:
+    """Filters, with those of every group filled up to whole registers."""
+    filters: int = call.attributes["filters"]
+    groups: int = call.attributes.get("groups", 1)
+    return groups * -(-filters // (groups * FILTER_BLOCK)) * FILTER_BLOCK
 
 
 def _check_sparse(
@@ -437,8 +441,7 @@ def _infer_conv(call: _Call) -> StepInfo:
     matrix = _weights(call, channels // groups * math.prod(a["kernel"]))
     positions = math.prod(size)
     padded = channels * (height + top + bottom) * (width + left + right)
-    work = matrix.workspace * positions * (groups if groups > 1 else 1) + padded
-    return replace(matrix, shape=(filters, *size), macs=matrix.macs * positions, workspace=work)
+    return replace(matrix, shape=(filters, *size), macs=matrix.macs * positions, workspace=padded)
 
 
 def _infer_linear(call: _Call) -> StepInfo:
@@ -447,7 +450,7 @@ def _infer_linear(call: _Call) -> StepInfo:
     matrix = _weights(call, call.input[-1])
     rows = math.prod(call.input[:-1])
     shape = (*call.input[:-1], call.attributes["filters"])
-    return replace(matrix, shape=shape, macs=matrix.macs * rows, workspace=matrix.workspace * rows)
+    return replace(matrix, shape=shape, macs=matrix.macs * rows)
 
 
 def _infer_pool(call: _Call) -> StepInfo:
@@ -460,19 +463,13 @@ def _infer_pool(call: _Call) -> StepInfo:
     out = tuple(pool_output_size(n, k, s, p, d, a["ceil"]) for n, k, s, p, d in rest)
     if min(out) < 1:
         raise ProgramError(f"kernel {a['kernel']} does not fit into the input {call.input}")
-    # The input padded, with room for windows that stick out.
-    work = channels * math.prod(n + 2 * p + s for n, p, s in zip(sizes, a["padding"], a["stride"], strict=True))
-    return StepInfo((channels, *out), workspace=work)
+    return StepInfo((channels, *out))
 
 
 def _infer_adaptive_pool(call: _Call) -> StepInfo:
-    channels, *sizes = _image(call.input)
+    channels, _, _ = _image(call.input)
     made = call.attributes["output"]
-    # Run as a product with one matrix (output, input) for each axis.
-    shares = sum(n * out for n, out in zip(sizes, made, strict=True))
-    if shares > MAX_SHARES:
-        raise ProgramError(f"pooling {tuple(sizes)} to {made} is too large")
-    return StepInfo((channels, *made), workspace=channels * made[0] * sizes[1])
+    return StepInfo((channels, *made))
 
 
 def _infer_global_pool(call: _Call) -> StepInfo:

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/activations.h"
 #include "bindings/arrays.h"
 #include "conv/conv.h"
 #include "core/check.h"
@@ -21,37 +22,14 @@ namespace py = pybind11;
 namespace acf::bindings {
 namespace {
 
-using conv::Activation;
 using conv::Layout;
 using conv::Method;
 
-constexpr std::pair<const char*, Activation> kActivations[] = {
-    {"none", Activation::none},
-    {"relu", Activation::relu},
-    {"relu6", Activation::relu6},
-    {"leaky", Activation::leaky},
-    {"hardsigmoid", Activation::hardsigmoid},
-    {"hardswish", Activation::hardswish},
-    {"sigmoid", Activation::sigmoid},
-    {"silu", Activation::silu},
-    {"tanh", Activation::tanh},
-};
 constexpr std::pair<const char*, std::optional<Method>> kMethods[] = {
     {"auto", std::nullopt},
     {"pixels_in_lanes", Method::pixels_in_lanes},
     {"filters_in_lanes", Method::filters_in_lanes},
 };
-
-template <class Value, std::size_t count>
-Value named(const std::pair<const char*, Value> (&values)[count], const std::string& name, const char* what) {
-  std::string known;
-  for (const auto& [key, value] : values) {
-    if (name == key) return value;
-    known += (known.empty() ? "'" : ", '") + std::string(key) + "'";
-  }
-  ACF_CHECK(false, what, " must be one of ", known, ", got '", name, "'");
-  return {};
-}
 
 const float* floats(py::handle object, const std::string& name, const std::vector<std::int64_t>& shape) {
   const Array array = as_array(object, name, false);
@@ -149,7 +127,7 @@ py::array_t<float> conv2d(py::handle input, py::handle weight, const std::vector
   const std::int64_t height = shape.out_height(), width = shape.out_width();
   const float* added = residual.is_none() ? nullptr : floats(residual, "residual", {images, filters, height, width});
   conv::Epilogue epilogue;
-  epilogue.activation = named(kActivations, activation, "activation");
+  epilogue.activation = activation_named(activation);
   epilogue.slope = slope;
   const std::optional<Method> wanted = named(kMethods, method, "method");
   ACF_CHECK(threads >= 1, "threads must be at least 1, got ", threads);

@@ -14,6 +14,7 @@ namespace py = pybind11;
 
 namespace acf::bindings {
 void register_conv(py::module_& module);
+void register_engine(py::module_& module);
 void register_projection(py::module_& module);
 void register_purification(py::module_& module);
 }  // namespace acf::bindings
@@ -48,6 +49,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("reload_isa", [] { return acf::isa_name(acf::reload_isa()); });
   module.def("hardware_threads", &acf::hardware_threads);
   acf::bindings::register_conv(module);
+  acf::bindings::register_engine(module);
   acf::bindings::register_projection(module);
   acf::bindings::register_purification(module);
 }

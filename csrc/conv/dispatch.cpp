@@ -338,18 +338,11 @@ void run_planes(const Run& run, const Part& planes) {
 }
 
 Call shared_call(const Epilogue& epilogue, float* out, const Pitch& out_pitch) {
-  Call call = {};
+  Call call = activation_call(epilogue.activation, epilogue.slope);
   call.out = out;
   call.out_plane = out_pitch.plane;
   call.residual = epilogue.residual;
   call.residual_plane = epilogue.residual_pitch.plane;
-  call.activation = epilogue.activation;
-  call.slope = epilogue.slope;
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  call.low = epilogue.activation == Activation::none ? -kInfinity : 0;
-  call.high = epilogue.activation == Activation::relu6 ? 6 : kInfinity;
-  call.clamps = epilogue.activation == Activation::none || epilogue.activation == Activation::relu ||
-                epilogue.activation == Activation::relu6;
   return call;
 }
 
@@ -428,6 +421,17 @@ void run(const Plan& plan, const void* packed, std::int64_t images, const float*
       run_tiles(run, pixels, filters);
     }
   });
+}
+
+Call activation_call(Activation activation, float slope) {
+  Call call = {};
+  call.activation = activation;
+  call.slope = slope;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  call.low = activation == Activation::none ? -kInfinity : 0;
+  call.high = activation == Activation::relu6 ? 6 : kInfinity;
+  call.clamps = activation == Activation::none || activation == Activation::relu || activation == Activation::relu6;
+  return call;
 }
 
 const Kernels& kernels(Isa isa) {

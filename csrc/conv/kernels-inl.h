@@ -10,6 +10,7 @@
 //   load_strided(a, b)               kLanes floats each, of which the even ones are taken
 //   set(x), broadcast(p), fma(a, b, c), add, sub, mul, div
 //   max(a, b), min(a, b)             b when either is NaN
+//   larger(a, b)                     NaN when either is NaN
 //   pow2(t)                          2^n for t = kMagic + n, |n| < 127
 //   transpose(rows, from, to)        to[i * kMaxPixels + m] = rows[m][from + i] for i < kBlock, m < kMaxPixels
 //   store_planes(call, rows, from, filters)      all of that, residual, activation and store when it has a quick way,
@@ -298,6 +299,99 @@ void depthwise(const PlaneCall& plane) {
   }
 }
 
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+template <Combine kCombine>
+ACF_INLINE Reg combined(Reg a, Reg b) {
+  if constexpr (kCombine == Combine::add) return N::add(a, b);
+  if constexpr (kCombine == Combine::subtract) return N::sub(a, b);
+  if constexpr (kCombine == Combine::multiply) return N::mul(a, b);
+  if constexpr (kCombine == Combine::divide) return N::div(a, b);
+  return a;
+}
+
+template <Combine kCombine>
+void combine_row(const RowCall& row) {
+  const Reg a_once = row.a_once ? N::broadcast(row.a) : N::set(0.0f),
+            b_once = row.b_once ? N::broadcast(row.b) : N::set(0.0f);
+  constexpr bool kSecond = kCombine != Combine::first;
+  std::int64_t i = 0;
+  for (; i + N::kLanes <= row.count; i += N::kLanes) {
+    const Reg a = row.a_once ? a_once : N::load(row.a + i), b = !kSecond || row.b_once ? b_once : N::load(row.b + i);
+    N::store(row.out + i, activate(*row.call, combined<kCombine>(a, b)));
+  }
+  if (i == row.count) return;
+  const auto rest = N::mask(0, static_cast<int>(row.count - i));
+  const Reg a = row.a_once ? a_once : N::load_masked(row.a + i, rest),
+            b = !kSecond || row.b_once ? b_once : N::load_masked(row.b + i, rest);
+  N::store_masked(row.out + i, rest, activate(*row.call, combined<kCombine>(a, b)));
+}
+
+void combine(const RowCall& row) {
+  switch (row.combine) {
+    case Combine::first: return combine_row<Combine::first>(row);
+    case Combine::add: return combine_row<Combine::add>(row);
+    case Combine::subtract: return combine_row<Combine::subtract>(row);
+    case Combine::multiply: return combine_row<Combine::multiply>(row);
+    case Combine::divide: return combine_row<Combine::divide>(row);
+  }
+}
+
+template <bool kLargest, int kStride>
+void pool_row(const PoolCall& row) {
+  const Reg scale = N::set(row.scale);
+  for (std::int64_t i = 0; i < row.count; i += N::kLanes) {
+    const float* window = row.in + i * kStride;
+    Reg pooled = N::set(0.0f);
+    for (std::int64_t kh = 0; kh < row.kernel_h; ++kh, window += row.in_row) {
+      for (std::int64_t kw = 0; kw < row.kernel_w; ++kw) {
+        const float* tap = window + kw * row.dilation_w;
+        const Reg x = kStride == 1 ? N::load(tap) : N::load_strided(tap, tap + N::kLanes);
+        pooled = kh + kw == 0 ? x : kLargest ? N::larger(pooled, x) : N::add(pooled, x);
+      }
+    }
+    if (!kLargest) pooled = N::mul(pooled, scale);
+    if (i + N::kLanes <= row.count) {
+      N::store(row.out + i, pooled);
+    } else {
+      N::store_masked(row.out + i, N::mask(0, static_cast<int>(row.count - i)), pooled);
+    }
+  }
+}
+
+inline float pooled_window(const PoolCall& row, const float* window) {
+  float pooled = *window;
+  for (std::int64_t kh = 0; kh < row.kernel_h; ++kh) {
+    for (std::int64_t kw = kh == 0 ? 1 : 0; kw < row.kernel_w; ++kw) {
+      const float x = window[kh * row.in_row + kw * row.dilation_w];
+      if (!row.largest) pooled += x;
+      if (row.largest && !(pooled > x || pooled != pooled)) pooled = x;  // NaN stays
+    }
+  }
+  return row.largest ? pooled : pooled * row.scale;
+}
+
+void pool(const PoolCall& row) {
+  if (row.stride_w == 1) return row.largest ? pool_row<true, 1>(row) : pool_row<false, 1>(row);
+  if (row.stride_w == 2) return row.largest ? pool_row<true, 2>(row) : pool_row<false, 2>(row);
+  for (std::int64_t i = 0; i < row.count; ++i) row.out[i] = pooled_window(row, row.in + i * row.stride_w);
+}
+
+float sum(const float* p, std::int64_t count) {
+  Reg sums[4] = {N::set(0.0f), N::set(0.0f), N::set(0.0f), N::set(0.0f)};
+  std::int64_t i = 0;
+  for (; i + 4 * N::kLanes <= count; i += 4 * N::kLanes) {
+    unrolled<4>([&](auto j) { sums[j] = N::add(sums[j], N::load(p + i + j * N::kLanes)); });
+  }
+  for (; i + N::kLanes <= count; i += N::kLanes) sums[0] = N::add(sums[0], N::load(p + i));
+  if (i < count) sums[1] = N::add(sums[1], N::load_masked(p + i, N::mask(0, static_cast<int>(count - i))));
+  alignas(64) float lanes[N::kLanes];
+  N::store(lanes, N::add(N::add(sums[0], sums[1]), N::add(sums[2], sums[3])));
+  float total = 0;
+  for (const float lane : lanes) total += lane;
+  return total;
+}
+
 // ---- the table ------------------------------------------------------------------------------------------------------
 
 template <Load load, int kFilters, int kVectors>
@@ -343,10 +437,9 @@ constexpr Kernel filters_kernel() {
     ACF_BLOCKS(row, 1), ACF_BLOCKS(row, 2), ACF_BLOCKS(row, 3), ACF_BLOCKS(row, 4), ACF_BLOCKS(row, 5), \
         ACF_BLOCKS(row, 6), ACF_BLOCKS(row, 7), ACF_BLOCKS(row, 8)                                      \
   }
-#define ACF_KERNEL_TABLE                                                                            \
-  {                                                                                                 \
-    N::kLanes, {ACF_FILTERS(Load::stretch), ACF_FILTERS(Load::halves), ACF_FILTERS(Load::strided)}, \
-        {ACF_PIXELS(false), ACF_PIXELS(true)}, {                                                    \
-      {depthwise<3, 1>, depthwise<3, 2>}, { depthwise<5, 1>, depthwise<5, 2> }                      \
-    }                                                                                               \
+#define ACF_KERNEL_TABLE                                                                             \
+  {                                                                                                  \
+    N::kLanes, {ACF_FILTERS(Load::stretch), ACF_FILTERS(Load::halves), ACF_FILTERS(Load::strided)},  \
+        {ACF_PIXELS(false), ACF_PIXELS(true)},                                                       \
+        {{depthwise<3, 1>, depthwise<3, 2>}, {depthwise<5, 1>, depthwise<5, 2>}}, combine, pool, sum \
   }

@@ -59,6 +59,9 @@ struct Call {
   bool clamps;
 };
 
+// A call of which only the activation is told.
+Call activation_call(Activation activation, float slope);
+
 // One plane of a depthwise convolution, from and to its element (0, 0); `in` is what the first tap reads there.
 struct PlaneCall {
   const Call* call;  // for the activation
@@ -70,8 +73,34 @@ struct PlaneCall {
   std::int64_t in_row, residual_row, out_row, height, width;
 };
 
+// A row of an elementwise operator: out[i] = activation(a[i] op b[i]); `first` leaves out b. A number that stands for
+// the whole row is read once. The output may be an operand.
+enum class Combine { first, add, subtract, multiply, divide };
+struct RowCall {
+  const Call* call;  // for the activation
+  Combine combine;
+  const float *a, *b;
+  bool a_once, b_once;
+  float* out;
+  std::int64_t count;
+};
+
+// A row of a pooling whose windows lie in the input: the largest of the taps, or `scale` times their sum. Reads up to
+// kSlack floats further than the last window.
+struct PoolCall {
+  bool largest;
+  float scale;
+  const float* in;  // the first tap of the first window
+  std::int64_t in_row, kernel_h, kernel_w, dilation_w, stride_w;
+  float* out;
+  std::int64_t count;
+};
+
 using Kernel = void (*)(const Call&);
 using PlaneKernel = void (*)(const PlaneCall&);
+using RowKernel = void (*)(const RowCall&);
+using PoolKernel = void (*)(const PoolCall&);
+using SumKernel = float (*)(const float* p, std::int64_t count);
 
 enum class Load { stretch, halves, strided };
 
@@ -82,6 +111,9 @@ struct Kernels {
   Kernel pixels_in_lanes[3][kMaxFilters][kMaxVectors];  // [Load][filters - 1][vectors - 1]
   Kernel filters_in_lanes[2][kMaxPixels][kMaxBlocks];   // [pixels are neighbours in memory][pixels - 1][blocks - 1]
   PlaneKernel depthwise[2][2];                          // [index in kDepthwiseSizes][stride - 1]
+  RowKernel combine;
+  PoolKernel pool;
+  SumKernel sum;
 };
 
 inline constexpr int kDepthwiseSizes[] = {3, 5};

@@ -1,77 +1,47 @@
-"""Running a checked program with numpy.
-
-The reference execution: its results are what faster engines are held to. Only weights that are stored are multiplied.
-
-Images are kept in memory with the channel first, (C, N, H, W), and passed on as transposed views (N, C, H, W): a
-convolution is then one matrix product for all samples, ``weight (P, K) @ columns (K, N * OH * OW)``, and its result is
-already laid out for the next one.
-"""
+"""Running a checked program with numpy: obviously right, and what the compiled kernels are held to in the tests."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from autocompress_fast.engine._blas import limited_threads
-from autocompress_fast.engine.program import Program, Shape, StepInfo, frees, peak_live, sparse_block
+from autocompress_fast.engine.program import Program, Shape, StepInfo, sparse_block
 
-__all__ = ["Executor"]
+__all__ = ["Reference"]
 
 Array = np.ndarray[Any, Any]
 Kernel = Callable[[list[Array]], Array]
 
-CHUNK_BYTES: Final = 2**23
-"""What one chunk of the batch may take, values and work space: about the size of the caches."""
 
-
-class Executor:
-    """Runs a program that `validate` has passed; keeps no state between runs and may be used by several threads.
+class Reference:
+    """Runs a program that `validate` has passed.
 
     Args:
         program: the program; its tensors must not change afterwards.
         infos: what `validate` returned for it.
-        threads: how many chunks of a batch are computed at the same time. Results do not depend on it.
     """
 
-    def __init__(self, program: Program, infos: Sequence[StepInfo], threads: int) -> None:
-        self.program, self.infos, self.threads = program, tuple(infos), threads
+    def __init__(self, program: Program, infos: Sequence[StepInfo]) -> None:
+        self.program = program
         shapes = [given.shape for given in program.inputs] + [info.shape for info in infos]
         self.kernels: list[Kernel] = []
         for step in program.steps:
             tensors = {role: program.tensors[name] for role, name in step.tensors.items()}
             prepared = _Prepared(step.op, step.attributes, tensors, shapes[step.inputs[0]], shapes[step.output])
             self.kernels.append(_KERNELS[step.op](prepared))
-        self.frees = frees(program)
-        self.chunk = max(1, CHUNK_BYTES // (4 * peak_live(program, infos)))
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Outputs for float32 inputs of the declared shapes, each with the same number of samples first."""
-        samples = len(inputs[0])
-        starts = range(0, max(samples, 1), self.chunk)
-        chunks = [[x[i : i + self.chunk] for x in inputs] for i in starts]
-        workers = min(self.threads, len(chunks))
-        with limited_threads(self.threads if workers == 1 else 1):
-            if workers == 1:
-                parts = [self._run_chunk(chunk) for chunk in chunks]
-            else:
-                with ThreadPoolExecutor(workers) as pool:
-                    parts = list(pool.map(self._run_chunk, chunks))
-        return [np.ascontiguousarray(np.concatenate(values)) for values in zip(*parts, strict=True)]
-
-    def _run_chunk(self, inputs: list[Array]) -> list[Array]:
-        values: list[Array | None] = [*inputs, *([None] * len(self.kernels))]
+        values = list(inputs)
         with np.errstate(all="ignore"):  # NaN and infinity travel through, as in torch
-            for step, kernel, dropped in zip(self.program.steps, self.kernels, self.frees, strict=True):
-                values[step.output] = kernel([values[i] for i in step.inputs])  # type: ignore[misc]
-                for value in dropped:
-                    values[value] = None
-        return [values[i] for i in self.program.outputs]  # type: ignore[misc]
+            for step, kernel in zip(self.program.steps, self.kernels, strict=True):
+                values.append(kernel([values[i] for i in step.inputs]))
+        return [np.ascontiguousarray(values[i]) for i in self.program.outputs]
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

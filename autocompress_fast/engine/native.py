@@ -1,0 +1,200 @@
+"""Running a checked program with the compiled kernels.
+
+Every step becomes an operation of `_core.Network`; a convolution whose result is only added to another value adds it
+itself. The network then lays out its values, plans its convolutions and runs without Python.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from autocompress_fast import _core
+from autocompress_fast.engine.program import Program, Shape, Step, StepInfo, sparse_block
+
+__all__ = ["NativeExecutor"]
+
+Array = np.ndarray[Any, Any]
+
+MOST_WORKSPACE: Final = 2**28
+"""Bytes that the values of the samples computed at once may take."""
+
+
+class NativeExecutor:
+    """Runs a program that `validate` has passed; keeps no state between runs and may be used by several threads.
+
+    Args:
+        program: the program; its tensors are copied.
+        infos: what `validate` returned for it.
+        threads: how many processors a run may use. Results do not depend on it.
+    """
+
+    def __init__(self, program: Program, infos: Sequence[StepInfo], threads: int) -> None:
+        self.program, self.threads = program, threads
+        self.network = _Builder(program, infos).build()
+        one = self.network.workspace_bytes(1)
+        self.chunk = program.batch or max(1, MOST_WORKSPACE // one)
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Outputs for float32 inputs of the declared shapes, each with the same number of samples first."""
+        samples = len(inputs[0])
+        if 0 < samples <= self.chunk:
+            return self.network.run(list(inputs), self.threads)
+        if samples == 0:
+            ones = [np.zeros((1, *given.shape), np.float32) for given in self.program.inputs]
+            return [y[:0] for y in self.network.run(ones, self.threads)]
+        starts = range(0, samples, self.chunk)
+        parts = [self.network.run([x[i : i + self.chunk] for x in inputs], self.threads) for i in starts]
+        return [np.concatenate(values) for values in zip(*parts, strict=True)]
+
+
+class _Builder:
+    def __init__(self, program: Program, infos: Sequence[StepInfo]) -> None:
+        self.program = program
+        self.shapes: list[Shape] = [given.shape for given in program.inputs] + [info.shape for info in infos]
+        self.network = _core.Network()
+        self.readers = Counter(value for step in program.steps for value in step.inputs)
+        self.readers.update(program.outputs)
+        self.numbers: dict[int, int] = {}  # of the program's values in the network
+
+    def build(self) -> _core.Network:
+        for i, given in enumerate(self.program.inputs):
+            self.numbers[i] = self.network.input(list(given.shape))
+        fused = self._residuals()
+        for step in self.program.steps:
+            if step.output in fused.values():
+                continue  # made by the convolution that adds it
+            add = next((other for other in self.program.steps if other.output == fused.get(step.output)), None)
+            if add is not None:
+                (other,) = (value for value in add.inputs if value != step.output)
+                inputs = [self.numbers[step.inputs[0]], self.numbers[other]]
+                attributes = {**step.attributes, "activation": add.attributes["activation"]}
+                self.numbers[add.output] = self._conv(step, inputs, attributes)
+            else:
+                inputs = [self.numbers[value] for value in step.inputs]
+                self.numbers[step.output] = _STEPS[step.op](self, step, inputs)
+        self.network.finish([self.numbers[value] for value in self.program.outputs])
+        return self.network
+
+    def _residuals(self) -> dict[int, int]:
+        """Value of a convolution -> value of the addition that it takes over."""
+        by_output = {step.output: step for step in self.program.steps}
+        found = {}
+        for add in self.program.steps:
+            if add.op != "add" or "constant" in add.tensors or add.inputs[0] == add.inputs[1]:
+                continue
+            last = max(add.inputs)  # the other operand is there when it is computed
+            conv = by_output.get(last)
+            same = self.shapes[add.inputs[0]] == self.shapes[add.inputs[1]]
+            if conv is None or conv.op != "conv" or conv.attributes["storage"] == "sparse" or not same:
+                continue
+            if conv.attributes["activation"] == "none" and self.readers[last] == 1:
+                found[last] = add.output
+        return found
+
+    def _tensors(self, step: Step) -> dict[str, Array]:
+        return {role: self.program.tensors[name] for role, name in step.tensors.items()}
+
+    def _conv(self, step: Step, inputs: list[int], attributes: Mapping[str, Any] | None = None) -> int:
+        a = step.attributes if attributes is None else attributes
+        window: dict[str, Any] = {name: a[name] for name in ("kernel", "stride", "dilation", "padding", "groups")}
+        tensors = self._tensors(step)
+        bias, activation = tensors.get("bias", _NONE), a["activation"]
+        columns = self.shapes[step.inputs[0]][0] // a["groups"] * a["kernel"][0] * a["kernel"][1]
+        if "values" in tensors and (a["groups"] > 1 or not sparse_block(tensors["indices"], tensors["offsets"])[2]):
+            return self.network.sparse_conv(inputs, **window, **_sparse(tensors), bias=bias, activation=activation)
+        values, kept = _matrix(tensors, a["filters"], columns)
+        if a["groups"] > 1:
+            kept = np.arange(columns * a["groups"])
+        return self.network.conv(
+            inputs, **window, filters=a["filters"], columns=kept, values=values, bias=bias, activation=activation
+        )
+
+    def _linear(self, step: Step, inputs: list[int]) -> int:
+        tensors, a = self._tensors(step), step.attributes
+        features, bias = self.shapes[step.inputs[0]][-1], tensors.get("bias", _NONE)
+        if "values" in tensors and not sparse_block(tensors["indices"], tensors["offsets"])[2]:
+            return self.network.sparse_linear(
+                inputs, features, **_sparse(tensors), bias=bias, activation=a["activation"]
+            )
+        values, kept = _matrix(tensors, a["filters"], features)
+        return self.network.linear(inputs, features, a["filters"], kept, values, bias, a["activation"])
+
+    def _plain(self, step: Step, inputs: list[int]) -> int:
+        """An operation of the same name and attributes."""
+        made: int = getattr(self.network, step.op)(inputs, **step.attributes)
+        return made
+
+    def _global_pool(self, _: Step, inputs: list[int]) -> int:
+        return self.network.mean(inputs, axes=[1, 2], keep=True)
+
+    def _combine(self, step: Step, inputs: list[int]) -> int:
+        activation, tensors = step.attributes["activation"], self._tensors(step)
+        if "constant" in tensors:
+            return self.network.combine_constant(inputs, step.op, tensors["constant"], activation)
+        return self.network.combine(inputs, step.op, activation)
+
+    def _activation(self, step: Step, inputs: list[int]) -> int:
+        return self.network.activation(inputs, step.attributes["activation"], 0.0)
+
+    def _leaky(self, step: Step, inputs: list[int]) -> int:
+        return self.network.activation(inputs, "leaky", step.attributes["slope"])
+
+    def _softmax(self, step: Step, inputs: list[int]) -> int:
+        return self.network.softmax(inputs, step.attributes["axis"], step.op == "log_softmax")
+
+    def _take(self, step: Step, inputs: list[int]) -> int:
+        return self.network.take(inputs, step.attributes["axis"], self._tensors(step)["indices"])
+
+
+_NONE: Final = np.zeros(0, np.float32)
+
+
+def _matrix(tensors: Mapping[str, Array], filters: int, columns: int) -> tuple[Array, Array]:
+    """(filters, columns kept) and which these are, of a weight stored in any way; empty filters are rows of zeros."""
+    if "values" in tensors:
+        kept, within = np.unique(tensors["indices"], return_inverse=True)
+        counts: Array = np.diff(tensors["offsets"].astype(np.intp))
+        matrix = np.zeros((filters, len(kept)), np.float32)
+        matrix[np.repeat(np.arange(filters), counts), within] = tensors["values"]
+        return matrix, kept
+    weight, kept = tensors["weight"], tensors.get("columns", np.arange(columns))
+    if "filters" not in tensors:
+        return weight, kept
+    matrix = np.zeros((filters, weight.shape[1]), np.float32)
+    matrix[tensors["filters"]] = weight
+    return matrix, kept
+
+
+def _sparse(tensors: Mapping[str, Array]) -> dict[str, Any]:
+    return {role: tensors[role] for role in ("offsets", "indices", "values")}
+
+
+_STEPS: Final[Mapping[str, Callable[[_Builder, Step, list[int]], int]]] = {
+    "conv": _Builder._conv,
+    "linear": _Builder._linear,
+    "global_avg_pool": _Builder._global_pool,
+    **dict.fromkeys(("add", "sub", "mul", "div"), _Builder._combine),
+    "activation": _Builder._activation,
+    "leaky_relu": _Builder._leaky,
+    **dict.fromkeys(("softmax", "log_softmax"), _Builder._softmax),
+    "take": _Builder._take,
+    **dict.fromkeys(
+        (
+            "max_pool",
+            "avg_pool",
+            "adaptive_avg_pool",
+            "clip",
+            "mean",
+            "concat",
+            "reshape",
+            "transpose",
+            "pad",
+            "slice",
+        ),
+        _Builder._plain,
+    ),
+}

@@ -1,0 +1,406 @@
+// Convolutions and linear layers.
+#include <algorithm>
+#include <new>
+
+#include "core/check.h"
+#include "core/parallel.h"
+#include "engine/operation.h"
+
+namespace acf::engine {
+namespace {
+
+struct Free {
+  void operator()(void* memory) const { ::operator delete (memory, std::align_val_t{conv::kAlignment}); }
+};
+using Packed = std::shared_ptr<void>;
+
+Packed allocate(std::size_t size) { return Packed(::operator new (size, std::align_val_t{conv::kAlignment}), Free()); }
+
+// Weights packed for a plan, and for all plans that read the same: those for other numbers of samples, mostly.
+class PackedWeights {
+ public:
+  explicit PackedWeights(Weights weights) : weights_(std::move(weights)) {}
+
+  const Weights& weights() const { return weights_; }
+
+  Packed of(const conv::Plan& plan) {
+    for (const auto& [other, packed] : packed_) {
+      if (other.method == plan.method && other.filter_tiles == plan.filter_tiles && other.in.row == plan.in.row &&
+          other.in.plane == plan.in.plane) {
+        return packed;
+      }
+    }
+    Packed packed = allocate(conv::packed_size(plan));
+    conv::pack(plan, weights_.columns.data(), weights_.values.data(),
+               weights_.bias.empty() ? nullptr : weights_.bias.data(), packed.get());
+    packed_.emplace_back(plan, packed);
+    return packed;
+  }
+
+ private:
+  Weights weights_;
+  std::vector<std::pair<conv::Plan, Packed>> packed_;
+};
+
+void check_weights(const Weights& weights, std::int64_t filters_per_group) {
+  const auto count = static_cast<std::int64_t>(weights.columns.size());
+  ACF_CHECK(static_cast<std::int64_t>(weights.values.size()) == filters_per_group * count, "there must be ",
+            filters_per_group * count, " weights, got ", weights.values.size());
+  ACF_CHECK(weights.bias.empty() || static_cast<std::int64_t>(weights.bias.size()) == weights.filters, "there must be ",
+            weights.filters, " biases, got ", weights.bias.size());
+}
+
+void check_columns(const std::vector<std::int64_t>& columns, std::int64_t count) {
+  std::int64_t before = -1;
+  for (const std::int64_t column : columns) {
+    ACF_CHECK(column > before && column < count, "columns must be ascending numbers below ", count, ", got ", column,
+              " after ", before);
+    before = column;
+  }
+}
+
+void check_sparse(const SparseWeights& weights, std::int64_t columns) {
+  const auto values = static_cast<std::int64_t>(weights.values.size());
+  ACF_CHECK(static_cast<std::int64_t>(weights.offsets.size()) == weights.filters + 1 && weights.offsets[0] == 0 &&
+                weights.offsets.back() == values && weights.indices.size() == weights.values.size() &&
+                std::is_sorted(weights.offsets.begin(), weights.offsets.end()),
+            "offsets must rise from 0 to the number of values");
+  ACF_CHECK(weights.bias.empty() || static_cast<std::int64_t>(weights.bias.size()) == weights.filters, "there must be ",
+            weights.filters, " biases, got ", weights.bias.size());
+  for (std::int64_t f = 0; f < weights.filters; ++f) {
+    const auto first = weights.indices.begin() + weights.offsets[static_cast<std::size_t>(f)],
+               last = weights.indices.begin() + weights.offsets[static_cast<std::size_t>(f) + 1];
+    check_columns(std::vector<std::int64_t>(first, last), columns);
+  }
+}
+
+conv::Shape shape_of(const Window& window, const Shape& input, std::int64_t filters, std::int64_t groups) {
+  ACF_CHECK(input.size() == 3, "a convolution takes (channels, height, width)");
+  conv::Shape shape;
+  shape.channels = input[0];
+  shape.height = input[1];
+  shape.width = input[2];
+  shape.filters = filters;
+  shape.groups = groups;
+  shape.kernel_h = window.kernel_h;
+  shape.kernel_w = window.kernel_w;
+  shape.stride_h = window.stride_h;
+  shape.stride_w = window.stride_w;
+  shape.dilation_h = window.dilation_h;
+  shape.dilation_w = window.dilation_w;
+  shape.padding = window.padding;
+  return shape;
+}
+
+conv::Epilogue epilogue_of(const Activated& activated) {
+  conv::Epilogue epilogue;
+  epilogue.activation = activated.activation;
+  epilogue.slope = activated.slope;
+  return epilogue;
+}
+
+// ---- convolution ----------------------------------------------------------------------------------------------------
+
+class ConvolutionTask : public Task {
+ public:
+  ConvolutionTask(conv::Plan plan, Packed packed, std::int64_t images, conv::Pitch out, conv::Epilogue epilogue,
+                  bool residual)
+      : plan_(std::move(plan)),
+        packed_(std::move(packed)),
+        images_(images),
+        out_(out),
+        epilogue_(epilogue),
+        residual_(residual) {}
+
+  void run(float* const* operands, float*, int threads) const override {
+    conv::Epilogue epilogue = epilogue_;
+    if (residual_) epilogue.residual = operands[1];
+    conv::run(plan_, packed_.get(), images_, operands[0], operands[residual_ ? 2 : 1], out_, epilogue, threads);
+  }
+
+ private:
+  conv::Plan plan_;
+  Packed packed_;
+  std::int64_t images_;
+  conv::Pitch out_;
+  conv::Epilogue epilogue_;
+  bool residual_;
+};
+
+class Convolution : public Operation {
+ public:
+  Convolution(const Window& window, std::int64_t groups, Weights weights, const Activated& activated)
+      : window_(window), groups_(groups), weights_(std::move(weights)), activated_(activated) {}
+
+  bool on_planes() const override { return true; }
+  conv::Padding halo() const override { return window_.padding; }
+
+  Shape infer(const std::vector<Shape>& inputs) const override {
+    const Weights& weights = weights_.weights();
+    const conv::Shape shape = shape_of(window_, inputs[0], weights.filters, groups_);
+    conv::check(shape);
+    check_weights(weights, weights.filters / groups_);
+    check_columns(weights.columns, shape.columns());
+    Shape made = {weights.filters, shape.out_height(), shape.out_width()};
+    ACF_CHECK(inputs.size() == 1 || (inputs.size() == 2 && inputs[1] == made), "the residual is of another shape");
+    return made;
+  }
+
+  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+    const Weights& weights = weights_.weights();
+    const conv::Shape shape = shape_of(window_, inputs[0]->shape, weights.filters, groups_);
+    const conv::Plan plan =
+        conv::plan(shape, inputs[0]->pitch(), output.images, static_cast<std::int64_t>(weights.columns.size()), isa);
+    conv::Epilogue epilogue = epilogue_of(activated_);
+    if (inputs.size() == 2) epilogue.residual_pitch = inputs[1]->pitch();
+    return std::make_unique<ConvolutionTask>(plan, weights_.of(plan), output.images, output.pitch(), epilogue,
+                                             inputs.size() == 2);
+  }
+
+ private:
+  Window window_;
+  std::int64_t groups_;
+  PackedWeights weights_;
+  Activated activated_;
+};
+
+// ---- every filter with columns of its own ---------------------------------------------------------------------------
+
+class SparseConvolutionTask : public Task {
+ public:
+  struct Filter {
+    conv::Plan plan;
+    Packed packed;
+    std::int64_t in;  // where the channels of its group begin
+  };
+
+  SparseConvolutionTask(std::vector<Filter> filters, std::int64_t images, conv::Pitch out, conv::Epilogue epilogue)
+      : filters_(std::move(filters)), images_(images), out_(out), epilogue_(epilogue) {}
+
+  void run(float* const* operands, float*, int threads) const override {
+    parallel_for(static_cast<std::int64_t>(filters_.size()), threads, [&](std::int64_t f) {
+      const Filter& filter = filters_[static_cast<std::size_t>(f)];
+      conv::run(filter.plan, filter.packed.get(), images_, operands[0] + filter.in, operands[1] + f * out_.plane, out_,
+                epilogue_, 1);
+    });
+  }
+
+ private:
+  std::vector<Filter> filters_;
+  std::int64_t images_;
+  conv::Pitch out_;
+  conv::Epilogue epilogue_;
+};
+
+class SparseConvolution : public Operation {
+ public:
+  SparseConvolution(const Window& window, std::int64_t groups, SparseWeights weights, const Activated& activated)
+      : window_(window), groups_(groups), activated_(activated) {
+    ACF_CHECK(groups >= 1 && weights.filters % groups == 0, "groups must divide the filters");
+    check_sparse(weights, std::int64_t{1} << 31);
+    for (std::int64_t f = 0; f < weights.filters; ++f) {
+      const auto begin = weights.offsets[static_cast<std::size_t>(f)],
+                 end = weights.offsets[static_cast<std::size_t>(f) + 1];
+      Weights own;
+      own.filters = 1;
+      own.columns.assign(weights.indices.begin() + begin, weights.indices.begin() + end);
+      own.values.assign(weights.values.begin() + begin, weights.values.begin() + end);
+      if (!weights.bias.empty()) own.bias.push_back(weights.bias[static_cast<std::size_t>(f)]);
+      filters_.emplace_back(std::move(own));
+    }
+  }
+
+  bool on_planes() const override { return true; }
+  conv::Padding halo() const override { return window_.padding; }
+
+  Shape infer(const std::vector<Shape>& inputs) const override {
+    const conv::Shape shape = own_shape(inputs[0]);
+    conv::check(shape);
+    for (const PackedWeights& filter : filters_) check_columns(filter.weights().columns, shape.columns());
+    return {static_cast<std::int64_t>(filters_.size()), shape.out_height(), shape.out_width()};
+  }
+
+  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+    const conv::Shape shape = own_shape(inputs[0]->shape);
+    const auto per_group = static_cast<std::int64_t>(filters_.size()) / groups_;
+    std::vector<SparseConvolutionTask::Filter> filters;
+    for (std::size_t f = 0; f < filters_.size(); ++f) {
+      const auto count = static_cast<std::int64_t>(filters_[f].weights().columns.size());
+      const conv::Plan plan = conv::plan(shape, inputs[0]->pitch(), output.images, count, isa);
+      const std::int64_t group = static_cast<std::int64_t>(f) / per_group;
+      filters.push_back({plan, filters_[f].of(plan), group * shape.channels * inputs[0]->strides[0]});
+    }
+    return std::make_unique<SparseConvolutionTask>(std::move(filters), output.images, output.pitch(),
+                                                   epilogue_of(activated_));
+  }
+
+ private:
+  // One filter on the channels of its group.
+  conv::Shape own_shape(const Shape& input) const {
+    ACF_CHECK(input.size() == 3 && input[0] % groups_ == 0, "groups must divide the channels");
+    return shape_of(window_, {input[0] / groups_, input[1], input[2]}, 1, 1);
+  }
+
+  Window window_;
+  std::int64_t groups_;
+  std::vector<PackedWeights> filters_;
+  Activated activated_;
+};
+
+// ---- linear layers --------------------------------------------------------------------------------------------------
+
+// Runs on rows of features without gaps; inputs and outputs that lie otherwise are copied.
+class RowsTask : public Task {
+ public:
+  RowsTask(const Layout& input, const Layout& output)
+      : images_(input.images * elements(input.shape) / input.shape.back()),
+        features_(input.shape.back()),
+        filters_(output.shape.back()),
+        gathers_(!input.in_order()),
+        scatters_(!output.in_order()),
+        input_(all_dims(input), {all_strides(input), all_strides(in_order(input.shape, input.images))}),
+        output_(all_dims(output), {all_strides(in_order(output.shape, output.images)), all_strides(output)}) {
+    scratch = (gathers_ ? images_ * features_ + conv::kSlack : 0) + (scatters_ ? images_ * filters_ : 0);
+  }
+
+  void run(float* const* operands, float* memory, int threads) const override {
+    float *x = operands[0], *y = operands[1];
+    if (gathers_) {
+      x = memory;
+      copy(input_, operands[0], x);
+      memory += images_ * features_ + conv::kSlack;
+    }
+    if (scatters_) y = memory;
+    multiply(x, y, threads);
+    if (scatters_) copy(output_, y, operands[1]);
+  }
+
+ protected:
+  virtual void multiply(const float* x, float* y, int threads) const = 0;
+
+  std::int64_t images_, features_, filters_;
+
+ private:
+  bool gathers_, scatters_;
+  Rows<2> input_, output_;
+};
+
+class LinearTask : public RowsTask {
+ public:
+  LinearTask(const Layout& input, const Layout& output, conv::Plan plan, Packed packed, conv::Epilogue epilogue)
+      : RowsTask(input, output), plan_(std::move(plan)), packed_(std::move(packed)), epilogue_(epilogue) {}
+
+ private:
+  void multiply(const float* x, float* y, int threads) const override {
+    conv::run(plan_, packed_.get(), images_, x, y, {1, 1, filters_}, epilogue_, threads);
+  }
+
+  conv::Plan plan_;
+  Packed packed_;
+  conv::Epilogue epilogue_;
+};
+
+Shape infer_linear(const std::vector<Shape>& inputs, std::int64_t features, std::int64_t filters) {
+  ACF_CHECK(!inputs[0].empty() && inputs[0].back() == features, "a linear layer takes ", features, " features");
+  Shape made = inputs[0];
+  made.back() = filters;
+  return made;
+}
+
+class Linear : public Operation {
+ public:
+  Linear(Weights weights, std::int64_t features, const Activated& activated)
+      : weights_(std::move(weights)), features_(features), activated_(activated) {
+    check_weights(weights_.weights(), weights_.weights().filters);
+    check_columns(weights_.weights().columns, features);
+  }
+
+  Shape infer(const std::vector<Shape>& inputs) const override {
+    return infer_linear(inputs, features_, weights_.weights().filters);
+  }
+
+  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+    conv::Shape shape;
+    shape.channels = features_;
+    shape.filters = weights_.weights().filters;
+    const std::int64_t images = output.images * elements(output.shape) / shape.filters;
+    const conv::Plan plan =
+        conv::plan(shape, {1, 1, features_}, images, static_cast<std::int64_t>(weights_.weights().columns.size()), isa);
+    return std::make_unique<LinearTask>(*inputs[0], output, plan, weights_.of(plan), epilogue_of(activated_));
+  }
+
+ private:
+  PackedWeights weights_;
+  std::int64_t features_;
+  Activated activated_;
+};
+
+class SparseLinearTask : public RowsTask {
+ public:
+  SparseLinearTask(const Layout& input, const Layout& output, const SparseWeights& weights, const Activated& activated,
+                   Isa isa)
+      : RowsTask(input, output),
+        weights_(weights),
+        call_(conv::activation_call(activated.activation, activated.slope)),
+        combine_(conv::kernels(isa).combine) {}
+
+ private:
+  void multiply(const float* x, float* y, int threads) const override {
+    parallel_for(images_, images_ == 1 ? 1 : threads, [&](std::int64_t n) {
+      const float* features = x + n * features_;
+      float* sums = y + n * filters_;
+      for (std::int64_t f = 0; f < filters_; ++f) {
+        const auto begin = static_cast<std::size_t>(weights_.offsets[static_cast<std::size_t>(f)]),
+                   end = static_cast<std::size_t>(weights_.offsets[static_cast<std::size_t>(f) + 1]);
+        float sum = weights_.bias.empty() ? 0.0f : weights_.bias[static_cast<std::size_t>(f)];
+        for (std::size_t i = begin; i < end; ++i) sum += weights_.values[i] * features[weights_.indices[i]];
+        sums[f] = sum;
+      }
+      combine_({&call_, conv::Combine::first, sums, nullptr, false, false, sums, filters_});
+    });
+  }
+
+  const SparseWeights& weights_;
+  conv::Call call_;
+  conv::RowKernel combine_;
+};
+
+class SparseLinear : public Operation {
+ public:
+  SparseLinear(SparseWeights weights, std::int64_t features, const Activated& activated)
+      : weights_(std::move(weights)), features_(features), activated_(activated) {
+    check_sparse(weights_, features);
+  }
+
+  Shape infer(const std::vector<Shape>& inputs) const override {
+    return infer_linear(inputs, features_, weights_.filters);
+  }
+
+  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+    return std::make_unique<SparseLinearTask>(*inputs[0], output, weights_, activated_, isa);
+  }
+
+ private:
+  SparseWeights weights_;
+  std::int64_t features_;
+  Activated activated_;
+};
+
+}  // namespace
+
+std::unique_ptr<Operation> convolution(const Window& window, std::int64_t groups, Weights weights,
+                                       const Activated& activated) {
+  return std::make_unique<Convolution>(window, groups, std::move(weights), activated);
+}
+std::unique_ptr<Operation> sparse_convolution(const Window& window, std::int64_t groups, SparseWeights weights,
+                                              const Activated& activated) {
+  return std::make_unique<SparseConvolution>(window, groups, std::move(weights), activated);
+}
+std::unique_ptr<Operation> linear(Weights weights, std::int64_t features, const Activated& activated) {
+  return std::make_unique<Linear>(std::move(weights), features, activated);
+}
+std::unique_ptr<Operation> sparse_linear(SparseWeights weights, std::int64_t features, const Activated& activated) {
+  return std::make_unique<SparseLinear>(std::move(weights), features, activated);
+}
+
+}  // namespace acf::engine

@@ -1,0 +1,61 @@
+// A network of operations, run without Python.
+//
+// What depends on the number of samples (the layout of every value, the plans of the convolutions, which memory is
+// whose) is worked out when that number comes for the first time and kept. Runs take a workspace from a pool, so
+// several threads can run the same network at once; after the first run of each nothing is allocated.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "core/isa.h"
+#include "engine/operation.h"
+
+namespace acf::engine {
+
+class Session;
+
+class Network {
+ public:
+  explicit Network(Isa isa);
+  ~Network();
+  Network(const Network&) = delete;
+  Network& operator=(const Network&) = delete;
+
+  // Each returns the number of the value, counted from 0. Throw std::invalid_argument for shapes that do not fit.
+  int add_input(const Shape& shape);
+  int add(std::unique_ptr<Operation> operation, const std::vector<int>& inputs);
+  void finish(const std::vector<int>& outputs);
+
+  const Shape& shape(int value) const { return shapes_[static_cast<std::size_t>(value)]; }
+  const std::vector<int>& outputs() const { return outputs_; }
+  int inputs() const { return inputs_; }
+
+  // inputs and outputs: arrays of `images` samples, in order.
+  void run(std::int64_t images, const float* const* inputs, float* const* outputs, int threads);
+
+  // Of the values of so many samples at once, halos included.
+  std::int64_t workspace_bytes(std::int64_t images);
+
+ private:
+  friend class Session;
+  struct Step {
+    std::unique_ptr<Operation> operation;
+    std::vector<int> inputs;
+    int output;
+  };
+
+  std::shared_ptr<Session> session(std::int64_t images);
+
+  Isa isa_;
+  int inputs_ = 0;
+  std::vector<Shape> shapes_;
+  std::vector<Step> steps_;
+  std::vector<int> outputs_;
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<Session>> sessions_;  // the one used last in front
+};
+
+}  // namespace acf::engine

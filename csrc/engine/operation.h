@@ -1,0 +1,89 @@
+// What the steps of a network do. An operation is made once; it is prepared for a number of samples and the places
+// where its operands lie, and then run any number of times, by several threads at once if each has memory of its own.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "conv/conv.h"
+#include "conv/kernels.h"
+#include "core/isa.h"
+#include "engine/layout.h"
+
+namespace acf::engine {
+
+class Task {
+ public:
+  virtual ~Task() = default;
+  // operands: the first elements of the inputs and, last, of the output. scratch: of the size below.
+  virtual void run(float* const* operands, float* scratch, int threads) const = 0;
+
+  std::int64_t scratch = 0;  // floats
+};
+
+class Operation {
+ public:
+  virtual ~Operation() = default;
+  virtual bool on_planes() const { return false; }  // whether its first input and its output are planes with halos
+  virtual conv::Padding halo() const { return {}; }
+  virtual bool keeps_order() const {
+    return false;
+  }  // only the shape changes: where both lie in order, nothing is done
+  virtual Shape infer(const std::vector<Shape>& inputs) const = 0;  // throws std::invalid_argument
+  virtual std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) = 0;
+};
+
+struct Activated {
+  conv::Activation activation = conv::Activation::none;
+  float slope = 0.01f;
+};
+
+// weights: (filters, columns kept of the filter's group).
+struct Weights {
+  std::int64_t filters = 0;
+  std::vector<std::int64_t> columns;
+  std::vector<float> values, bias;  // no bias: empty
+};
+
+// Of which every filter keeps other weights: compressed rows. offsets: (filters + 1,).
+struct SparseWeights {
+  std::int64_t filters = 0;
+  std::vector<std::int64_t> offsets, indices;  // indices: columns of the filter's group
+  std::vector<float> values, bias;
+};
+
+struct Window {
+  std::int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, dilation_h = 1, dilation_w = 1;
+  conv::Padding padding;
+};
+
+struct Pooling {
+  Window window;
+  bool largest = true, ceil = false, count_padding = true;
+};
+
+// A residual is a second input that is added before the activation.
+std::unique_ptr<Operation> convolution(const Window& window, std::int64_t groups, Weights weights,
+                                       const Activated& activated);
+std::unique_ptr<Operation> sparse_convolution(const Window& window, std::int64_t groups, SparseWeights weights,
+                                              const Activated& activated);
+std::unique_ptr<Operation> linear(Weights weights, std::int64_t features, const Activated& activated);
+std::unique_ptr<Operation> sparse_linear(SparseWeights weights, std::int64_t features, const Activated& activated);
+std::unique_ptr<Operation> pool(const Pooling& pooling);
+std::unique_ptr<Operation> adaptive_average(std::int64_t height, std::int64_t width);
+std::unique_ptr<Operation> mean(std::vector<std::int64_t> axes, bool keep);
+// With one input the second operand is the constant, whose dimensions are the last ones of the input.
+std::unique_ptr<Operation> combine(conv::Combine combine, Shape constant_shape, std::vector<float> constant,
+                                   const Activated& activated);
+std::unique_ptr<Operation> activate(const Activated& activated);
+std::unique_ptr<Operation> clip(float low, float high);
+std::unique_ptr<Operation> softmax(std::int64_t axis, bool logarithm);
+std::unique_ptr<Operation> concat(std::int64_t axis);
+std::unique_ptr<Operation> reshape(Shape shape);
+std::unique_ptr<Operation> transpose(std::vector<std::int64_t> order);
+std::unique_ptr<Operation> pad(Shape before, Shape after, float value);
+std::unique_ptr<Operation> slice(std::int64_t axis, std::int64_t start, std::int64_t stop, std::int64_t step);
+std::unique_ptr<Operation> take(std::int64_t axis, std::vector<std::int64_t> indices);
+
+}  // namespace acf::engine

@@ -1,0 +1,288 @@
+// Pooling and means.
+#include <algorithm>
+#include <limits>
+
+#include "core/check.h"
+#include "core/parallel.h"
+#include "engine/operation.h"
+
+namespace acf::engine {
+namespace {
+
+constexpr std::int64_t kTaskElements = 1 << 15;  // fewer are not worth another thread
+
+// body(n, c) for every plane.
+template <class Body>
+void each_plane(std::int64_t images, std::int64_t channels, std::int64_t plane_elements, int threads,
+                const Body& body) {
+  const std::int64_t planes = images * channels,
+                     tasks = std::clamp<std::int64_t>(planes * plane_elements / kTaskElements, 1, 4 * threads);
+  parallel_for(std::min(tasks, planes), tasks == 1 ? 1 : threads, [&](std::int64_t task) {
+    const std::int64_t used = std::min(tasks, planes);
+    for (std::int64_t p = planes * task / used; p < planes * (task + 1) / used; ++p) body(p / channels, p % channels);
+  });
+}
+
+// Windows along one axis: those of outputs [whole_begin, whole_end) lie in the input.
+struct Axis {
+  std::int64_t size, kernel, stride, dilation, before, outputs;
+  std::int64_t whole_begin, whole_end;
+
+  std::int64_t start(std::int64_t i) const { return i * stride - before; }
+  // The taps [first, last) of window i that lie in the input.
+  std::int64_t first(std::int64_t i) const { return std::max<std::int64_t>(0, (-start(i) + dilation - 1) / dilation); }
+  std::int64_t last(std::int64_t i) const {
+    return std::clamp<std::int64_t>((size - start(i) + dilation - 1) / dilation, 0, kernel);
+  }
+};
+
+Axis axis_of(std::int64_t size, std::int64_t kernel, std::int64_t stride, std::int64_t dilation, std::int64_t before,
+             bool ceil) {
+  const std::int64_t room = size + 2 * before - dilation * (kernel - 1) - 1;
+  Axis axis = {size, kernel, stride, dilation, before, 0, 0, 0};
+  if (room < 0 && !(ceil && room + stride - 1 >= 0)) return axis;
+  axis.outputs = (room + (ceil ? stride - 1 : 0)) / stride + 1;
+  if (ceil && (axis.outputs - 1) * stride >= size + before) --axis.outputs;
+  axis.whole_begin = std::min(axis.outputs, (before + stride - 1) / stride);
+  const std::int64_t last_start = size - 1 - dilation * (kernel - 1);
+  axis.whole_end = last_start + before < 0 ? 0 : std::min(axis.outputs, (last_start + before) / stride + 1);
+  axis.whole_end = std::max(axis.whole_begin, axis.whole_end);
+  return axis;
+}
+
+class PoolTask : public Task {
+ public:
+  PoolTask(const Pooling& pooling, Axis rows, Axis columns, const Layout& input, const Layout& output, Isa isa)
+      : pooling_(pooling),
+        rows_(rows),
+        columns_(columns),
+        input_(input),
+        output_(output),
+        kernels_(conv::kernels(isa)) {}
+
+  void run(float* const* operands, float*, int threads) const override {
+    each_plane(input_.images, input_.shape[0], rows_.size * columns_.size, threads,
+               [&](std::int64_t n, std::int64_t c) {
+                 const float* from = operands[0] + n * input_.image + c * input_.strides[0];
+                 float* to = operands[1] + n * output_.image + c * output_.strides[0];
+                 for (std::int64_t y = 0; y < rows_.outputs; ++y) row(from, to + y * output_.strides[1], y);
+               });
+  }
+
+ private:
+  void row(const float* plane, float* out, std::int64_t y) const {
+    const std::int64_t first = rows_.first(y), last = rows_.last(y), pitch = input_.strides[1];
+    const float* from = plane + (rows_.start(y) + first * rows_.dilation) * pitch;
+    const std::int64_t taps = last - first;
+    if (taps > 0 && columns_.whole_end > columns_.whole_begin) {
+      const std::int64_t begin = columns_.whole_begin;
+      kernels_.pool({pooling_.largest, scale(y, begin), from + columns_.start(begin), pitch * rows_.dilation, taps,
+                     columns_.kernel, columns_.dilation, columns_.stride, out + begin, columns_.whole_end - begin});
+    }
+    for (std::int64_t x = 0; x < columns_.outputs; ++x) {
+      if (taps > 0 && x == columns_.whole_begin) x = columns_.whole_end;
+      if (x >= columns_.outputs) break;
+      out[x] = edge(from, taps, y, x);
+    }
+  }
+
+  // A window that sticks out.
+  float edge(const float* from, std::int64_t taps, std::int64_t y, std::int64_t x) const {
+    float pooled = pooling_.largest ? -std::numeric_limits<float>::infinity() : 0.0f;
+    for (std::int64_t kh = 0; kh < taps; ++kh) {
+      for (std::int64_t kw = columns_.first(x); kw < columns_.last(x); ++kw) {
+        const float tap = from[kh * rows_.dilation * input_.strides[1] + columns_.start(x) + kw * columns_.dilation];
+        if (!pooling_.largest) pooled += tap;
+        if (pooling_.largest && !(pooled > tap || pooled != pooled)) pooled = tap;  // NaN stays
+      }
+    }
+    return pooling_.largest ? pooled : pooled * scale(y, x);
+  }
+
+  // A mean counts what lies in the input or, if asked, in the padding; never what sticks out behind that.
+  float scale(std::int64_t y, std::int64_t x) const {
+    if (pooling_.largest) return 1.0f;
+    return 1.0f / static_cast<float>(counted(rows_, y) * counted(columns_, x));
+  }
+  std::int64_t counted(const Axis& axis, std::int64_t i) const {
+    const std::int64_t more = pooling_.count_padding ? axis.before : 0;
+    return std::min(axis.start(i) + axis.kernel, axis.size + more) - std::max(axis.start(i), -more);
+  }
+
+  Pooling pooling_;
+  Axis rows_, columns_;
+  Layout input_, output_;
+  const conv::Kernels& kernels_;
+};
+
+class Pool : public Operation {
+ public:
+  explicit Pool(const Pooling& pooling) : pooling_(pooling) {}
+
+  Shape infer(const std::vector<Shape>& inputs) const override {
+    ACF_CHECK(inputs[0].size() == 3, "a pooling takes (channels, height, width)");
+    ACF_CHECK(pooling_.largest || pooling_.window.dilation_h * pooling_.window.dilation_w == 1,
+              "a mean of windows has no dilation");
+    const Shape made = {inputs[0][0], rows(inputs[0]).outputs, columns(inputs[0]).outputs};
+    ACF_CHECK(made[1] > 0 && made[2] > 0, "the windows do not fit into the input");
+    return made;
+  }
+
+  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+    const Shape& shape = inputs[0]->shape;
+    return std::make_unique<PoolTask>(pooling_, rows(shape), columns(shape), *inputs[0], output, isa);
+  }
+
+ private:
+  Axis rows(const Shape& shape) const {
+    const Window& w = pooling_.window;
+    return axis_of(shape[1], w.kernel_h, w.stride_h, w.dilation_h, w.padding.top, pooling_.ceil);
+  }
+  Axis columns(const Shape& shape) const {
+    const Window& w = pooling_.window;
+    return axis_of(shape[2], w.kernel_w, w.stride_w, w.dilation_w, w.padding.left, pooling_.ceil);
+  }
+
+  Pooling pooling_;
+};
+
+// ---- means ----------------------------------------------------------------------------------------------------------
+
+// Window i of `outputs` runs from floor(i * size / outputs) to ceil((i + 1) * size / outputs).
+class AdaptiveTask : public Task {
+ public:
+  AdaptiveTask(const Layout& input, const Layout& output, Isa isa)
+      : input_(input), output_(output), kernels_(conv::kernels(isa)) {}
+
+  void run(float* const* operands, float*, int threads) const override {
+    const std::int64_t height = input_.shape[1], width = input_.shape[2], out_height = output_.shape[1],
+                       out_width = output_.shape[2];
+    each_plane(input_.images, input_.shape[0], height * width, threads, [&](std::int64_t n, std::int64_t c) {
+      const float* from = operands[0] + n * input_.image + c * input_.strides[0];
+      float* to = operands[1] + n * output_.image + c * output_.strides[0];
+      for (std::int64_t y = 0; y < out_height; ++y) {
+        const std::int64_t top = y * height / out_height, bottom = ((y + 1) * height + out_height - 1) / out_height;
+        for (std::int64_t x = 0; x < out_width; ++x) {
+          const std::int64_t left = x * width / out_width, right = ((x + 1) * width + out_width - 1) / out_width;
+          float total = 0;
+          for (std::int64_t row = top; row < bottom; ++row) {
+            total += kernels_.sum(from + row * input_.strides[1] + left, right - left);
+          }
+          to[y * output_.strides[1] + x] = total / static_cast<float>((bottom - top) * (right - left));
+        }
+      }
+    });
+  }
+
+ private:
+  Layout input_, output_;
+  const conv::Kernels& kernels_;
+};
+
+class Adaptive : public Operation {
+ public:
+  Adaptive(std::int64_t height, std::int64_t width) : height_(height), width_(width) {
+    ACF_CHECK(height >= 1 && width >= 1, "the output of a pooling must not be empty");
+  }
+  Shape infer(const std::vector<Shape>& inputs) const override {
+    ACF_CHECK(inputs[0].size() == 3, "a pooling takes (channels, height, width)");
+    return {inputs[0][0], height_, width_};
+  }
+  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+    return std::make_unique<AdaptiveTask>(*inputs[0], output, isa);
+  }
+
+ private:
+  std::int64_t height_, width_;
+};
+
+class MeanTask : public Task {
+ public:
+  // outer: what is kept, (input, output); inner: what the mean is taken over.
+  MeanTask(Rows<2> outer, Rows<1> inner, Isa isa)
+      : outer_(std::move(outer)), inner_(std::move(inner)), kernels_(conv::kernels(isa)) {}
+
+  void run(float* const* operands, float*, int) const override {
+    const auto count = static_cast<double>(inner_.rows * inner_.count);
+    outer_.each(0, outer_.rows, [&](const auto& at) {
+      for (std::int64_t i = 0; i < outer_.count; ++i) {
+        const float* from = operands[0] + at[0] + i * outer_.step[0];
+        double total = 0;
+        inner_.each(0, inner_.rows, [&](const auto& offset) {
+          const float* row = from + offset[0];
+          if (inner_.step[0] == 1) {
+            total += static_cast<double>(kernels_.sum(row, inner_.count));
+          } else {
+            for (std::int64_t j = 0; j < inner_.count; ++j) total += static_cast<double>(row[j * inner_.step[0]]);
+          }
+        });
+        operands[1][at[1] + i * outer_.step[1]] = static_cast<float>(total / count);
+      }
+    });
+  }
+
+ private:
+  Rows<2> outer_;
+  Rows<1> inner_;
+  const conv::Kernels& kernels_;
+};
+
+class Mean : public Operation {
+ public:
+  Mean(std::vector<std::int64_t> axes, bool keep) : axes_(std::move(axes)), keep_(keep) {
+    std::sort(axes_.begin(), axes_.end());
+    ACF_CHECK(!axes_.empty() && axes_[0] >= 0 && std::adjacent_find(axes_.begin(), axes_.end()) == axes_.end(),
+              "the axes of a mean must be different, at least one");
+  }
+
+  Shape infer(const std::vector<Shape>& inputs) const override {
+    ACF_CHECK(axes_.back() < static_cast<std::int64_t>(inputs[0].size()), "there is no axis ", axes_.back());
+    Shape made;
+    for (std::size_t d = 0; d < inputs[0].size(); ++d) {
+      if (!reduces(d)) {
+        made.push_back(inputs[0][d]);
+      } else if (keep_) {
+        made.push_back(1);
+      }
+    }
+    return made;
+  }
+
+  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+    const Layout& input = *inputs[0];
+    Shape kept = {input.images}, reduced, kept_in = {input.image}, kept_out = {output.image}, reduced_in;
+    std::size_t made = 0;
+    for (std::size_t d = 0; d < input.shape.size(); ++d) {
+      if (reduces(d)) {
+        reduced.push_back(input.shape[d]);
+        reduced_in.push_back(input.strides[d]);
+        made += keep_ ? 1 : 0;
+      } else {
+        kept.push_back(input.shape[d]);
+        kept_in.push_back(input.strides[d]);
+        kept_out.push_back(output.strides[made++]);
+      }
+    }
+    return std::make_unique<MeanTask>(Rows<2>(kept, {kept_in, kept_out}), Rows<1>(reduced, {reduced_in}), isa);
+  }
+
+ private:
+  bool reduces(std::size_t d) const {
+    return std::binary_search(axes_.begin(), axes_.end(), static_cast<std::int64_t>(d));
+  }
+
+  std::vector<std::int64_t> axes_;
+  bool keep_;
+};
+
+}  // namespace
+
+std::unique_ptr<Operation> pool(const Pooling& pooling) { return std::make_unique<Pool>(pooling); }
+std::unique_ptr<Operation> adaptive_average(std::int64_t height, std::int64_t width) {
+  return std::make_unique<Adaptive>(height, width);
+}
+std::unique_ptr<Operation> mean(std::vector<std::int64_t> axes, bool keep) {
+  return std::make_unique<Mean>(std::move(axes), keep);
+}
+
+}  // namespace acf::engine

@@ -1,0 +1,180 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "core/isa.h"
+#include "engine/network.h"
+#include "tests/testing.h"
+
+namespace acf::engine {
+namespace {
+
+using Values = std::vector<float>;
+
+Values numbers(std::size_t count, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<float> normal;
+  Values values(count);
+  for (float& value : values) value = normal(engine);
+  return values;
+}
+
+Weights dense(std::int64_t filters, std::int64_t columns, unsigned seed) {
+  Weights weights;
+  weights.filters = filters;
+  for (std::int64_t c = 0; c < columns; ++c) weights.columns.push_back(c);
+  weights.values = numbers(static_cast<std::size_t>(filters * columns), seed);
+  weights.bias = numbers(static_cast<std::size_t>(filters), seed + 1);
+  return weights;
+}
+
+SparseWeights sparse(const Weights& weights) {
+  SparseWeights result;
+  result.filters = weights.filters;
+  result.bias = weights.bias;
+  result.offsets.push_back(0);
+  for (std::size_t i = 0; i < weights.values.size(); ++i) {
+    if (weights.values[i] != 0) {
+      result.values.push_back(weights.values[i]);
+      result.indices.push_back(weights.columns[i % weights.columns.size()]);
+    }
+    if ((i + 1) % weights.columns.size() == 0)
+      result.offsets.push_back(static_cast<std::int64_t>(result.values.size()));
+  }
+  return result;
+}
+
+Window window(std::int64_t kernel, std::int64_t stride, std::int64_t padding) {
+  return {kernel, kernel, stride, stride, 1, 1, {padding, padding, padding, padding}};
+}
+
+Values run(Network& network, std::int64_t images, const Values& input, int threads = 1) {
+  const float* in = input.data();
+  Values output(static_cast<std::size_t>(images * elements(network.shape(network.outputs()[0]))));
+  float* out = output.data();
+  network.run(images, &in, &out, threads);
+  return output;
+}
+
+bool close(const Values& a, const Values& b) {
+  if (a.size() != b.size()) return false;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (!(std::fabs(a[i] - b[i]) <= 1e-4f * (1 + std::fabs(b[i])))) return false;
+  }
+  return true;
+}
+
+// Values of all kinds of lives, so that each lies where others lay before: x -> a -> b, then a + b -> pool -> c ->
+// flat.
+ACF_TEST(a_network_gives_the_same_again_and_for_every_isa) {
+  const Values first = numbers(2 * 3 * 9 * 13, 1), second = numbers(5 * 3 * 9 * 13, 2);
+  Values expected_first, expected_second;
+  for (const Isa isa : supported_isas()) {
+    Network network(isa);
+    const int x = network.add_input({3, 9, 13});
+    const int a = network.add(convolution(window(3, 1, 1), 1, dense(7, 27, 3), {conv::Activation::relu}), {x});
+    const int b = network.add(convolution(window(5, 1, 2), 1, dense(7, 175, 5), {conv::Activation::silu}), {a, a});
+    const int sum = network.add(combine(conv::Combine::multiply, {}, {}, {}), {a, b});
+    Pooling pooling;
+    pooling.window = window(3, 2, 1);
+    const int pooled = network.add(pool(pooling), {sum});
+    const int c = network.add(convolution(window(3, 1, 1), 1, dense(20, 63, 7), {}), {pooled});
+    const int flat = network.add(reshape({20 * 5 * 7}), {c});
+    network.finish({network.add(linear(dense(4, 20 * 5 * 7, 9), 20 * 5 * 7, {}), {flat})});
+    const Values once = run(network, 2, first), other = run(network, 5, second), again = run(network, 2, first, 3);
+    EXPECT(once == again);
+    if (expected_first.empty()) expected_first = once, expected_second = other;
+    EXPECT(close(once, expected_first));
+    EXPECT(close(other, expected_second));
+    EXPECT(network.workspace_bytes(5) > network.workspace_bytes(2));
+  }
+}
+
+ACF_TEST(sparse_layers_are_dense_ones_with_zeros) {
+  for (const Isa isa : supported_isas()) {
+    Weights weights = dense(6, 36, 11), last = dense(5, 6 * 8 * 6, 13);
+    for (std::size_t i = 0; i < weights.values.size(); ++i) {
+      if (i % 7 != 0) weights.values[i] = 0;
+    }
+    for (std::size_t i = 0; i < last.values.size(); ++i) {
+      if (i % 11 != 0) last.values[i] = 0;
+    }
+    const Values input = numbers(3 * 4 * 8 * 6, 17);
+    std::vector<Values> found;
+    for (const bool thin : {false, true}) {
+      Network network(isa);
+      const Activated activated = {conv::Activation::hardswish};
+      int value = network.add_input({4, 8, 6});
+      value = network.add(thin ? sparse_convolution(window(3, 1, 1), 1, sparse(weights), activated)
+                               : convolution(window(3, 1, 1), 1, weights, activated),
+                          {value});
+      value = network.add(reshape({6 * 8 * 6}), {value});
+      value = network.add(thin ? sparse_linear(sparse(last), 6 * 8 * 6, activated) : linear(last, 6 * 8 * 6, activated),
+                          {value});
+      network.finish({value});
+      found.push_back(run(network, 3, input));
+    }
+    EXPECT(close(found[1], found[0]));
+  }
+}
+
+ACF_TEST(pools_are_those_of_their_definition) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const Isa isa : supported_isas()) {
+    for (const std::int64_t stride : {1, 2, 3}) {
+      for (const bool largest : {true, false}) {
+        Pooling pooling;
+        pooling.window = window(3, stride, 1);
+        pooling.largest = largest;
+        pooling.count_padding = false;
+        Network network(isa);
+        const int x = network.add_input({2, 7, 40});
+        network.finish({network.add(pool(pooling), {x})});
+        Values input = numbers(2 * 7 * 40, 19);
+        if (largest) input[45] = nan;
+        const Values found = run(network, 1, input);
+        const Shape made = network.shape(1);
+        std::size_t at = 0;
+        for (std::int64_t c = 0; c < 2; ++c) {
+          for (std::int64_t y = 0; y < made[1]; ++y) {
+            for (std::int64_t z = 0; z < made[2]; ++z, ++at) {
+              float most = -std::numeric_limits<float>::infinity(), total = 0, count = 0;
+              for (std::int64_t i = std::max<std::int64_t>(0, y * stride - 1);
+                   i < std::min<std::int64_t>(7, y * stride + 2); ++i) {
+                for (std::int64_t j = std::max<std::int64_t>(0, z * stride - 1);
+                     j < std::min<std::int64_t>(40, z * stride + 2); ++j) {
+                  const float tap = input[static_cast<std::size_t>((c * 7 + i) * 40 + j)];
+                  if (!(most >= tap) && most == most) most = tap;
+                  total += tap;
+                  count += 1;
+                }
+              }
+              const float wanted = largest ? most : total / count;
+              EXPECT(wanted == wanted ? std::fabs(found[at] - wanted) <= 1e-5f : found[at] != found[at]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+ACF_TEST(steps_that_do_not_fit_are_refused) {
+  Network network(Isa::generic);
+  const int x = network.add_input({3, 4, 4});
+  EXPECT_THROWS(network.add(convolution(window(3, 1, 1), 1, dense(2, 26, 1), {}), {x + 1}), std::invalid_argument,
+                "there is no value 1");
+  EXPECT_THROWS(network.add(convolution(window(3, 1, 1), 1, dense(2, 28, 1), {}), {x}), std::invalid_argument,
+                "columns must be ascending numbers below 27");
+  EXPECT_THROWS(network.add(convolution(window(6, 1, 0), 1, dense(2, 27, 1), {}), {x}), std::invalid_argument, "");
+  EXPECT_THROWS(network.add(reshape({5}), {x}), std::invalid_argument, "as many elements");
+  EXPECT_THROWS(network.add(slice(0, 1, 4, 1), {x}), std::invalid_argument, "within its axis");
+  EXPECT_THROWS(network.add(take(0, {3}), {x}), std::invalid_argument, "there is no index 3");
+  network.finish({network.add(activate({conv::Activation::relu}), {x})});
+  EXPECT_THROWS(run(network, 0, {}), std::invalid_argument, "at least 1");
+}
+
+}  // namespace
+}  // namespace acf::engine
