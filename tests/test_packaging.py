@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import operator
 import re
 import sys
 import tarfile
@@ -169,8 +170,18 @@ def parameters(signature: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def methods(node: ast.ClassDef) -> dict[str, list[tuple[str, ...]]]:
+    """Of a class in the stub, by "class.method", without those of Python itself."""
+    return {
+        f"{node.name}.{part.name}": [parameters(f"{part.name}({ast.unparse(part.args)})")]
+        for part in node.body
+        if isinstance(part, ast.FunctionDef) and not part.name.startswith("_")
+    }
+
+
 def built_signatures(name: str) -> list[tuple[str, ...]]:
-    lines = re.findall(rf"^(?:\d+\. )?({name}\(.*\) -> .*)$", getattr(_core, name).__doc__, re.MULTILINE)
+    function, last = operator.attrgetter(name)(_core), name.rpartition(".")[2]
+    lines = re.findall(rf"^(?:\d+\. )?({last}\(.*\) -> .*)$", function.__doc__, re.MULTILINE)
     return sorted(parameters(line) for line in lines if "*args, **kwargs" not in line)
 
 
@@ -181,9 +192,13 @@ def test_stub_mirrors_the_built_module():
             stub.setdefault(node.name, []).append(parameters(f"{node.name}({ast.unparse(node.args)})"))
         elif isinstance(node, ast.AnnAssign) and node.value is None:  # with a value it is a type alias
             assert isinstance(getattr(_core, node.target.id), str)
+        elif isinstance(node, ast.ClassDef):
+            stub |= methods(node)
     public = [name for name in dir(_core) if not name.startswith("__") and callable(getattr(_core, name))]
-    assert sorted(stub) == public
-    for name in public:
+    classes = [name for name in public if isinstance(getattr(_core, name), type)]
+    made = {f"{name}.{part}" for name in classes for part in vars(getattr(_core, name)) if not part.startswith("_")}
+    assert stub.keys() == made | {name for name in public if name not in classes}
+    for name in stub:
         assert sorted(stub[name]) == built_signatures(name), name
 
 

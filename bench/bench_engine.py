@@ -1,0 +1,244 @@
+"""Whole networks: our engine, dense and pruned, beside the runtimes that people use.
+
+    pytest bench/bench_engine.py                            groups: network, batch
+    python bench/bench_engine.py --report docs/benchmarks-engine.md [--threads 1] [--only NAME ...]
+
+All compute in float32; OpenVINO is told so, as its default on some CPUs is bfloat16. torch is taken at its best of
+eager, channels_last and frozen (torch.jit, oneDNN). The runtimes that are installed take part (`pip install onnx
+onnxruntime openvino`). Every result is compared with torch's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import io
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from measuring import conditions, interleaved, table
+from torch import nn
+
+import autocompress_fast as acf
+from autocompress_fast import models
+
+Run = Callable[[], np.ndarray]
+Shape = tuple[int, ...]
+
+CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
+DENSE: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
+    "LeNet-5": (lambda: models.create("lenet5"), (1, 28, 28)),
+    "ResNet-20 CIFAR": (lambda: models.create("resnet20"), CIFAR),
+    "ResNet-18 CIFAR": (lambda: models.create("resnet18"), CIFAR),
+    "VGG-16 CIFAR": (lambda: models.create("vgg16"), CIFAR),
+    "MobileNetV2": (lambda: models.create("mobilenet_v2_imagenet"), IMAGENET),
+    "ResNet-18": (lambda: models.create("resnet18_imagenet"), IMAGENET),
+    "ResNet-50": (lambda: models.create("resnet50"), IMAGENET),
+}
+PRUNED = ("ResNet-18 CIFAR", "VGG-16 CIFAR")
+FILTERS = (0.5, 0.75, 0.875)  # shares of the filters removed: widths x 0.5, 0.25, 0.125
+COLUMNS = (0.5, 0.75, 0.9)  # shares of the columns removed
+TOLERANCE = 1e-4  # of the largest output
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """With statistics of normalisations as after training, so that nothing is a zero or a one by chance."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value, low, high in ((module.running_mean, -0.1, 0.1), (module.running_var, 0.5, 1.5)):
+                assert value is not None
+                value.copy_(torch.empty_like(value).uniform_(low, high, generator=generator))
+    return model.eval()
+
+
+@functools.cache
+def network(name: str) -> tuple[nn.Module, Shape]:
+    """One of `names()`: a dense network, or one without a share of its filters or columns."""
+    base, _, removed = name.partition(", ")
+    make, shape = DENSE[base]
+    torch.manual_seed(0)
+    model = randomised(make())
+    if removed:
+        share, _, structure = removed.removeprefix("-").partition("% ")
+        example = torch.zeros(1, *shape)
+        report = acf.inspect(model, example)
+        plan = acf.Plan.uniform(report, **{structure: float(share) / 100})
+        model = acf.compact(model, plan, example, report=report).model
+    return model, shape
+
+
+def names() -> Iterator[str]:
+    """All networks of the page."""
+    for base in DENSE:
+        yield base
+        if base in PRUNED:
+            yield from (f"{base}, -{100 * share:g}% filters" for share in FILTERS)
+            yield from (f"{base}, -{100 * share:g}% columns" for share in COLUMNS)
+
+
+# ---- runtimes
+
+
+def ours(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
+    """The engine."""
+    engine, given = acf.compile(model, x[:1], threads=threads), x.numpy()
+    return lambda: engine(given)
+
+
+def torch_eager(model: nn.Module, x: torch.Tensor, _threads: int) -> Run:
+    """As it is."""
+    return lambda: model(x).numpy()
+
+
+def torch_channels_last(model: nn.Module, x: torch.Tensor, _threads: int) -> Run:
+    """With images as NHWC."""
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return lambda: model(x).numpy()
+
+
+def torch_frozen(model: nn.Module, x: torch.Tensor, _threads: int) -> Run:
+    """Traced, with weights as constants, fused by oneDNN."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frozen = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(model, x)))
+    return lambda: frozen(x).numpy()
+
+
+def as_onnx(model: nn.Module, x: torch.Tensor) -> bytes:
+    """For the runtimes that read it."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), buffer, dynamo=False)
+    return buffer.getvalue()
+
+
+def onnxruntime(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
+    """All of its optimisations."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = ort.InferenceSession(as_onnx(model, x), options, providers=["CPUExecutionProvider"])
+    given = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, given)[0]
+
+
+def openvino(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
+    """In float32, tuned for latency."""
+    import openvino as ov
+
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    core = ov.Core()
+    compiled = core.compile_model(core.read_model(as_onnx(model, x), b""), "CPU", hints)
+    request, given = compiled.create_infer_request(), x.numpy()
+
+    def run() -> np.ndarray:
+        request.infer([given], share_inputs=True)
+        return np.array(request.get_output_tensor().data)
+
+    return run
+
+
+TORCH = {"torch eager": torch_eager, "torch channels_last": torch_channels_last, "torch frozen": torch_frozen}
+OTHERS = {"onnxruntime": onnxruntime, "openvino": openvino}
+
+
+def runtimes() -> dict[str, Callable[[nn.Module, torch.Tensor, int], Run]]:
+    """Ours and those that are installed."""
+    found = {name: make for name, make in OTHERS.items() if find_spec(name) and find_spec("onnx")}
+    return {"ours": ours, **TORCH, **found}
+
+
+def prepared(name: str, batch: int, threads: int) -> dict[str, Run]:
+    """Every runtime, ready to run, its result checked."""
+    model, shape = network(name)
+    x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(x).numpy()
+    ready = {}
+    for title, make in runtimes().items():
+        run = make(model, x, threads)
+        with torch.no_grad():
+            error = float(np.abs(run() - expected).max() / np.abs(expected).max())
+        assert error <= TOLERANCE, f"{title} is off by {error:.2g} of the largest output on {name}"
+        ready[title] = run
+    return ready
+
+
+# ---- pytest-benchmark: every network once, ours beside torch
+
+
+@pytest.mark.parametrize("name", ["LeNet-5", "ResNet-20 CIFAR", "ResNet-18 CIFAR, -87.5% filters"])
+@pytest.mark.parametrize("runtime", ["ours", "torch eager"])
+def test_whole_network(benchmark: Callable[[Run], np.ndarray], name: str, runtime: str) -> None:
+    benchmark.group = f"{name}, batch 1"  # type: ignore[attr-defined]
+    model, shape = network(name)
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(x).numpy()
+        found = benchmark({"ours": ours, **TORCH}[runtime](model, x, 1))
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+# ---- the page
+
+
+def page(chosen: list[str], batches: list[int], threads: int, rounds: int, command: str) -> Iterator[str]:
+    """Sections by batch; the best of torch, and every other runtime."""
+    yield "# Whole networks\n"
+    yield (
+        f"Median of {rounds} rounds in which the runtimes take turns, milliseconds, float32, {threads} thread"
+        f"{'s' if threads > 1 else ''}.\n*against the best* is the fastest of the others on the same network divided by"
+        " ours;\n*against dense* the fastest of the others on the dense network divided by ours. The pruned networks\n"
+        "have the given share of their filters, or of the columns of every convolution, removed.\n"
+    )
+    yield f"```\n{command}\n```\n\n{conditions('Weights random.')}\n"
+    others = [name for name in runtimes() if name not in TORCH and name != "ours"]
+    for batch in batches:
+        rows, dense = [], 0.0
+        for name in chosen:
+            with torch.no_grad():
+                times = interleaved(prepared(name, batch, threads), lambda: None, rounds)
+            best_torch = min(times[title] for title in TORCH)
+            best = min(best_torch, *(times[title] for title in others))
+            dense = best if ", " not in name else dense
+            shown = [times["ours"], best_torch, *(times[title] for title in others)]
+            ratios = [best / times["ours"], dense / times["ours"]]
+            rows.append([name, *(f"{1e3 * value:.3g}" for value in shown), *(f"{value:.2f}x" for value in ratios)])
+            print(" ".join(rows[-1]), file=sys.stderr, flush=True)
+        yield f"## Batch {batch}\n"
+        header = ["network", "ours", "torch, best", *others, "against the best", "against dense"]
+        yield table(header, rows) + "\n"
+
+
+def main() -> None:
+    """Measure and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--report", type=Path, help="write the page here; to standard output if not given")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="+", choices=list(names()), help="networks; all if not given")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    chosen = options.only or list(names())
+    command = f"python {' '.join(sys.argv)}"
+    text = "\n".join(page(chosen, options.batches, options.threads, options.rounds, command))
+    if options.report:
+        options.report.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
