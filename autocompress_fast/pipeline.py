@@ -73,6 +73,7 @@ class Recipe:
         batch_size: of training.
         precision: "float32", "bfloat16", or "auto": bfloat16 where the CPU has instructions for it.
         channels_last: memory layout of images while training.
+        compile: train through torch.compile, see `TrainingConfig`.
         seed: of everything random.
 
     Raises:
@@ -100,6 +101,7 @@ class Recipe:
     batch_size: int = 128
     precision: str = "auto"
     channels_last: bool = True
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -133,6 +135,7 @@ class Recipe:
             temperature=self.temperature,
             precision=best_precision() if self.precision == "auto" else self.precision,
             channels_last=self.channels_last,
+            compile=self.compile,
             seed=self.seed + 1000 * number + _KINDS.index(kind),
         )
 

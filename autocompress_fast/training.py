@@ -56,6 +56,8 @@ class TrainingConfig:
         temperature: of the softened distributions that are compared.
         precision: "float32", or "bfloat16" for autocast (weights and optimizer stay float32).
         channels_last: memory layout of images while training.
+        compile: train through torch.compile: a third less time per step for networks with normalisations, after half a
+            minute or more at the beginning of every stage; needs a C++ compiler where it runs.
         seed: of everything random.
 
     Raises:
@@ -81,6 +83,7 @@ class TrainingConfig:
     temperature: float = 4.0
     precision: str = "float32"
     channels_last: bool = False
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -280,6 +283,10 @@ class Trainer:
         self.progress = progress or Progress()
         self.history: list[dict[str, Any]] = []
         self._known_logits: torch.Tensor | None = None
+        # The compiled functions share their parameters with the models, which stay what they are.
+        self._forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model) if config.compile else model
+        compiles = config.compile and self.teacher is not None
+        self._teach: Any = torch.compile(self.teacher) if compiles else self.teacher
         self.optimizer = _optimizer(model, config)
 
     def run(self) -> list[dict[str, Any]]:
@@ -357,10 +364,10 @@ class Trainer:
         if self.config.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            logits = self.model(x)
+            logits = self._forward(x)
             if self.teacher is not None and expected is None:
                 with torch.no_grad():
-                    expected = self.teacher(x)
+                    expected = self._teach(x)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=self.config.label_smoothing)
         if expected is not None:
             share = self.config.distillation

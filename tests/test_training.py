@@ -757,3 +757,18 @@ def test_nothing_to_evaluate_on():
 
 def test_the_best_precision_is_one_that_there_is():
     assert TrainingConfig(1, precision=best_precision()).precision in ("float32", "bfloat16")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch has deprecated
+def test_compiled_training_goes_the_same_way():
+    trained = []
+    for compiled in (False, True):
+        model = network()
+        model[5] = nn.Identity()  # dropout draws other numbers when compiled
+        config = TrainingConfig(epochs=2, lr=0.05, distillation=0.5, channels_last=True, compile=compiled)
+        Trainer(model, loader(), config, teacher=network(1).eval()).run()
+        trained.append(weights(model))
+    assert list(trained[0]) == list(trained[1])
+    assert not torch.equal(trained[0]["7.weight"], network()[7].weight)
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-3, atol=1e-4)

@@ -150,6 +150,10 @@ def compress(
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--channels-first", help="Memory layout of images while training.")
     ] = None,
+    compile: Annotated[  # noqa: A002  the name of the option
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Train through torch.compile: quicker from minutes on."),
+    ] = None,
     augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Vary images while compressing.")] = True,
     base_epochs: Annotated[int | None, typer.Option(min=1, help="Of the training without --checkpoint.")] = None,
     base_augment: Annotated[
@@ -187,6 +191,7 @@ def compress(
         "batch_size": batch_size,
         "precision": precision,
         "channels_last": channels_last,
+        "compile": compile,
         "seed": seed,
     }
     with threads_set(threads):

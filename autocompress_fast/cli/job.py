@@ -326,9 +326,8 @@ def base_recipe(name: str, recipe: Recipe, changes: Mapping[str, Any]) -> Base:
     """How the dense network is trained: as fits `name`, with precision, layout, batch size and seed of `recipe`."""
     known = _BASES.get(name, _CIFAR_BASE)
     like = recipe.training("final", 0)
-    config = dataclasses.replace(
-        known.config, precision=like.precision, channels_last=like.channels_last, seed=recipe.seed, **changes
-    )
+    same = {name: getattr(like, name) for name in ("precision", "channels_last", "compile")}
+    config = dataclasses.replace(known.config, **same, seed=recipe.seed, **changes)
     return Base(config, known.batch_size)
 
 

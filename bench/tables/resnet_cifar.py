@@ -5,10 +5,8 @@
 Every run has a work directory of its own with a checkpoint of each stage: interrupted, it goes on where it was.
 
     base      published weights, fine-tuned on the images of DIR (whose decoding may differ from the original's)
-    admm      filters and columns at once. "separate", as in the papers: every convolution but the first keeps the same
-              shares of its filters and of its columns and knows nothing of the others, which leaves dead paths.
-              "coupled", as this package does by itself: tied filters together, columns on living channels alone, rates
-              by layer for a rate of all weights
+    admm      filters and columns at once, as in the papers: every convolution but the first keeps the same shares of
+              its filters and of its columns and knows nothing of the others, which leaves dead paths
     retrain   masked retraining of what ADMM keeps: "before purification"
     control   the same network trained on as long as purification trains: what more training alone does
     purify    thresholds per layer, unused paths, masked fine-tuning, in rounds: "after purification"
@@ -36,7 +34,6 @@ from autocompress_fast.compact import compact
 from autocompress_fast.data import batches
 from autocompress_fast.pipeline import train
 from autocompress_fast.progress import default_progress
-from autocompress_fast.rates import Target, allocate
 from autocompress_fast.training import Trainer, TrainingConfig, evaluate, evaluate_together
 from autocompress_fast.unused import unused_paths
 
@@ -45,32 +42,27 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run; lengths in epochs, `keep` the shares of filters and columns, or the rate of all weights."""
+    """What is run; lengths in epochs."""
 
     model: str
     weights: str
-    keep: tuple[float, float] | float
+    filters: float  # share that every layer keeps
+    columns: float
     base: int
     admm: int
     retrain: int
     seeds: tuple[int, ...]
-    rounds: int  # of purification
-    tolerance: float  # points of accuracy before retraining
-    tune: int = 8  # after each round of purification
-
-    @property
-    def title(self) -> str:
-        """For the table."""
-        return f"{self.model}, {'separate' if isinstance(self.keep, tuple) else 'coupled'}"
+    rounds: int = 1  # of purification
+    tolerance: float = 3.0  # points of accuracy before retraining
+    tune: int = 5  # after each round of purification
 
 
 R20, R56 = ("resnet20", "resnet20-12fca82f.th"), ("resnet56", "resnet56-4bfd9763.th")
 SETTINGS = {
-    "resnet20-separate": Setting(*R20, (0.4, 0.4), 2, 6, 8, (0, 1, 2), rounds=2, tolerance=6.0),
-    "resnet56-separate": Setting(*R56, (0.4, 0.4), 1, 4, 6, (0,), rounds=2, tolerance=6.0, tune=6),
-    "resnet20-coupled": Setting(*R20, 3.0, 2, 6, 8, (0,), rounds=2, tolerance=6.0),
+    "ResNet-20": Setting(*R20, filters=0.3, columns=0.8, base=2, admm=5, retrain=6, seeds=(0, 1, 2)),
+    "ResNet-56": Setting(*R56, filters=0.3, columns=0.8, base=1, admm=4, retrain=5, seeds=(0,), tune=4),
 }
-COMMON = {"precision": "bfloat16", "channels_last": True, "weight_decay": 1e-4}
+COMMON = {"precision": "bfloat16", "channels_last": True, "compile": True, "weight_decay": 1e-4}
 
 
 class Run:
@@ -78,7 +70,7 @@ class Run:
 
     def __init__(self, name: str, seed: int, options: argparse.Namespace) -> None:
         self.name, self.seed, self.setting = name, seed, SETTINGS[name]
-        self.folder = options.runs / f"{name}-seed{seed}"
+        self.folder = options.runs / f"{self.setting.model}-seed{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.progress = default_progress()
         self.splits = data.load(options.data, dataset="cifar10", seed=seed)
@@ -113,14 +105,11 @@ class Run:
         """After ADMM and masked retraining: the network without its dead filters, its plan, and the plan of ADMM."""
         model = copy.deepcopy(base)
         report = acf.inspect(model, self.example)
-        rho, keep = RhoSchedule(1e-2, 2.0, maximum=1.0), self.setting.keep
-        if isinstance(keep, tuple):
-            convolutions = [layer for layer in report.layers if layer.is_conv][1:]
-            counts = {c.name: (round(c.shape[0] * keep[0]), round(c.columns * keep[1])) for c in convolutions}
-            admm = ADMM(model, {name: Constraint("filter+column", pair) for name, pair in counts.items()}, rho=rho)
-        else:
-            constraints = allocate(report, Target(params=keep), report.counts())
-            admm = ADMM(model, constraints, rho=rho, report=report)
+        layers = [layer for layer in report.layers if layer.is_conv][1:]
+        shares = self.setting.filters, self.setting.columns
+        counts = {c.name: (round(c.shape[0] * shares[0]), round(c.columns * shares[1])) for c in layers}
+        constraints = {name: Constraint("filter+column", pair) for name, pair in counts.items()}
+        admm = ADMM(model, constraints, rho=RhoSchedule(1e-2, 2.0, maximum=1.0))
         config = TrainingConfig(
             self.setting.admm, lr=0.02, schedule="constant", warmup=0.0, seed=self.seed + 1, **COMMON
         )
@@ -215,25 +204,25 @@ def table(results: dict[str, dict[int, dict[str, Any]]], options: argparse.Names
         "on 45,000 of them. The first 1,000 validation images decide what purification removes; the test set is read",
         "once, at the end. Seeds: mean ± standard deviation. Weights without biases and normalisations.",
         "",
-        "*before*: filters and columns by ADMM, masked retraining. *separate*, as in the papers: every convolution but",
-        "the first keeps 40% of its filters and 40% of its columns, chosen without regard to the others. *coupled*, as",
-        "this package does by itself: tied filters together, columns on living channels alone, rates by layer.",
-        "*after*: two rounds of purification (columns, channels, filters; at most 6 points of accuracy on those images",
-        "before retraining) with unused paths, each followed by as much masked retraining (8 epochs; ResNet-56: 6).",
-        "*control*: *before*, trained for as many epochs in the same way, with nothing removed.",
+        "*before*: after ADMM and masked retraining; every convolution but the first keeps 30% of its filters and 80%",
+        "of its columns, as in the papers without regard to the other layers. *unused*: the same network without its",
+        "unused paths, which computes the same. *after*: one round of purification (columns, channels, filters; at most",
+        "3 points of accuracy on those images before retraining) and masked retraining. *control*: *before*, trained for",
+        "as many epochs in the same way, with nothing removed.",
         "",
         "| network | seeds | | test accuracy, % | CONV weights | of the dense | MACs | of the dense |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in results.items():
-        for what in ("base", "before", "control", "after"):
-            having = [run for run in runs.values() if what in run["accuracy"]["test"]]
+        for what in ("base", "before", "unused", "control", "after"):
+            network = {"unused": "before"}.get(what, what)
+            having = [run for run in runs.values() if network in run["accuracy"]["test"]]
             if not having:
                 continue
-            size = {"base": "dense", "control": "before"}.get(what, what)
-            accuracy = spread([run["accuracy"]["test"][what] for run in having])
+            size = {"base": "dense", "control": "unused"}.get(what, what)
+            accuracy = spread([run["accuracy"]["test"][network] for run in having])
             cells = [
-                SETTINGS[name].title,
+                name,
                 ", ".join(str(seed) for seed, run in runs.items() if run in having),
                 what,
                 accuracy,
