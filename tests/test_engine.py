@@ -793,3 +793,30 @@ def test_a_small_weight_cannot_unpack_to_a_large_one():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**24
+
+
+def test_a_profile_has_every_step_and_the_totals():
+    engine = acf.compile(models.create("resnet20"), torch.zeros(1, 3, 32, 32), threads=1)
+    profile = engine.profile(samples=3, rounds=2)
+    assert profile.samples == 3
+    assert sum(step.macs for step in profile.steps) == 3 * engine.summary().macs
+    assert sum(step.op == "conv + add" for step in profile.steps) == 9
+    assert all(step.seconds > 0 for step in profile.steps if step.macs)
+    assert all(0 < step.share_of_peak < 2 for step in profile.steps if step.macs)
+    lines = str(profile).splitlines()
+    assert len(lines) == len(profile.steps) + 2
+    assert lines[-1].startswith("total")
+    given = engine.profile(np.zeros((2, 3, 32, 32), np.float32), rounds=1)
+    assert given.samples == 2
+    with pytest.raises(ValueError, match="rounds must be 1 or more, got 0"):
+        engine.profile(rounds=0)
+    with pytest.raises(ValueError, match="must have shape"):
+        engine.profile(np.zeros((2, 3, 32, 31), np.float32))
+
+
+def test_the_workspace_is_that_of_what_is_alive_at_once():
+    chain = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(20)))
+    engine = acf.compile(chain, torch.zeros(1, 8, 30, 30))
+    value = 4 * 8 * 31 * 31  # with the zeros around every image, which neighbours share
+    assert 2 * value <= engine.workspace_bytes() < 2.2 * value
+    assert engine.workspace_bytes(4) > 3 * engine.workspace_bytes()

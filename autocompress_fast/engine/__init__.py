@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from autocompress_fast import _core
 from autocompress_fast.config import default_threads
 from autocompress_fast.engine.file import FORMAT_VERSION, FileFormatError, check_info, read, write
 from autocompress_fast.engine.native import NativeExecutor
@@ -26,9 +27,11 @@ __all__ = [
     "FORMAT_VERSION",
     "Engine",
     "FileFormatError",
+    "Profile",
     "Program",
     "ProgramError",
     "StepSummary",
+    "StepTime",
     "Summary",
     "UnsupportedError",
     "VerificationError",
@@ -91,13 +94,78 @@ class Summary:
         total = self.weights
         share = f"{total.kept / total.dense:.1%}" if total.dense else ""
         rows.append(("total", "", "", "", f"{total.kept:,}", share, f"{self.macs:,}", f"{total.bytes:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        left = 4  # text columns; the rest are figures
-        lines = (
-            "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        )
-        return "\n".join(line.rstrip() for line in lines)
+        return _aligned(rows, left=4)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step of a run, or several that are computed as one.
+
+    Attributes:
+        op, name, shape: as in `StepSummary`.
+        macs: multiply-accumulates for all samples.
+        seconds: median.
+        peak: operations that the processors in use can do in a second.
+    """
+
+    op: str
+    name: str
+    shape: tuple[int, ...]
+    macs: int
+    seconds: float
+    peak: float
+
+    @property
+    def flops(self) -> float:
+        """Operations in a second, two for every multiply-accumulate."""
+        return 2 * self.macs / self.seconds if self.seconds else 0.0
+
+    @property
+    def share_of_peak(self) -> float:
+        """Of what the processors can do."""
+        return self.flops / self.peak
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `Engine.profile` measured; `str` makes a table of it.
+
+    Attributes:
+        steps: in order.
+        samples, threads: of every run.
+        peak: operations that the processors in use can do in a second, measured.
+    """
+
+    steps: tuple[StepTime, ...]
+    samples: int
+    threads: int
+    peak: float
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return sum(step.seconds for step in self.steps)
+
+    def __str__(self) -> str:
+        rows = [("step", "name", "output", "microseconds", "of all", "GFLOP/s", "of peak")]
+        for s in self.steps:
+            speed = (f"{s.flops / 1e9:.1f}", f"{s.share_of_peak:.0%}") if s.macs else ("", "")
+            share = f"{s.seconds / self.seconds:.1%}"
+            rows.append((s.op, s.name, "x".join(map(str, s.shape)), f"{1e6 * s.seconds:.1f}", share, *speed))
+        macs = sum(step.macs for step in self.steps)
+        speed = (f"{2e-9 * macs / self.seconds:.1f}", f"{2 * macs / self.seconds / self.peak:.0%}")
+        rows.append(("total", "", f"{self.samples} samples", f"{1e6 * self.seconds:.1f}", "", *speed))
+        return _aligned(rows, left=3)
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Columns of text, of which the first `left` hold words and the rest figures."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 class Engine:
@@ -211,6 +279,49 @@ class Engine:
             for s, i in zip(self.program.steps, self._infos, strict=True)
         )
         return Summary(steps, self.weights, sum(step.macs for step in steps))
+
+    def workspace_bytes(self, samples: int = 1) -> int:
+        """Memory of the values of so many samples computed at once; larger batches are computed in parts."""
+        return self._executor.network.workspace_bytes(min(samples, self._executor.chunk))
+
+    def profile(self, *inputs: Any, samples: int = 1, rounds: int = 20) -> Profile:
+        """How long every step takes: medians over some runs, beside their speed and its share of the peak.
+
+        Args:
+            inputs: as for a call; random numbers when not given.
+            samples: how many, when no inputs are given.
+            rounds: how many runs.
+
+        Raises:
+            TypeError, ValueError: as for a call; no rounds.
+
+        >>> import torch
+        >>> engine = compile(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 16, 16))
+        >>> [(step.op, step.macs) for step in engine.profile(rounds=2).steps]
+        [('conv', 42336)]
+        """
+        if rounds < 1:
+            raise ValueError(f"rounds must be 1 or more, got {rounds}")
+        rng = np.random.default_rng(0)
+        drawn = tuple(rng.standard_normal((samples, *given.shape), np.float32) for given in self.program.inputs)
+        arrays = self._check_inputs(inputs or drawn)
+        executor, threads = self._executor, self.threads
+        executor.network.profile(arrays, threads, 1)  # what is worked out once for this number of samples
+        seconds = np.median(executor.network.profile(arrays, threads, rounds), axis=0)
+        peak, count = _core.peak_flops() * threads, len(arrays[0])
+        infos = dict(zip((step.output for step in self.program.steps), self._infos, strict=True))
+        steps = tuple(
+            StepTime(
+                " + ".join(step.op for step in made),
+                made[0].name,
+                infos[made[-1].output].shape,
+                count * sum(infos[step.output].macs for step in made),
+                float(time),
+                peak,
+            )
+            for made, time in zip(executor.steps, seconds, strict=True)
+        )
+        return Profile(steps, count, threads, peak)
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{given.name}: {given.shape}" for given in self.inputs)

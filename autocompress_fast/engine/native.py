@@ -30,11 +30,15 @@ class NativeExecutor:
         program: the program; its tensors are copied.
         infos: what `validate` returned for it.
         threads: how many processors a run may use. Results do not depend on it.
+
+    Attributes:
+        steps: of the program, what each operation of the network stands for: one, or a convolution and an addition.
     """
 
     def __init__(self, program: Program, infos: Sequence[StepInfo], threads: int) -> None:
         self.program, self.threads = program, threads
-        self.network = _Builder(program, infos).build()
+        builder = _Builder(program, infos)
+        self.network, self.steps = builder.build(), tuple(builder.made)
         one = self.network.workspace_bytes(1)
         self.chunk = program.batch or max(1, MOST_WORKSPACE // one)
 
@@ -59,40 +63,44 @@ class _Builder:
         self.readers = Counter(value for step in program.steps for value in step.inputs)
         self.readers.update(program.outputs)
         self.numbers: dict[int, int] = {}  # of the program's values in the network
+        self.made: list[tuple[Step, ...]] = []
 
     def build(self) -> _core.Network:
         for i, given in enumerate(self.program.inputs):
             self.numbers[i] = self.network.input(list(given.shape))
-        fused = self._residuals()
+        steps = {step.output: step for step in self.program.steps}
+        fused = self._residuals(steps)
         for step in self.program.steps:
             if step.output in fused.values():
-                continue  # made by the convolution that adds it
-            add = next((other for other in self.program.steps if other.output == fused.get(step.output)), None)
-            if add is not None:
-                (other,) = (value for value in add.inputs if value != step.output)
-                inputs = [self.numbers[step.inputs[0]], self.numbers[other]]
-                attributes = {**step.attributes, "activation": add.attributes["activation"]}
-                self.numbers[add.output] = self._conv(step, inputs, attributes)
+                continue  # computed where its result is added
+            conv = steps.get(fused.get(step.output, -1))
+            if conv is None:
+                self.numbers[step.output] = _STEPS[step.op](self, step, [self.numbers[value] for value in step.inputs])
+                self.made.append((step,))
             else:
-                inputs = [self.numbers[value] for value in step.inputs]
-                self.numbers[step.output] = _STEPS[step.op](self, step, inputs)
+                (other,) = (value for value in step.inputs if value != conv.output)
+                inputs = [self.numbers[conv.inputs[0]], self.numbers[other]]
+                activation = step.attributes["activation"]
+                self.numbers[step.output] = self._conv(conv, inputs, {**conv.attributes, "activation": activation})
+                self.made.append((conv, step))
         self.network.finish([self.numbers[value] for value in self.program.outputs])
         return self.network
 
-    def _residuals(self) -> dict[int, int]:
-        """Value of a convolution -> value of the addition that it takes over."""
-        by_output = {step.output: step for step in self.program.steps}
-        found = {}
+    def _residuals(self, steps: Mapping[int, Step]) -> dict[int, int]:
+        """Value of an addition -> value of a convolution that does it, of which nothing else reads the result."""
+        found: dict[int, int] = {}
         for add in self.program.steps:
             if add.op != "add" or "constant" in add.tensors or add.inputs[0] == add.inputs[1]:
                 continue
-            last = max(add.inputs)  # the other operand is there when it is computed
-            conv = by_output.get(last)
-            same = self.shapes[add.inputs[0]] == self.shapes[add.inputs[1]]
-            if conv is None or conv.op != "conv" or conv.attributes["storage"] == "sparse" or not same:
+            if self.shapes[add.inputs[0]] != self.shapes[add.inputs[1]]:
                 continue
-            if conv.attributes["activation"] == "none" and self.readers[last] == 1:
-                found[last] = add.output
+            for value in sorted(add.inputs, reverse=True):
+                conv = steps.get(value)
+                if conv is None or conv.op != "conv" or conv.attributes["storage"] == "sparse":
+                    continue
+                if conv.attributes["activation"] == "none" and self.readers[value] == 1:
+                    found[add.output] = value
+                    break
         return found
 
     def _tensors(self, step: Step) -> dict[str, Array]:

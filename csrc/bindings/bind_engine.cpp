@@ -71,39 +71,68 @@ conv::Combine combine_named(const std::string& name) {
   return {};
 }
 
-py::list run(Network& network, const std::vector<Floats>& inputs, int threads) {
-  ACF_CHECK(static_cast<int>(inputs.size()) == network.inputs(), "the network takes ", network.inputs(),
-            " inputs, got ", inputs.size());
-  ACF_CHECK(threads >= 1, "threads must be at least 1, got ", threads);
-  std::int64_t images = -1;
+// The arrays of one run, checked and made.
+struct Arrays {
+  Arrays(const Network& network, const std::vector<Floats>& inputs) {
+    ACF_CHECK(static_cast<int>(inputs.size()) == network.inputs(), "the network takes ", network.inputs(),
+              " inputs, got ", inputs.size());
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      const Floats& input = inputs[i];
+      const engine::Shape& shape = network.shape(static_cast<int>(i));
+      ACF_CHECK(static_cast<std::size_t>(input.ndim()) == shape.size() + 1 &&
+                    std::equal(shape.begin(), shape.end(), input.shape() + 1) && (i == 0 || images == input.shape(0)),
+                "input ", i, " has another shape than the network's");
+      images = input.shape(0);
+      from.push_back(input.data());
+    }
+    for (const int value : network.outputs()) {
+      std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(images)};
+      for (const std::int64_t size : network.shape(value)) shape.push_back(static_cast<py::ssize_t>(size));
+      py::array_t<float> output(shape);
+      to.push_back(output.mutable_data());
+      outputs.append(std::move(output));
+    }
+  }
+
+  std::int64_t images = 0;
   std::vector<const float*> from;
-  for (std::size_t i = 0; i < inputs.size(); ++i) {
-    const Floats& input = inputs[i];
-    const engine::Shape& shape = network.shape(static_cast<int>(i));
-    ACF_CHECK(static_cast<std::size_t>(input.ndim()) == shape.size() + 1 &&
-                  std::equal(shape.begin(), shape.end(), input.shape() + 1) && (images < 0 || images == input.shape(0)),
-              "input ", i, " has another shape than the network's");
-    images = input.shape(0);
-    from.push_back(input.data());
-  }
-  py::list outputs;
   std::vector<float*> to;
-  for (const int value : network.outputs()) {
-    std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(images)};
-    for (const std::int64_t size : network.shape(value)) shape.push_back(static_cast<py::ssize_t>(size));
-    py::array_t<float> output(shape);
-    to.push_back(output.mutable_data());
-    outputs.append(std::move(output));
+  py::list outputs;
+};
+
+void check_threads(int threads) { ACF_CHECK(threads >= 1, "threads must be at least 1, got ", threads); }
+
+py::list run(Network& network, const std::vector<Floats>& inputs, int threads) {
+  check_threads(threads);
+  const Arrays arrays(network, inputs);
+  {
+    const py::gil_scoped_release release;
+    network.run(arrays.images, arrays.from.data(), arrays.to.data(), threads);
   }
+  return arrays.outputs;
+}
+
+// (rounds, steps), seconds.
+py::array_t<double> profile(Network& network, const std::vector<Floats>& inputs, int threads, std::int64_t rounds) {
+  check_threads(threads);
+  ACF_CHECK(rounds >= 1, "rounds must be at least 1, got ", rounds);
+  const Arrays arrays(network, inputs);
+  const auto steps = static_cast<std::int64_t>(network.steps());
+  py::array_t<double> seconds({rounds, steps});
+  double* row = seconds.mutable_data();
   const py::gil_scoped_release release;
-  network.run(images, from.data(), to.data(), threads);
-  return outputs;
+  for (std::int64_t round = 0; round < rounds; ++round, row += steps) {
+    network.run(arrays.images, arrays.from.data(), arrays.to.data(), threads, row);
+  }
+  return seconds;
 }
 
 }  // namespace
 
 // Steps are added by methods named after the operations of docs/acf-format.md; each returns the number of the value.
 void register_engine(py::module_& module) {
+  module.def(
+      "peak_flops", [] { return conv::peak_flops(active_isa()); }, py::call_guard<py::gil_scoped_release>());
   using Inputs = std::vector<int>;
   using Four = std::array<std::int64_t, 4>;
   py::class_<Network>(module, "Network")
@@ -253,6 +282,7 @@ void register_engine(py::module_& module) {
           py::arg("inputs"), py::arg("axis"), py::arg("indices"))
       .def("finish", &Network::finish, py::arg("outputs"))
       .def("run", &run, py::arg("inputs"), py::arg("threads"))
+      .def("profile", &profile, py::arg("inputs"), py::arg("threads"), py::arg("rounds"))
       .def("workspace_bytes", &Network::workspace_bytes, py::arg("samples"), py::call_guard<py::gil_scoped_release>());
 }
 

@@ -126,6 +126,9 @@ struct Epilogue {
 void run(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out, const Pitch& out_pitch,
          const Epilogue& epilogue, int threads);
 
+// Multiply-adds of float32 that one processor does in a second, times two; measured for some milliseconds.
+double peak_flops(Isa isa);
+
 // The same, obviously right and slow: the oracle of the tests. sums, when not null, gets sum |weight * input| + |bias|
 // + |residual|, in the order (n, filter, y, x), like out.
 namespace reference {

@@ -1,5 +1,6 @@
 // Cuts a convolution into tiles and hands them to the kernels of the plan's ISA.
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <limits>
 
@@ -421,6 +422,21 @@ void run(const Plan& plan, const void* packed, std::int64_t images, const float*
       run_tiles(run, pixels, filters);
     }
   });
+}
+
+double peak_flops(Isa isa) {
+  const Kernels& table = kernels(isa);
+  constexpr std::int64_t kRounds = 20'000;
+  const float two[2] = {0.5f, 1.0f};
+  volatile float kept = 0;
+  double best = 0;
+  for (int i = 0; i < 20; ++i) {
+    const auto begin = std::chrono::steady_clock::now();
+    kept = kept + table.peak(two, kRounds);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+    best = std::max(best, 2.0 * kRounds * kPeakChains * table.lanes / seconds.count());
+  }
+  return best;
 }
 
 Call activation_call(Activation activation, float slope) {

@@ -392,6 +392,19 @@ float sum(const float* p, std::int64_t count) {
   return total;
 }
 
+float peak(const float* two, std::int64_t rounds) {
+  const Reg factor = N::broadcast(two), more = N::broadcast(two + 1);
+  Reg chain[kPeakChains];
+  unrolled<kPeakChains>([&](auto i) { chain[i] = more; });
+  for (std::int64_t round = 0; round < rounds; ++round) {
+    unrolled<kPeakChains>([&](auto i) { chain[i] = N::fma(chain[i], factor, more); });
+  }
+  unrolled<kPeakChains - 1>([&](auto i) { chain[i + 1] = N::add(chain[i + 1], chain[i]); });
+  alignas(64) float lanes[N::kLanes];
+  N::store(lanes, chain[kPeakChains - 1]);
+  return lanes[0];
+}
+
 // ---- the table ------------------------------------------------------------------------------------------------------
 
 template <Load load, int kFilters, int kVectors>
@@ -437,9 +450,9 @@ constexpr Kernel filters_kernel() {
     ACF_BLOCKS(row, 1), ACF_BLOCKS(row, 2), ACF_BLOCKS(row, 3), ACF_BLOCKS(row, 4), ACF_BLOCKS(row, 5), \
         ACF_BLOCKS(row, 6), ACF_BLOCKS(row, 7), ACF_BLOCKS(row, 8)                                      \
   }
-#define ACF_KERNEL_TABLE                                                                             \
-  {                                                                                                  \
-    N::kLanes, {ACF_FILTERS(Load::stretch), ACF_FILTERS(Load::halves), ACF_FILTERS(Load::strided)},  \
-        {ACF_PIXELS(false), ACF_PIXELS(true)},                                                       \
-        {{depthwise<3, 1>, depthwise<3, 2>}, {depthwise<5, 1>, depthwise<5, 2>}}, combine, pool, sum \
+#define ACF_KERNEL_TABLE                                                                                   \
+  {                                                                                                        \
+    N::kLanes, {ACF_FILTERS(Load::stretch), ACF_FILTERS(Load::halves), ACF_FILTERS(Load::strided)},        \
+        {ACF_PIXELS(false), ACF_PIXELS(true)},                                                             \
+        {{depthwise<3, 1>, depthwise<3, 2>}, {depthwise<5, 1>, depthwise<5, 2>}}, combine, pool, sum, peak \
   }

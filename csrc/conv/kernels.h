@@ -101,6 +101,7 @@ using PlaneKernel = void (*)(const PlaneCall&);
 using RowKernel = void (*)(const RowCall&);
 using PoolKernel = void (*)(const PoolCall&);
 using SumKernel = float (*)(const float* p, std::int64_t count);
+using PeakKernel = float (*)(const float* two, std::int64_t rounds);
 
 enum class Load { stretch, halves, strided };
 
@@ -114,9 +115,11 @@ struct Kernels {
   RowKernel combine;
   PoolKernel pool;
   SumKernel sum;
+  PeakKernel peak;  // `rounds` times kPeakChains multiply-adds of whole registers that do not wait for each other
 };
 
 inline constexpr int kDepthwiseSizes[] = {3, 5};
+inline constexpr int kPeakChains = 12;
 inline constexpr int kDepthwiseRows = 4;  // of the output at a time
 
 // The table of an ISA; throws std::invalid_argument when this machine cannot run it.

@@ -1,6 +1,7 @@
 #include "engine/network.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -9,6 +10,8 @@
 
 namespace acf::engine {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 constexpr std::size_t kSessions = 8;  // kept for as many numbers of samples
 constexpr std::int64_t kLine = 64 / sizeof(float);
@@ -84,7 +87,7 @@ class Session {
     }
   }
 
-  void run(const float* const* inputs, float* const* outputs, int threads) {
+  void run(const float* const* inputs, float* const* outputs, int threads, double* seconds) {
     Workspace workspace = take();
     float* base = workspace.memory.get();
     std::vector<float*>& at = workspace.operands;
@@ -94,12 +97,15 @@ class Session {
       copy(reads_[i], inputs[i], address(value, base));
     }
     for (std::size_t s = 0; s < tasks_.size(); ++s) {
+      if (seconds != nullptr) seconds[s] = 0;
       if (tasks_[s] == nullptr) continue;
+      const auto begin = seconds == nullptr ? Clock::time_point() : Clock::now();
       const Network::Step& step = network_.steps_[s];
       if (dirty_[static_cast<std::size_t>(step.output)]) clear(step.output, base);
       for (std::size_t i = 0; i < step.inputs.size(); ++i) at[i] = address(step.inputs[i], base);
       at[step.inputs.size()] = address(step.output, base);
       tasks_[s]->run(at.data(), base + scratch_[s], threads);
+      if (seconds != nullptr) seconds[s] = std::chrono::duration<double>(Clock::now() - begin).count();
     }
     for (std::size_t i = 0; i < writes_.size(); ++i) copy(writes_[i], address(network_.outputs_[i], base), outputs[i]);
     give(std::move(workspace));
@@ -312,8 +318,9 @@ std::shared_ptr<Session> Network::session(std::int64_t images) {
   return made;
 }
 
-void Network::run(std::int64_t images, const float* const* inputs, float* const* outputs, int threads) {
-  session(images)->run(inputs, outputs, threads);
+void Network::run(std::int64_t images, const float* const* inputs, float* const* outputs, int threads,
+                  double* seconds) {
+  session(images)->run(inputs, outputs, threads, seconds);
 }
 
 std::int64_t Network::workspace_bytes(std::int64_t images) {

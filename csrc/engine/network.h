@@ -33,8 +33,10 @@ class Network {
   const std::vector<int>& outputs() const { return outputs_; }
   int inputs() const { return inputs_; }
 
-  // inputs and outputs: arrays of `images` samples, in order.
-  void run(std::int64_t images, const float* const* inputs, float* const* outputs, int threads);
+  // inputs and outputs: arrays of `images` samples, in order. seconds, when not null: of every step.
+  void run(std::int64_t images, const float* const* inputs, float* const* outputs, int threads,
+           double* seconds = nullptr);
+  std::size_t steps() const { return steps_.size(); }
 
   // Of the values of so many samples at once, halos included.
   std::int64_t workspace_bytes(std::int64_t images);
