@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autocompress_fast import _core
+from autocompress_fast._files import write_atomically
 from autocompress_fast.config import default_threads
 from autocompress_fast.engine.file import FORMAT_VERSION, FileFormatError, check_info, read, write
 from autocompress_fast.engine.native import NativeExecutor
@@ -258,6 +259,18 @@ class Engine:
             ValueError: `info` was changed into something that cannot be saved; nothing is written.
         """
         write(path, self.program, self.info)
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Write the network as an ONNX model, for other runtimes; an old file is replaced in one step.
+
+        Columns that were removed become a choice of channels and zeros, which other runtimes compute in full.
+
+        Raises:
+            ImportError: the package onnx is not installed.
+        """
+        from autocompress_fast.engine.onnx import as_onnx
+
+        write_atomically(path, as_onnx(self.program, self._infos).SerializeToString())
 
     @property
     def weights(self) -> WeightCounts:
