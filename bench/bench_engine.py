@@ -17,7 +17,6 @@ import io
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from torch import nn
 
 import autocompress_fast as acf
 from autocompress_fast import models
+from autocompress_fast.engine.others import OTHERS, installed
 
 Run = Callable[[], np.ndarray]
 Shape = tuple[int, ...]
@@ -122,41 +122,18 @@ def as_onnx(model: nn.Module, x: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def onnxruntime(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
-    """All of its optimisations."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = ort.InferenceSession(as_onnx(model, x), options, providers=["CPUExecutionProvider"])
-    given = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, given)[0]
-
-
-def openvino(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
-    """In float32, tuned for latency."""
-    import openvino as ov
-
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    core = ov.Core()
-    compiled = core.compile_model(core.read_model(as_onnx(model, x), b""), "CPU", hints)
-    request, given = compiled.create_infer_request(), x.numpy()
-
-    def run() -> np.ndarray:
-        request.infer([given], share_inputs=True)
-        return np.array(request.get_output_tensor().data)
-
-    return run
+def other(name: str, model: nn.Module, x: torch.Tensor, threads: int) -> Run:
+    """A runtime that reads ONNX."""
+    run, given = OTHERS[name](as_onnx(model, x), threads), [x.numpy()]
+    return lambda: run(given)[0]
 
 
 TORCH = {"torch eager": torch_eager, "torch channels_last": torch_channels_last, "torch frozen": torch_frozen}
-OTHERS = {"onnxruntime": onnxruntime, "openvino": openvino}
 
 
 def runtimes() -> dict[str, Callable[[nn.Module, torch.Tensor, int], Run]]:
     """Ours and those that are installed."""
-    found = {name: make for name, make in OTHERS.items() if find_spec(name) and find_spec("onnx")}
-    return {"ours": ours, **TORCH, **found}
+    return {"ours": ours, **TORCH, **{name: functools.partial(other, name) for name in installed()}}
 
 
 def prepared(name: str, batch: int, threads: int) -> dict[str, Run]:

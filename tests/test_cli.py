@@ -553,3 +553,38 @@ def test_demo(tmp_path):
     assert printed["accuracy"]["base_test"] > 97
     assert printed["accuracy"]["final_test"] > printed["accuracy"]["base_test"] - 2.5, "another CPU, other rounding"
     assert acf.load(tmp_path / "demo" / "model.acf").weights.kept <= 13584 / 8
+
+
+# ---- bench, export
+
+
+def test_bench_beside_the_dense_network(finished):
+    file = finished[0] / "model.acf"
+    options = "--dense lenet_digits --batch 1 --batch 3 --rounds 2 --threads 1 --data digits --json"
+    result = run("bench", file, *options.split())
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    rows = [(row["network"], row["runtime"], row["samples"]) for row in found["latencies"]]
+    for samples in (1, 3):
+        for expected in (("compressed", "autocompress_fast"), ("dense", "autocompress_fast"), ("dense", "torch")):
+            assert (*expected, samples) in rows
+    assert all(0 < row["low"] <= row["median"] <= row["high"] for row in found["latencies"])
+    assert found["accuracy"]["accuracy"] > 50
+    text = run("bench", file, "--rounds", "2", "--threads", "1").stdout
+    assert "1 sample a call, 1 thread, 2 calls each in turns" in text
+
+
+def test_bench_against_what_is_not_there(finished):
+    result = run("bench", finished[0] / "model.acf", "--against", "abacus")
+    assert result.exit_code == 2
+    assert "abacus is unknown; known are onnxruntime, openvino" in result.stderr
+
+
+def test_export(finished, tmp_path):
+    pytest.importorskip("onnx")
+    path = tmp_path / "model.onnx"
+    assert run("export", finished[0] / "model.acf", path).exit_code == 0
+    assert path.stat().st_size > 1000
+    refused = run("export", finished[0] / "model.acf", tmp_path / "model.txt")
+    assert refused.exit_code == 2
+    assert "must end in .onnx" in refused.stderr

@@ -10,6 +10,7 @@ __all__ = ["app"]
 _EXTRAS = {
     "torch": "torch",
     "PIL": "images",
+    "onnx": "onnx",
     "typer": "demo",
     "rich": "demo",
     "sklearn": "demo",

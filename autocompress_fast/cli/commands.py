@@ -263,6 +263,57 @@ def predict(
         _show(classify_data(file, data, dataset, seed, threads), as_json)
 
 
+@commands.command()
+def bench(
+    file: Annotated[Path, typer.Argument(help="A compressed network, .acf.")],
+    dense: Annotated[
+        str | None, typer.Option(help="The dense network: a model's name or module:callable; measured beside it.")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Another runtime, onnxruntime or openvino; those installed by default; several allowed."),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Samples of a call; 1 by default.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each, in turns.")] = 50,
+    data: Annotated[str | None, typer.Option(help="A data set, for the accuracy on its test part.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Which data set, where the folder holds several.")] = None,
+    as_json: Json = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the cut, for data without a test part of its own.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Measure how fast a compressed network runs, beside the dense one and other runtimes."""
+    from autocompress_fast.cli.benchmark import measured
+
+    _show(
+        measured(
+            file,
+            dense=dense,
+            against=against,
+            samples=batch or [1],
+            rounds=rounds,
+            data=data,
+            dataset=dataset,
+            seed=seed,
+            threads=threads,
+        ),
+        as_json,
+    )
+
+
+@commands.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A compressed network, .acf.")],
+    output: Annotated[Path, typer.Argument(help="Where to write the ONNX model.")],
+) -> None:
+    """Write a compressed network as an ONNX model, for other runtimes."""
+    from autocompress_fast.engine import load
+
+    if output.suffix.lower() != ".onnx":
+        raise ValueError(f"{output} must end in .onnx")
+    load(file).export_onnx(output)
+    _say(f"wrote {output}")
+
+
 def _show(document: Any, as_json: bool) -> None:
     """Print a `Document`, or its JSON."""
     if as_json:

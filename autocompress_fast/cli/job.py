@@ -355,10 +355,15 @@ def inspected(
         raise ValueError(f"{name} is your own: say what images it takes, for example --input-shape 3,32,32")
     else:
         shape = models.input_shape(name)
-    model = _own(name) if ":" in name else models.create(name, in_channels=shape[0])
+    model = named(name, shape)
     selected, excluded = patterns(select, model), patterns(exclude, model)
     report = inspect(model.eval(), torch.zeros(1, *shape), select=selected, exclude=excluded)
     return Inspection(report, groups=groups)
+
+
+def named(name: str, shape: Sequence[int]) -> nn.Module:
+    """The user's own network ("module:callable"), or one of ours, for images of that shape."""
+    return _own(name) if ":" in name else models.create(name, in_channels=shape[0])
 
 
 def patterns(texts: Sequence[str] | None, model: nn.Module) -> list[Pattern] | None:

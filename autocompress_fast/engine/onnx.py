@@ -33,12 +33,8 @@ def as_onnx(program: Program, infos: Sequence[StepInfo]) -> onnx.ModelProto:
         infos: what `validate` returned for it.
 
     Raises:
-        ImportError: the package onnx is not installed; the message says which extra to install.
+        ImportError: the package onnx is not installed.
     """
-    try:
-        import onnx  # noqa: F401  (imported for its absence)
-    except ImportError:
-        raise ImportError('ONNX export needs the package onnx: pip install "autocompress-fast[onnx]"') from None
     return _Exporter(program, infos).model()
 
 
