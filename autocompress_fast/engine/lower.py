@@ -281,6 +281,24 @@ class _Lowering:
         attributes = {"rank": len(self.shapes[x])}
         return self.emit(node, "batch_norm", [x], node.shape[1:], attributes, {"scale": scale, "shift": shift})
 
+    def layer_norm(self, node: Node) -> str:
+        given, shape, weight, bias, epsilon, *_ = node.args
+        x = self.value(given)
+        if len(shape) > len(self.shapes[x]):
+            raise _NotLoweredError("normalises across the batch")
+        arrays = {
+            role: self.array(value, role).reshape(-1)
+            for role, value in (("scale", weight), ("shift", bias))
+            if value is not None
+        }
+        attributes = {"dims": len(shape), "epsilon": float(epsilon)}
+        return self.emit(node, "layer_norm", [x], self.shapes[x], attributes, arrays)
+
+    def gelu(self, node: Node) -> str:
+        if (kind := [*node.args[1:], node.kwargs.get("approximate", "none")][0]) != "none":
+            raise _NotLoweredError(f"approximate={kind!r} is not supported")
+        return self._activate(node, "gelu")
+
     def activation(self, node: Node) -> str:
         return self._activate(node, node.op)
 
@@ -531,6 +549,8 @@ _HANDLERS: Final[Mapping[str, _Handler]] = {
     "conv2d": _Lowering.conv2d,
     "linear": _Lowering.linear,
     "batch_norm": _Lowering.batch_norm,
+    "layer_norm": _Lowering.layer_norm,
+    "gelu": _Lowering.gelu,
     "leaky_relu": _Lowering.leaky_relu,
     "max_pool2d": _Lowering.max_pool2d,
     "avg_pool2d": _Lowering.avg_pool2d,

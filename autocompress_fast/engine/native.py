@@ -154,6 +154,11 @@ class _Builder:
     def _softmax(self, step: Step, inputs: list[int]) -> int:
         return self.network.softmax(inputs, step.attributes["axis"], step.op == "log_softmax")
 
+    def _layer_norm(self, step: Step, inputs: list[int]) -> int:
+        tensors = self._tensors(step)
+        scale, shift = (tensors.get(role, _NONE) for role in ("scale", "shift"))
+        return self.network.layer_norm(inputs, step.attributes["dims"], step.attributes["epsilon"], scale, shift)
+
     def _take(self, step: Step, inputs: list[int]) -> int:
         return self.network.take(inputs, step.attributes["axis"], self._tensors(step)["indices"])
 
@@ -189,6 +194,7 @@ _STEPS: Final[Mapping[str, Callable[[_Builder, Step, list[int]], int]]] = {
     "activation": _Builder._activation,
     "leaky_relu": _Builder._leaky,
     **dict.fromkeys(("softmax", "log_softmax"), _Builder._softmax),
+    "layer_norm": _Builder._layer_norm,
     "take": _Builder._take,
     **dict.fromkeys(
         (

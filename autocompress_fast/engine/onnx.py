@@ -97,6 +97,10 @@ class _Exporter:
             return x
         if activation == "silu":
             return self.node("Mul", [x, self.node("Sigmoid", [x])])
+        if activation == "gelu":
+            root, one, half = (self.constant(np.float32(value)) for value in (0.5**0.5, 1, 0.5))
+            share = self.node("Add", [self.node("Erf", [self.node("Mul", [x, root])]), one])
+            return self.node("Mul", [self.node("Mul", [x, half]), share])
         if activation == "relu6":
             bounds = [self.constant(np.float32(bound)) for bound in (0, 6)]
             return self.node("Clip", [x, *bounds])
@@ -207,6 +211,15 @@ class _Exporter:
         op = "Softmax" if step.op == "softmax" else "LogSoftmax"
         self.done(step, self.node(op, inputs, axis=step.attributes["axis"] + 1))
 
+    def layer_norm(self, step: Step, inputs: list[str]) -> None:
+        a, tensors = step.attributes, self.tensors(step)
+        form = self.shapes[step.output][len(self.shapes[step.output]) - a["dims"] :]
+        scale = self.constant(tensors.get("scale", np.ones(math.prod(form), np.float32)).reshape(form))
+        shift = [self.constant(tensors["shift"].reshape(form))] if "shift" in tensors else []
+        operands = [*inputs, scale, *shift]
+        made = self.node("LayerNormalization", operands, axis=-a["dims"], epsilon=float(a["epsilon"]))
+        self.done(step, made)
+
     # ---- moving
 
     def concat(self, step: Step, inputs: list[str]) -> None:
@@ -265,6 +278,7 @@ _STEPS: Final[Mapping[str, Callable[[_Exporter, Step, list[str]], None]]] = {
     "leaky_relu": _Exporter.leaky,
     "clip": _Exporter.clip,
     **dict.fromkeys(("softmax", "log_softmax"), _Exporter.softmax),
+    "layer_norm": _Exporter.layer_norm,
     "concat": _Exporter.concat,
     "reshape": _Exporter.reshape,
     "transpose": _Exporter.transpose,

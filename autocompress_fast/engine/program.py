@@ -36,7 +36,7 @@ __all__ = [
 
 Shape = tuple[int, ...]
 
-ACTIVATIONS: Final = ("none", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid", "tanh")
+ACTIVATIONS: Final = ("none", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid", "tanh", "gelu")
 STORAGES: Final = ("dense", "columns", "sparse")
 
 MAX_RANK: Final = 8
@@ -496,6 +496,17 @@ def _infer_same(call: _Call) -> StepInfo:
     return StepInfo(call.input)
 
 
+def _infer_layer_norm(call: _Call) -> StepInfo:
+    dims = _integer(call.attributes["dims"], "dims", low=1, high=len(call.input))
+    if not call.attributes["epsilon"] > 0:
+        raise ProgramError(f"epsilon must be above 0, not {call.attributes['epsilon']!r}")
+    size = math.prod(call.input[len(call.input) - dims :])
+    for role, tensor in call.tensors.items():
+        if tensor.shape != (size,):
+            raise ProgramError(f"{role} must have shape {(size,)}, not {tensor.shape}")
+    return StepInfo(call.input)
+
+
 def _infer_reshape(call: _Call) -> StepInfo:
     shape = call.attributes["shape"]
     if math.prod(shape) != math.prod(call.input):
@@ -586,6 +597,7 @@ _OPERATIONS: Final[dict[str, _Operation]] = {
     "clip": _Operation((1, 1), {"low": _number, "high": _number}, (), _infer_same),
     "softmax": _Operation((1, 1), _AXIS, (), _infer_same),
     "log_softmax": _Operation((1, 1), _AXIS, (), _infer_same),
+    "layer_norm": _Operation((1, 1), {"dims": _positive, "epsilon": _number}, ("scale", "shift"), _infer_layer_norm),
     "mean": _Operation((1, 1), {"axes": _integers, "keep": _one_of(False, True)}, (), _infer_mean),
     "concat": _Operation((1, 4096), _AXIS, (), _infer_concat),
     "reshape": _Operation((1, 1), {"shape": _shape}, (), _infer_reshape),

@@ -306,6 +306,9 @@ def _activation(s: _Prepared) -> Kernel:
     return lambda inputs: apply(inputs[0].copy(order="K"))
 
 
+_erf = np.vectorize(math.erf, otypes=[np.float32])
+
+
 def _sigmoid(x: Array) -> Array:
     np.negative(x, out=x)
     np.exp(x, out=x)
@@ -329,6 +332,7 @@ _ACTIVATE: Final[Mapping[str, Callable[[Array], Array]]] = {
     "sigmoid": _sigmoid,
     "hardsigmoid": _hardsigmoid,
     "tanh": lambda x: np.tanh(x, out=x),
+    "gelu": lambda x: np.float32(0.5) * x * (1 + _erf(x * np.float32(0.5**0.5))),
 }
 
 
@@ -351,6 +355,22 @@ def _softmax(s: _Prepared) -> Kernel:
         total = powers.sum(axis=axis, keepdims=True)
         y: Array = powers / total if s.op == "softmax" else shifted - np.log(total)
         return y
+
+    return run
+
+
+def _layer_norm(s: _Prepared) -> Kernel:
+    dims, epsilon = s.attributes["dims"], s.attributes["epsilon"]
+    axes, form = tuple(range(-dims, 0)), s.given[len(s.given) - dims :]
+    scale, shift = (s.tensors[role].reshape(form) if role in s.tensors else None for role in ("scale", "shift"))
+
+    def run(inputs: list[Array]) -> Array:
+        x = inputs[0].astype(np.float64)
+        y = (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + epsilon)
+        y = y if scale is None else y * scale
+        y = y if shift is None else y + shift
+        normalised: Array = y.astype(np.float32)
+        return normalised
 
     return run
 
@@ -405,6 +425,7 @@ _KERNELS: Final[Mapping[str, Callable[[_Prepared], Kernel]]] = {
     "clip": _clip,
     "softmax": _softmax,
     "log_softmax": _softmax,
+    "layer_norm": _layer_norm,
     "mean": _mean,
     "concat": _concat,
     "reshape": _reshape,

@@ -33,6 +33,7 @@ inline conv::Activation activation_named(const std::string& name) {
       {"sigmoid", Activation::sigmoid},
       {"silu", Activation::silu},
       {"tanh", Activation::tanh},
+      {"gelu", Activation::gelu},
   };
   return named(kActivations, name, "activation");
 }

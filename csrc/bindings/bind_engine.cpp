@@ -246,6 +246,13 @@ void register_engine(py::module_& module) {
           },
           py::arg("inputs"), py::arg("axis"), py::arg("logarithm"))
       .def(
+          "layer_norm",
+          [](Network& network, const Inputs& inputs, std::int64_t dims, float epsilon, const Floats& scale,
+             const Floats& shift) {
+            return network.add(engine::layer_norm(dims, epsilon, floats(scale), floats(shift)), inputs);
+          },
+          py::arg("inputs"), py::arg("dims"), py::arg("epsilon"), py::arg("scale"), py::arg("shift"))
+      .def(
           "concat",
           [](Network& network, const Inputs& inputs, std::int64_t axis) {
             return network.add(engine::concat(axis), inputs);

@@ -37,7 +37,7 @@
 
 namespace acf::conv {
 
-enum class Activation { none, relu, relu6, leaky, hardsigmoid, hardswish, sigmoid, silu, tanh };
+enum class Activation { none, relu, relu6, leaky, hardsigmoid, hardswish, sigmoid, silu, tanh, gelu };
 
 struct Padding {
   std::int64_t top = 0, left = 0, bottom = 0, right = 0;

@@ -56,6 +56,21 @@ inline Reg sigmoid(Reg x) {
   return N::div(one, N::add(one, exp(clamp(N::sub(N::set(0.0f), x), -87.0f, 87.0f))));
 }
 
+// x / 2 * (1 + erf(x / sqrt(2))), with erf(z) = 1 - p(1 / (1 + 0.3275911 z)) * e^(-z^2) for z >= 0, within 1.5e-7
+// (Abramowitz and Stegun, 7.1.26).
+inline Reg gelu(Reg x) {
+  const Reg one = N::set(1.0f), zero = N::set(0.0f);
+  const Reg size = N::max(N::sub(zero, x), x), z = N::mul(size, N::set(0.70710678118654752f));
+  const Reg t = N::div(one, N::fma(z, N::set(0.3275911f), one));
+  Reg p = N::set(1.061405429f);
+  p = N::fma(p, t, N::set(-1.453152027f));
+  p = N::fma(p, t, N::set(1.421413741f));
+  p = N::fma(p, t, N::set(-0.284496736f));
+  p = N::fma(p, t, N::set(0.254829592f));
+  const Reg rest = N::mul(N::mul(p, t), exp(clamp(N::sub(zero, N::mul(z, z)), -87.0f, 0.0f)));
+  return N::sub(N::max(zero, x), N::mul(N::mul(N::set(0.5f), size), rest));
+}
+
 inline Reg activate(const Call& call, Reg x) {
   if (call.clamps) return clamp(x, call.low, call.high);
   const Reg sixth = N::set(1.0f / 6);
@@ -66,6 +81,7 @@ inline Reg activate(const Call& call, Reg x) {
     case Activation::sigmoid: return sigmoid(x);
     case Activation::silu: return N::mul(x, sigmoid(x));
     case Activation::tanh: return N::fma(N::set(2.0f), sigmoid(N::add(x, x)), N::set(-1.0f));
+    case Activation::gelu: return gelu(x);
     default: return x;
   }
 }
@@ -327,7 +343,7 @@ void combine_row(const RowCall& row) {
   N::store_masked(row.out + i, rest, activate(*row.call, combined<kCombine>(a, b)));
 }
 
-void combine(const RowCall& row) {
+inline void combine(const RowCall& row) {
   switch (row.combine) {
     case Combine::first: return combine_row<Combine::first>(row);
     case Combine::add: return combine_row<Combine::add>(row);
@@ -371,13 +387,13 @@ inline float pooled_window(const PoolCall& row, const float* window) {
   return row.largest ? pooled : pooled * row.scale;
 }
 
-void pool(const PoolCall& row) {
+inline void pool(const PoolCall& row) {
   if (row.stride_w == 1) return row.largest ? pool_row<true, 1>(row) : pool_row<false, 1>(row);
   if (row.stride_w == 2) return row.largest ? pool_row<true, 2>(row) : pool_row<false, 2>(row);
   for (std::int64_t i = 0; i < row.count; ++i) row.out[i] = pooled_window(row, row.in + i * row.stride_w);
 }
 
-float sum(const float* p, std::int64_t count) {
+inline float sum(const float* p, std::int64_t count) {
   Reg sums[4] = {N::set(0.0f), N::set(0.0f), N::set(0.0f), N::set(0.0f)};
   std::int64_t i = 0;
   for (; i + 4 * N::kLanes <= count; i += 4 * N::kLanes) {
@@ -392,7 +408,7 @@ float sum(const float* p, std::int64_t count) {
   return total;
 }
 
-float peak(const float* two, std::int64_t rounds) {
+inline float peak(const float* two, std::int64_t rounds) {
   const Reg factor = N::broadcast(two), more = N::broadcast(two + 1);
   Reg chain[kPeakChains];
   unrolled<kPeakChains>([&](auto i) { chain[i] = more; });

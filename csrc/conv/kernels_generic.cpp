@@ -46,7 +46,7 @@ struct N {
   static Reg mul(Reg a, Reg b) { return a * b; }
   static Reg div(Reg a, Reg b) { return a / b; }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
-  static Reg larger(Reg a, Reg b) { return (a > b) | (a != a) ? a : b; }
+  static Reg larger(Reg a, Reg b) { return ((a > b) | (a != a)) ? a : b; }
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
   static Reg pow2(Reg t) {
     Int bits;

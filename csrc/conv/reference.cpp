@@ -16,6 +16,7 @@ double activate(Activation activation, double slope, double x) {
     case Activation::sigmoid: return 1 / (1 + std::exp(-x));
     case Activation::silu: return x / (1 + std::exp(-x));
     case Activation::tanh: return std::tanh(x);
+    case Activation::gelu: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
   }
   return x;
 }

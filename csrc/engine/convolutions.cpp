@@ -103,14 +103,9 @@ conv::Epilogue epilogue_of(const Activated& activated) {
 
 class ConvolutionTask : public Task {
  public:
-  ConvolutionTask(conv::Plan plan, Packed packed, std::int64_t images, conv::Pitch out, conv::Epilogue epilogue,
+  ConvolutionTask(const conv::Plan& plan, Packed packed, std::int64_t images, conv::Pitch out, conv::Epilogue epilogue,
                   bool residual)
-      : plan_(std::move(plan)),
-        packed_(std::move(packed)),
-        images_(images),
-        out_(out),
-        epilogue_(epilogue),
-        residual_(residual) {}
+      : plan_(plan), packed_(std::move(packed)), images_(images), out_(out), epilogue_(epilogue), residual_(residual) {}
 
   void run(float* const* operands, float*, int threads) const override {
     conv::Epilogue epilogue = epilogue_;
@@ -287,8 +282,8 @@ class RowsTask : public Task {
 
 class LinearTask : public RowsTask {
  public:
-  LinearTask(const Layout& input, const Layout& output, conv::Plan plan, Packed packed, conv::Epilogue epilogue)
-      : RowsTask(input, output), plan_(std::move(plan)), packed_(std::move(packed)), epilogue_(epilogue) {}
+  LinearTask(const Layout& input, const Layout& output, const conv::Plan& plan, Packed packed, conv::Epilogue epilogue)
+      : RowsTask(input, output), plan_(plan), packed_(std::move(packed)), epilogue_(epilogue) {}
 
  private:
   void multiply(const float* x, float* y, int threads) const override {

@@ -1,4 +1,4 @@
-// Operators that compute every element from the elements in its place, and softmax.
+// Operators that compute every element from the elements in its place, softmax and layer normalisation.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -165,6 +165,90 @@ class Softmax : public Operation {
   bool logarithm_;
 };
 
+class LayerNormTask : public Task {
+ public:
+  // outer: where every normalised part begins; inner: its elements; (input, output).
+  LayerNormTask(Rows<2> outer, Rows<2> inner, double epsilon, const std::vector<float>& scale,
+                const std::vector<float>& shift)
+      : outer_(std::move(outer)), inner_(std::move(inner)), epsilon_(epsilon), scale_(scale), shift_(shift) {}
+
+  void run(float* const* operands, float*, int threads) const override {
+    const std::int64_t size = inner_.rows * inner_.count,
+                       tasks = std::min(
+                           outer_.rows,
+                           std::clamp<std::int64_t>(outer_.rows * outer_.count * size / kTaskElements, 1, 4 * threads));
+    parallel_for(tasks, tasks == 1 ? 1 : threads, [&](std::int64_t task) {
+      outer_.each(outer_.rows * task / tasks, outer_.rows * (task + 1) / tasks, [&](const auto& at) {
+        for (std::int64_t i = 0; i < outer_.count; ++i) {
+          part(operands[0] + at[0] + i * outer_.step[0], operands[1] + at[1] + i * outer_.step[1]);
+        }
+      });
+    });
+  }
+
+ private:
+  void part(const float* x, float* y) const {
+    const auto size = static_cast<double>(inner_.rows * inner_.count);
+    double total = 0, squares = 0;
+    each(x, [&](double value) { total += value; });
+    const double mean = total / size;
+    each(x, [&](double value) { squares += (value - mean) * (value - mean); });
+    const auto middle = static_cast<float>(mean), factor = static_cast<float>(1 / std::sqrt(squares / size + epsilon_));
+    std::size_t index = 0;
+    inner_.each(0, inner_.rows, [&](const auto& at) {
+      for (std::int64_t i = 0; i < inner_.count; ++i, ++index) {
+        float value = (x[at[0] + i * inner_.step[0]] - middle) * factor;
+        if (!scale_.empty()) value *= scale_[index];
+        if (!shift_.empty()) value += shift_[index];
+        y[at[1] + i * inner_.step[1]] = value;
+      }
+    });
+  }
+
+  template <class Body>
+  void each(const float* x, const Body& body) const {
+    inner_.each(0, inner_.rows, [&](const auto& at) {
+      for (std::int64_t i = 0; i < inner_.count; ++i) body(static_cast<double>(x[at[0] + i * inner_.step[0]]));
+    });
+  }
+
+  Rows<2> outer_, inner_;
+  double epsilon_;
+  const std::vector<float>&scale_, &shift_;
+};
+
+class LayerNorm : public Operation {
+ public:
+  LayerNorm(std::int64_t dims, float epsilon, std::vector<float> scale, std::vector<float> shift)
+      : dims_(dims), epsilon_(epsilon), scale_(std::move(scale)), shift_(std::move(shift)) {}
+
+  Shape infer(const std::vector<Shape>& inputs) const override {
+    const auto rank = static_cast<std::int64_t>(inputs[0].size());
+    ACF_CHECK(dims_ >= 1 && dims_ <= rank, "there are no ", dims_, " dimensions to normalise over");
+    const std::int64_t size = elements(Shape(inputs[0].end() - dims_, inputs[0].end()));
+    for (const auto* values : {&scale_, &shift_}) {
+      ACF_CHECK(values->empty() || static_cast<std::int64_t>(values->size()) == size,
+                "scale and shift must have one number for each of ", size, " elements");
+    }
+    return inputs[0];
+  }
+
+  std::unique_ptr<Task> prepare(Isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+    const Shape dims = all_dims(output), from = all_strides(*inputs[0]), to = all_strides(output);
+    const auto cut = [&](const Shape& whole, bool last) {
+      return last ? Shape(whole.end() - dims_, whole.end()) : Shape(whole.begin(), whole.end() - dims_);
+    };
+    return std::make_unique<LayerNormTask>(Rows<2>(cut(dims, false), {cut(from, false), cut(to, false)}),
+                                           Rows<2>(cut(dims, true), {cut(from, true), cut(to, true)}),
+                                           static_cast<double>(epsilon_), scale_, shift_);
+  }
+
+ private:
+  std::int64_t dims_;
+  float epsilon_;
+  std::vector<float> scale_, shift_;
+};
+
 }  // namespace
 
 std::unique_ptr<Operation> combine(conv::Combine combine, Shape constant_shape, std::vector<float> constant,
@@ -180,6 +264,10 @@ std::unique_ptr<Operation> clip(float low, float high) {
   call.low = low;
   call.high = high;
   return std::make_unique<Elementwise>(conv::Combine::first, Shape(), std::vector<float>(), call);
+}
+std::unique_ptr<Operation> layer_norm(std::int64_t dims, float epsilon, std::vector<float> scale,
+                                      std::vector<float> shift) {
+  return std::make_unique<LayerNorm>(dims, epsilon, std::move(scale), std::move(shift));
 }
 std::unique_ptr<Operation> softmax(std::int64_t axis, bool logarithm) {
   return std::make_unique<Softmax>(axis, logarithm);

@@ -252,7 +252,10 @@ class Session {
         return workspace;
       }
     }
-    return {zeroed(size), std::vector<float*>(most_operands_)};
+    Workspace workspace;
+    workspace.memory = zeroed(size);
+    workspace.operands.resize(most_operands_);
+    return workspace;
   }
   void give(Workspace workspace) {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -79,6 +79,9 @@ std::unique_ptr<Operation> combine(conv::Combine combine, Shape constant_shape, 
 std::unique_ptr<Operation> activate(const Activated& activated);
 std::unique_ptr<Operation> clip(float low, float high);
 std::unique_ptr<Operation> softmax(std::int64_t axis, bool logarithm);
+// Over the last `dims` dimensions, in the order of which scale and shift are given; either may be empty.
+std::unique_ptr<Operation> layer_norm(std::int64_t dims, float epsilon, std::vector<float> scale,
+                                      std::vector<float> shift);
 std::unique_ptr<Operation> concat(std::int64_t axis);
 std::unique_ptr<Operation> reshape(Shape shape);
 std::unique_ptr<Operation> transpose(std::vector<std::int64_t> order);

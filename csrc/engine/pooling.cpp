@@ -123,7 +123,7 @@ class Pool : public Operation {
     ACF_CHECK(inputs[0].size() == 3, "a pooling takes (channels, height, width)");
     ACF_CHECK(pooling_.largest || pooling_.window.dilation_h * pooling_.window.dilation_w == 1,
               "a mean of windows has no dilation");
-    const Shape made = {inputs[0][0], rows(inputs[0]).outputs, columns(inputs[0]).outputs};
+    Shape made = {inputs[0][0], rows(inputs[0]).outputs, columns(inputs[0]).outputs};
     ACF_CHECK(made[1] > 0 && made[2] > 0, "the windows do not fit into the input");
     return made;
   }

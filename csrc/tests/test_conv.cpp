@@ -195,9 +195,9 @@ void check(Random& random, const Problem& problem) {
 
 bool fits(const Shape& shape) { return shape.out_height() >= 1 && shape.out_width() >= 1; }
 
-constexpr Activation kActivations[] = {Activation::none,    Activation::relu,        Activation::relu6,
-                                       Activation::leaky,   Activation::hardsigmoid, Activation::hardswish,
-                                       Activation::sigmoid, Activation::silu,        Activation::tanh};
+constexpr Activation kActivations[] = {
+    Activation::none,      Activation::relu,    Activation::relu6, Activation::leaky, Activation::hardsigmoid,
+    Activation::hardswish, Activation::sigmoid, Activation::silu,  Activation::tanh,  Activation::gelu};
 
 ACF_TEST(random_problems_equal_the_reference) {
   Random random(1);
