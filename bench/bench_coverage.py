@@ -224,7 +224,7 @@ def describe(report: Any) -> dict[str, Any]:
 # ---- one network, in a process of its own
 
 
-def work(entry: Entry, peer: bool, pipe: Connection) -> None:
+def work(entry: Entry, peer: bool, runs: int, pipe: Connection) -> None:
     """Send (what, value) for everything found out; "start" announces whose turn it is."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -246,7 +246,7 @@ def work(entry: Entry, peer: bool, pipe: Connection) -> None:
         if who == "ours":
             pipe.send(("network", network))
     model, images = model.float(), images.float()
-    for _ in range(RUNS):
+    for _ in range(runs):
         for who, prune in list(prunes.items()):
             pipe.send(("start", who))
             given = copy.deepcopy(model)
@@ -264,12 +264,12 @@ def work(entry: Entry, peer: bool, pipe: Connection) -> None:
     pipe.send(("end", None))
 
 
-def run(entry: Entry, peer: bool) -> Row:
+def run(entry: Entry, peer: bool, runs: int) -> Row:
     """The row of a network, whatever happens in its process."""
     row, turn = Row(entry), "ours"
     row.theirs.verdict = "crash" if peer else ""
     receive, send = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=work, args=(entry, peer, send), daemon=True)
+    process = multiprocessing.get_context("fork").Process(target=work, args=(entry, peer, runs, send), daemon=True)
     process.start()
     send.close()
     try:
@@ -408,6 +408,7 @@ def main() -> None:
     parser.add_argument("--models", help="names, separated by commas; all by default")
     parser.add_argument("--report", type=Path, help="write the page here")
     parser.add_argument("--no-peer", action="store_true", help="ours only")
+    parser.add_argument("--runs", type=int, default=RUNS, help="how often each is timed")
     parser.add_argument("--note", default="", help="what else there is to say about the machine, for the page")
     parser.add_argument("--keep", type=Path, help="file that rows are kept in: another run goes on where one stopped")
     arguments = parser.parse_args()
@@ -422,7 +423,7 @@ def main() -> None:
     rows = []
     known = kept_rows(arguments.keep)
     for number, entry in enumerate(entries, 1):
-        row = known.get(str(entry)) or run(entry, peer=not arguments.no_peer)
+        row = known.get(str(entry)) or run(entry, not arguments.no_peer, arguments.runs)
         rows.append(row)
         if arguments.keep and str(entry) not in known:
             with arguments.keep.open("a") as file:

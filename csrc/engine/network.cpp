@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "engine/arena.h"
 
 namespace acf::engine {
 namespace {
@@ -28,36 +29,7 @@ Memory zeroed(std::int64_t size) {
   return memory;
 }
 
-// A piece of the workspace that is needed from one step to another, both included.
-struct Block {
-  std::int64_t size;
-  std::int64_t first, last;
-  std::int64_t offset = 0;
-  bool meets(const Block& other) const { return first <= other.last && other.first <= last; }
-};
-
-// Places every block, the largest first, as low as it can lie; returns the size of all.
-std::int64_t place(std::vector<Block>& blocks) {
-  std::vector<Block*> order;
-  for (Block& block : blocks) order.push_back(&block);
-  std::stable_sort(order.begin(), order.end(), [](const Block* a, const Block* b) { return a->size > b->size; });
-  std::vector<const Block*> placed;  // by offset
-  std::int64_t total = 0;
-  for (Block* block : order) {
-    std::int64_t at = 0;
-    for (const Block* other : placed) {
-      if (!other->meets(*block)) continue;
-      if (other->offset >= at + block->size) break;
-      at = std::max(at, other->offset + other->size);
-    }
-    block->offset = at;
-    placed.insert(std::upper_bound(placed.begin(), placed.end(), block,
-                                   [](const Block* a, const Block* b) { return a->offset < b->offset; }),
-                  block);
-    total = std::max(total, at + block->size);
-  }
-  return total;
-}
+std::int64_t whole_lines(std::int64_t floats) { return (floats + kLine - 1) / kLine * kLine; }
 
 }  // namespace
 
@@ -75,7 +47,6 @@ class Session {
       tasks_.push_back(nothing ? nullptr : step.operation->prepare(network.isa_, inputs, output));
     }
     arrange();
-    find_dirty_halos();
     for (int value = 0; value < network.inputs_; ++value) {
       const Layout& to = layout(value);
       reads_.emplace_back(all_dims(to), std::array<Shape, 2>{all_strides(in_order(to.shape, images)), all_strides(to)});
@@ -145,97 +116,76 @@ class Session {
     }
   }
 
-  // Where every value lies. One that is another in a new shape lies where that does.
+  bool is_alias(std::size_t value) const {
+    const auto inputs = static_cast<std::size_t>(network_.inputs_);
+    return value >= inputs && tasks_[value - inputs] == nullptr;
+  }
+  std::size_t step_of(std::size_t value) const { return value - static_cast<std::size_t>(network_.inputs_); }
+  std::size_t source(std::size_t value) const {
+    return static_cast<std::size_t>(network_.steps_[step_of(value)].inputs[0]);
+  }
+
+  // Where every value and every task's scratch lies. A value that is another in a new shape lies where that does.
   void arrange() {
-    const std::size_t count = network_.shapes_.size(), inputs = static_cast<std::size_t>(network_.inputs_);
-    const auto steps = static_cast<std::int64_t>(tasks_.size());
-    std::vector<std::size_t> root(count);
+    const std::size_t count = layouts_.size();
+    const auto inputs = static_cast<std::int64_t>(network_.inputs_), steps = static_cast<std::int64_t>(tasks_.size());
+    std::vector<std::size_t> block_of;
     std::vector<Block> blocks;
     for (std::size_t value = 0; value < count; ++value) {
-      const std::int64_t made = value < inputs ? -1 : static_cast<std::int64_t>(value - inputs);
-      const std::int64_t needed = (layouts_[value].size + kLine - 1) / kLine * kLine;
-      root[value] = blocks.size();
-      if (made >= 0 && tasks_[static_cast<std::size_t>(made)] == nullptr) {
-        root[value] = root[static_cast<std::size_t>(network_.steps_[static_cast<std::size_t>(made)].inputs[0])];
-        Block& block = blocks[root[value]];
-        block.size = std::max(block.size, needed);
+      const std::int64_t needed = whole_lines(layouts_[value].size);
+      if (is_alias(value)) {
+        block_of.push_back(block_of[source(value)]);
+        blocks[block_of[value]].size = std::max(blocks[block_of[value]].size, needed);
       } else {
+        const std::int64_t made = std::max<std::int64_t>(-1, static_cast<std::int64_t>(value) - inputs);
+        block_of.push_back(blocks.size());
         blocks.push_back({needed, made, made});
       }
     }
+    std::size_t most = 0;
     for (std::size_t s = 0; s < tasks_.size(); ++s) {
-      for (const int value : network_.steps_[s].inputs) {
-        Block& block = blocks[root[static_cast<std::size_t>(value)]];
-        block.last = std::max(block.last, static_cast<std::int64_t>(s));
+      const std::vector<int>& read = network_.steps_[s].inputs;
+      most = std::max(most, read.size());
+      for (const int value : read) {
+        std::int64_t& last = blocks[block_of[static_cast<std::size_t>(value)]].last;
+        last = std::max(last, static_cast<std::int64_t>(s));
       }
     }
-    for (const int value : network_.outputs_) blocks[root[static_cast<std::size_t>(value)]].last = steps;
+    most_operands_ = most + 1;
+    for (const int value : network_.outputs_) blocks[block_of[static_cast<std::size_t>(value)]].last = steps;
     const std::size_t values = blocks.size();
     for (std::size_t s = 0; s < tasks_.size(); ++s) {
-      const std::int64_t wanted = tasks_[s] == nullptr ? 0 : tasks_[s]->scratch;
-      blocks.push_back(
-          {(wanted + kLine - 1) / kLine * kLine, static_cast<std::int64_t>(s), static_cast<std::int64_t>(s)});
+      const auto at = static_cast<std::int64_t>(s);
+      blocks.push_back({tasks_[s] == nullptr ? 0 : whole_lines(tasks_[s]->scratch), at, at});
     }
-    size = std::max<std::int64_t>(1, place(blocks)) + conv::kSlack;
+    size = place(blocks) + conv::kSlack;
+    for (const std::size_t block : block_of) offsets_.push_back(blocks[block].offset);
+    for (std::size_t s = 0; s < tasks_.size(); ++s) scratch_.push_back(blocks[values + s].offset);
+
+    std::vector<Write> writes;
+    std::vector<std::size_t> write_of(count);
     for (std::size_t value = 0; value < count; ++value) {
-      const bool alias = value >= inputs && tasks_[value - inputs] == nullptr;
-      // (an alias begins at the first element of what it is)
-      const std::size_t of = alias ? static_cast<std::size_t>(network_.steps_[value - inputs].inputs[0]) : value;
-      offsets_.push_back(alias ? offsets_[of] + layouts_[of].before : blocks[root[value]].offset);
-      pieces_.push_back({offsets_[value], layouts_[value].size});
+      if (is_alias(value)) continue;
+      if (value >= static_cast<std::size_t>(inputs)) {
+        const Block& scratch = blocks[values + step_of(value)];
+        if (scratch.size > 0) writes.push_back({scratch.offset, scratch.offset + scratch.size, -1});
+      }
+      write_of[value] = writes.size();
+      writes.push_back({offsets_[value], offsets_[value] + layouts_[value].size, halo_number(value)});
     }
-    for (std::size_t s = 0; s < tasks_.size(); ++s) {
-      scratch_.push_back(blocks[values + s].offset);
-      scratch_sizes_.push_back(blocks[values + s].size);
-    }
-    std::size_t most = 0;
-    for (const Network::Step& step : network_.steps_) most = std::max(most, step.inputs.size());
-    most_operands_ = most + 1;
+    const std::vector<bool> dirty = dirty_halos(writes);
+    for (std::size_t value = 0; value < count; ++value) dirty_.push_back(!is_alias(value) && dirty[write_of[value]]);
   }
 
-  // A workspace begins as zeros. A halo has to be cleared again before a value is written unless what lay in its place
-  // last was of the same layout. Two runs are gone through, as the second finds what the first left.
-  void find_dirty_halos() {
-    struct Holder {
-      std::int64_t begin, end;
-      std::size_t value;
-    };
-    std::vector<Holder> holders;
-    dirty_.assign(layouts_.size(), false);
-    const auto write = [&](std::int64_t begin, std::int64_t length, std::size_t value, bool halo) {
-      const Layout* mine = halo ? &layouts_[value] : nullptr;
-      bool clean = false;
-      std::vector<Holder> left;
-      bool met = false;
-      for (const Holder& holder : holders) {
-        if (holder.end <= begin || begin + length <= holder.begin) {
-          left.push_back(holder);
-          continue;
-        }
-        met = true;  // what is left of it is anybody's
-        if (holder.begin < begin) left.push_back({holder.begin, begin, layouts_.size()});
-        if (begin + length < holder.end) left.push_back({begin + length, holder.end, layouts_.size()});
-        const bool same = mine != nullptr && holder.value < layouts_.size() && holder.begin == begin &&
-                          holder.end == begin + length && layouts_[holder.value].has_halo &&
-                          layouts_[holder.value].shape == mine->shape &&
-                          layouts_[holder.value].strides == mine->strides &&
-                          layouts_[holder.value].before == mine->before;
-        clean = clean || same;
-      }
-      if (halo && met && !clean) dirty_[value] = true;
-      holders = std::move(left);
-      holders.push_back({begin, begin + length, halo ? value : layouts_.size()});
-    };
-    const auto inputs = static_cast<std::size_t>(network_.inputs_);
-    for (int pass = 0; pass < 2; ++pass) {
-      for (std::size_t value = 0; value < layouts_.size(); ++value) {
-        if (value >= inputs && tasks_[value - inputs] == nullptr) continue;
-        if (value >= inputs && scratch_sizes_[value - inputs] > 0) {
-          write(scratch_[value - inputs], scratch_sizes_[value - inputs], 0, false);
-        }
-        write(pieces_[value].first, pieces_[value].second, value, layouts_[value].has_halo);
-      }
-    }
+  // The first value with the same halo around the same planes, or -1 for none.
+  int halo_number(std::size_t value) const {
+    const Layout& mine = layouts_[value];
+    if (!mine.has_halo) return -1;
+    const auto same = std::find_if(layouts_.begin(), layouts_.end(), [&mine](const Layout& other) {
+      return other.has_halo && other.shape == mine.shape && other.strides == mine.strides &&
+             other.before == mine.before && other.size == mine.size;
+    });
+    return static_cast<int>(same - layouts_.begin());
   }
 
   struct Workspace {
@@ -265,8 +215,7 @@ class Session {
   const Network& network_;
   std::vector<Layout> layouts_;
   std::vector<std::unique_ptr<Task>> tasks_;
-  std::vector<std::int64_t> offsets_, scratch_, scratch_sizes_;
-  std::vector<std::pair<std::int64_t, std::int64_t>> pieces_;
+  std::vector<std::int64_t> offsets_, scratch_;
   std::vector<bool> dirty_;
   std::vector<Rows<2>> reads_, writes_;
   std::size_t most_operands_ = 1;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "engine/arena.h"
 #include "engine/network.h"
 #include "tests/testing.h"
 
@@ -64,6 +65,29 @@ bool close(const Values& a, const Values& b) {
     if (!(std::fabs(a[i] - b[i]) <= 1e-4f * (1 + std::fabs(b[i])))) return false;
   }
   return true;
+}
+
+ACF_TEST(blocks_lie_apart_while_both_are_needed) {
+  std::vector<Block> blocks = {{16, 0, 1}, {32, 1, 2}, {16, 2, 3}, {64, 3, 4}, {16, 0, 4}};
+  const std::int64_t size = place(blocks);
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    EXPECT(blocks[i].offset + blocks[i].size <= size);
+    for (std::size_t j = 0; j < i; ++j) {
+      const bool together = blocks[i].first <= blocks[j].last && blocks[j].first <= blocks[i].last;
+      const bool apart = blocks[i].offset + blocks[i].size <= blocks[j].offset ||
+                         blocks[j].offset + blocks[j].size <= blocks[i].offset;
+      EXPECT(apart || !together);
+    }
+  }
+  EXPECT_EQ(size, 96);  // the last two and what is needed beside them
+}
+
+ACF_TEST(halos_are_dirty_when_others_have_written_there) {
+  EXPECT(dirty_halos({{0, 10, 0}, {20, 30, 1}}) == (std::vector<bool>{false, false}));
+  EXPECT(dirty_halos({{0, 10, 0}, {0, 10, 0}}) == (std::vector<bool>{false, false}));  // the same zeros
+  EXPECT(dirty_halos({{0, 10, 0}, {0, 10, 1}}) == (std::vector<bool>{true, true}));    // of the run before
+  EXPECT(dirty_halos({{0, 10, 0}, {9, 12, -1}}) == (std::vector<bool>{true, false}));
+  EXPECT(dirty_halos({{0, 10, -1}, {5, 15, -1}, {0, 5, 0}}) == (std::vector<bool>{false, false, true}));  // a rest
 }
 
 // Values of all kinds of lives, so that each lies where others lay before: x -> a -> b, then a + b -> pool -> c ->
