@@ -139,8 +139,8 @@ class ADMM:
         constraints: per layer (module path) what may stay non-zero.
         rho: strength of the penalty over the updates; a number for a constant one.
         report: of `acf.inspect` on the model. Filters that are tied to each other are then kept or dropped together, by
-            their joint norm; and as a dropped filter leaves a channel that carries nothing, columns are kept on living
-            channels alone.
+            their joint norm, as many as the smallest number that one of their layers may keep; and as a dropped filter
+            leaves a channel that carries nothing, columns are kept on living channels alone.
 
     Raises:
         ValueError: no constraint, an unknown layer, one that computes its weight (`acf.baked` makes it plain) or is
