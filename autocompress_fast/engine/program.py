@@ -48,6 +48,8 @@ MAX_LIVE: Final = 2**28
 MAX_WEIGHT: Final = 2**28
 """Elements of one weight written out in full; values and indices stored are bounded by the file itself."""
 
+SPARSE_FILTER: Final = 256
+"""Elements that the plan of one filter with columns of its own takes."""
 FILTER_BLOCK: Final = 16
 """Filters are unpacked in blocks of so many."""
 MAX_SIDE: Final = 2**16
@@ -385,7 +387,7 @@ def _weights(call: _Call, columns: int) -> StepInfo:
         values, indices, offsets = call.tensors["values"], call.tensors["indices"], call.tensors["offsets"]
         _check_sparse(values, indices, offsets, filters, columns)
         _, block_columns, dense = sparse_block(indices, offsets)
-        prepared = _padded(call) * len(block_columns) if dense else len(values)
+        prepared = _padded(call) * len(block_columns) if dense else len(values) + SPARSE_FILTER * filters
         return StepInfo((), storage, len(values), filters * columns, len(values), prepared=prepared)
     stored = call.tensors["filters"].size if "filters" in call.tensors else filters
     used = call.tensors["columns"].size if "columns" in call.tensors else columns

@@ -189,6 +189,26 @@ class Slice : public Operation {
   std::int64_t axis_, start_, stop_, step_;
 };
 
+// rows: of what one index takes.
+class TakeTask : public Task {
+ public:
+  TakeTask(Rows<2> rows, const std::vector<std::int64_t>& indices, std::int64_t from, std::int64_t to)
+      : rows_(std::move(rows)), indices_(indices), from_(from), to_(to) {}
+
+  void run(float* const* operands, float*, int) const override {
+    float* out = operands[1];
+    for (const std::int64_t index : indices_) {
+      copy(rows_, operands[0] + index * from_, out);
+      out += to_;
+    }
+  }
+
+ private:
+  Rows<2> rows_;
+  const std::vector<std::int64_t>& indices_;
+  std::int64_t from_, to_;
+};
+
 class Take : public Operation {
  public:
   Take(std::int64_t axis, std::vector<std::int64_t> indices) : axis_(axis), indices_(std::move(indices)) {}
@@ -202,18 +222,10 @@ class Take : public Operation {
   }
   std::unique_ptr<Task> prepare(Isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
     const auto axis = static_cast<std::size_t>(axis_);
-    const Shape from = all_strides(*inputs[0]), to = all_strides(output);
-    Pieces pieces;
-    for (std::size_t i = 0; i < indices_.size();) {  // neighbours are taken together
-      std::size_t end = i + 1;
-      while (end < indices_.size() && indices_[end] == indices_[end - 1] + 1) ++end;
-      Shape dims = all_dims(output);
-      dims[axis + 1] = static_cast<std::int64_t>(end - i);
-      pieces.push_back(
-          {0, indices_[i] * from[axis + 1], static_cast<std::int64_t>(i) * to[axis + 1], Rows<2>(dims, {from, to})});
-      i = end;
-    }
-    return std::make_unique<CopyTask>(std::move(pieces), 1);
+    Shape dims = all_dims(output);
+    dims[axis + 1] = 1;
+    return std::make_unique<TakeTask>(Rows<2>(dims, {all_strides(*inputs[0]), all_strides(output)}), indices_,
+                                      inputs[0]->strides[axis], output.strides[axis]);
   }
 
  private:
