@@ -85,6 +85,8 @@ def every_operation():
     x = b.add("concat", x, y, axis=0)
     x = b.add("softmax", x, axis=0)
     x = b.add("linear", x, arrays={"weight": b.floats(3, 27) * 64}, filters=3, storage="dense", activation="relu")
+    norm = {"scale": b.floats(3), "shift": b.floats(3)}
+    x = b.add("layer_norm", x, arrays=norm, dims=1, epsilon=1e-5)
     x = b.add("log_softmax", x, axis=0)
     return b.program(x, y)
 

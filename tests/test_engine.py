@@ -565,7 +565,7 @@ def test_thread_counts_are_checked(threads):
 class Strange(nn.Module):
     def __init__(self):
         super().__init__()
-        self.recurrent, self.linear = nn.GELU(), nn.Linear(4, 4)
+        self.recurrent, self.linear = nn.SELU(), nn.Linear(4, 4)
 
     def forward(self, x):
         return torch.cumsum(self.recurrent(self.linear(x)), 1).sort(1)[0]
@@ -576,7 +576,7 @@ def test_all_unsupported_operators_are_listed_with_their_places():
         acf.compile(Strange(), torch.zeros(1, 4))
     message = str(caught.value)
     line = Strange.forward.__code__.co_firstlineno + 1
-    assert f"aten.gelu.default in recurrent (test_engine.py:{line} in forward): unsupported operator" in message
+    assert f"aten.selu.default in recurrent (test_engine.py:{line} in forward): unsupported operator" in message
     assert f"aten.cumsum.default (test_engine.py:{line} in forward): unsupported operator" in message
     assert "aten.sort.default" in message
     assert "linear.default" not in message
