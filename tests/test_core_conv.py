@@ -8,7 +8,8 @@ import pytest
 from autocompress_fast import _core
 
 every_isa = pytest.mark.usefixtures("isa")
-METHODS = ("auto", "pixels_in_lanes", "filters_in_lanes")
+DIRECT = ("pixels_in_lanes", "filters_in_lanes")
+WINOGRAD = ("winograd_tiles_in_lanes", "winograd_filters_in_lanes")
 OPTIONS = {
     "stride": (1, 1),
     "dilation": (1, 1),
@@ -64,13 +65,30 @@ def test_equals_the_sum_over_the_columns(seed):
     columns = np.flatnonzero(rng.random(groups * weight[0].size) < (1.0, 0.4, 0.0)[seed % 3])
     want = expected(x, weight, columns, bias, stride, dilation, padding, groups)
     residual = rng.standard_normal(want.shape, dtype=np.float32)
-    for method in METHODS[: 1 if stride[1] > 2 else None]:
+    for method in ("auto", *DIRECT)[: 1 if stride[1] > 2 else None]:
         got = conv2d(
             x, weight, columns, bias, stride=stride, dilation=dilation, padding=padding, groups=groups, method=method,
             residual=residual, activation="leaky", slope=0.25, threads=2,
         )  # fmt: skip
         total = want + residual
         np.testing.assert_allclose(got, np.where(total > 0, total, 0.25 * total), rtol=1e-5, atol=2e-5)
+
+
+@every_isa
+@pytest.mark.parametrize("seed", range(6))
+def test_winograd_equals_the_sum_over_the_columns(seed):
+    rng = np.random.default_rng(seed)
+    filters, channels, images = int(rng.integers(1, 40)), int(rng.integers(1, 30)), int(rng.integers(1, 5))
+    padding = tuple(map(int, rng.integers(0, 3, 4)))
+    x = rng.standard_normal((images, channels, *rng.integers(3, (40, 40, 7)[seed % 3], 2)), dtype=np.float32)
+    weight = rng.standard_normal((filters, channels, 3, 3), dtype=np.float32)
+    bias = rng.standard_normal(filters, dtype=np.float32)
+    columns = np.flatnonzero(rng.random(weight[0].size) < (1.0, 0.5)[seed % 2])
+    want = expected(x, weight, columns, bias, (1, 1), (1, 1), padding, 1)
+    tiles = math.prod((images, *(-(-size // 4) for size in want.shape[2:])))
+    for method in WINOGRAD[: None if tiles < 4 else 1]:
+        got = conv2d(x, weight, columns, bias, padding=padding, method=method, threads=2)
+        assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max()
 
 
 @every_isa
@@ -95,12 +113,14 @@ def test_activations(activation, formula):
     np.testing.assert_allclose(got, formula(x.astype(np.float64)), rtol=1e-6, atol=3e-7)
 
 
-def test_methods_and_threads_give_the_same_bits():
+@pytest.mark.parametrize("methods", [DIRECT, WINOGRAD], ids=["direct", "winograd"])
+def test_methods_and_threads_give_the_same_bits(methods):
     rng = np.random.default_rng(1)
-    x = rng.standard_normal((3, 40, 9, 9), dtype=np.float32)
+    size = 9 if methods == DIRECT else 4  # few tiles
+    x = rng.standard_normal((3, 40, size, size), dtype=np.float32)
     weight = rng.standard_normal((150, 40, 3, 3), dtype=np.float32)
-    first = conv2d(x, weight, padding=(1, 1, 1, 1))
-    for method in METHODS:
+    first = conv2d(x, weight, padding=(1, 1, 1, 1), method=methods[0])
+    for method in methods:
         for threads in (1, 3):
             assert (conv2d(x, weight, padding=(1, 1, 1, 1), method=method, threads=threads) == first).all()
 
@@ -117,7 +137,7 @@ def test_methods_and_threads_give_the_same_bits():
         ({"kernel": (9, 1)}, "the kernel does not fit into the padded input of 8 x 8"),
         ({"filters": 0}, "from 1 to 268435456, got 0"),
         ({"activation": "mish"}, "activation must be one of 'none', 'relu', .*, got 'mish'"),
-        ({"method": "fft"}, "method must be one of 'auto', 'pixels_in_lanes', 'filters_in_lanes', got 'fft'"),
+        ({"method": "fft"}, "method must be one of 'auto', 'pixels_in_lanes', 'filters_in_lanes', .*, got 'fft'"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"bias": np.zeros(4, np.float32)}, r"bias must have the shape \(5,\), got \(4,\)"),
         ({"weight": np.zeros(7, np.float32)}, r"weight must have the shape \(180,\), got \(7,\)"),

@@ -87,7 +87,7 @@ class StepTime:
 
     @property
     def share_of_peak(self) -> float:
-        """Of what the processors can do."""
+        """Of what the processors can do; above 1 where a convolution takes fewer operations than its definition."""
         return self.flops / self.peak
 
 

@@ -29,6 +29,8 @@ constexpr std::pair<const char*, std::optional<Method>> kMethods[] = {
     {"auto", std::nullopt},
     {"pixels_in_lanes", Method::pixels_in_lanes},
     {"filters_in_lanes", Method::filters_in_lanes},
+    {"winograd_tiles_in_lanes", Method::winograd_tiles_in_lanes},
+    {"winograd_filters_in_lanes", Method::winograd_filters_in_lanes},
 };
 
 const float* floats(py::handle object, const std::string& name, const std::vector<std::int64_t>& shape) {
@@ -141,15 +143,19 @@ py::array_t<float> conv2d(py::handle input, py::handle weight, const std::vector
   const Isa isa = active_isa();
   const conv::Plan plan = wanted.has_value() ? conv::plan(shape, in.pitch(), images, count, isa, *wanted)
                                              : conv::plan(shape, in.pitch(), images, count, isa);
-  const std::unique_ptr<void, Free> packed(
-      ::operator new (conv::packed_size(plan), std::align_val_t{conv::kAlignment}));
+  const auto allocated = [](std::size_t bytes) {
+    return std::unique_ptr<void, Free>(::operator new (bytes, std::align_val_t{conv::kAlignment}));
+  };
+  const auto packed = allocated(conv::packed_size(plan)),
+             scratch = allocated(static_cast<std::size_t>(conv::scratch_size(plan, images)) * sizeof(float));
   conv::pack(plan, columns.data(), weights, biases, packed.get());
   if (added != nullptr) {
     other.read(added);
     epilogue.residual = other.data();
     epilogue.residual_pitch = other.pitch();
   }
-  conv::run(plan, packed.get(), images, in.data(), out.data(), out.pitch(), epilogue, threads);
+  conv::run(plan, packed.get(), images, in.data(), out.data(), out.pitch(), epilogue,
+            static_cast<float*>(scratch.get()), threads);
   out.write(to);
   return result;
 }

@@ -28,6 +28,11 @@
 // Every output is one chain of multiply-adds that begins with the bias, in an order that only the shape and the kept
 // columns decide: the bits of the result depend neither on the orientation nor on the threads or the batch, and are the
 // same for all ISAs that fuse multiply and add (all but generic).
+//
+// Winograd. A complete 3x3 kernel of stride 1 may instead be computed by F(4x4, 3x3) (winograd.cpp): 36 instead of 144
+// multiply-adds for a tile of 4x4 outputs, with tiles in the lanes of a register, or filters where tiles are few. Its
+// results are those of the kernels above within rounding, with bits that depend on neither threads nor ISA in the same
+// way; where it pays depends on the batch.
 #pragma once
 
 #include <cstddef>
@@ -77,7 +82,8 @@ Layout layout(std::int64_t images, std::int64_t channels, std::int64_t height, s
 void clear_halo(float* data, const Layout& layout, std::int64_t images, std::int64_t channels, std::int64_t height,
                 std::int64_t width);
 
-enum class Method { pixels_in_lanes, filters_in_lanes };
+enum class Method { pixels_in_lanes, filters_in_lanes, winograd_tiles_in_lanes, winograd_filters_in_lanes };
+inline bool is_winograd(Method method) { return method >= Method::winograd_tiles_in_lanes; }
 
 // What a register of pixels_in_lanes holds: a stretch of the plane with the halo between rows in it (flat; stride 1), a
 // stretch of one row (rows; horizontal stride 1), or two half stretches of the same row or two (halves; horizontal
@@ -94,12 +100,16 @@ struct Plan {
   std::int64_t columns = 0;  // kept ones
   Method method = Method::filters_in_lanes;
   Window window = Window::rows;   // pixels_in_lanes
-  std::int64_t filter_tiles = 1;  // pixels_in_lanes: the filters of a group are cut into so many equal parts
+  std::int64_t filter_tiles = 1;  // all but filters_in_lanes: the filters of a group are cut into so many equal parts
   std::int64_t tile_pixels = 1;   // filters_in_lanes: at most so many pixels in a tile
-  double cycles = 0;              // estimated
+  std::int64_t tile_vectors =
+      1;  // winograd_tiles_in_lanes: at most so many vectors of tiles meet a part of the filters
+  std::int64_t block_vectors = 1;  // winograd: vectors of tiles that are transformed together
+  int pieces = 1;                  // winograd: strips of tiles that share a register
+  double cycles = 0;               // estimated
 };
 
-// The plan that the cost model takes for the best, of the given method or of both. Throws std::invalid_argument for
+// The plan that the cost model takes for the best, of the given method or of all. Throws std::invalid_argument for
 // sizes that cannot be computed (an empty output, offsets beyond 31 bits, an ISA that this machine lacks, pitches
 // without room for the halo). Plans that differ in `images` alone may have different tiles, and share packed weights if
 // method and filter_tiles agree.
@@ -122,9 +132,12 @@ struct Epilogue {
   Pitch residual_pitch;
 };
 
+// Floats that run() needs for itself, aligned to kAlignment; they need not be kept between runs.
+std::int64_t scratch_size(const Plan& plan, std::int64_t images);
+
 // Throws std::invalid_argument when `packed` was not made by pack() of this version for this plan.
 void run(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out, const Pitch& out_pitch,
-         const Epilogue& epilogue, int threads);
+         const Epilogue& epilogue, float* scratch, int threads);
 
 // Multiply-adds of float32 that one processor does in a second, times two; measured for some milliseconds.
 double peak_flops(Isa isa);

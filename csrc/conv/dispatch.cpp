@@ -18,11 +18,6 @@ constexpr std::int64_t kPanelBytes = 512 << 10;
 constexpr std::int64_t kWeightsAhead = 512;
 // What a piece of weights may take of the first-level cache.
 constexpr std::int64_t kChunkBytes = 16 << 10;
-// Fewer multiply-adds than this are not worth another thread.
-constexpr std::int64_t kTaskMacs = 500'000;
-constexpr std::int64_t kTasksPerThread = 4;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // What all tiles of a run share.
 struct Run {
@@ -365,12 +360,19 @@ Parts cut_filters(const Plan& plan, const Kernels& table, const Parts& pixels) {
 
 }  // namespace
 
+std::int64_t scratch_size(const Plan& plan, std::int64_t images) {
+  return is_winograd(plan.method) ? winograd_scratch(plan, images) : 0;
+}
+
 void run(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out, const Pitch& out_pitch,
-         const Epilogue& epilogue, int threads) {
+         const Epilogue& epilogue, float* scratch, int threads) {
   const PackedHeader header = packed_header(plan);
   ACF_CHECK(std::memcmp(packed, &header, sizeof(header)) == 0,
             "packed weights must come from pack() of this version and of the same plan");
   if (images == 0) return;
+  if (is_winograd(plan.method)) {
+    return run_winograd(plan, packed, images, in, out, out_pitch, epilogue, scratch, threads);
+  }
   const PackedLayout layout = packed_layout(plan);
   const auto* bytes = static_cast<const unsigned char*>(packed);
   const Kernels& table = kernels(plan.isa);

@@ -12,6 +12,9 @@
 //   max(a, b), min(a, b)             b when either is NaN
 //   larger(a, b)                     NaN when either is NaN
 //   pow2(t)                          2^n for t = kMagic + n, |n| < 127
+//   kMaxPieces                       into how many strips Winograd may cut a register (1, 2 or 4), and above 1
+//   load_pieces(p, m), store_pieces(p, m, r)      for arrays of so many pointers and masks: equal parts of a register
+//   transpose_quads(r)               4 registers as rows of 4x4 matrices, one for every four lanes
 //   transpose(rows, from, to)        to[i * kMaxPixels + m] = rows[m][from + i] for i < kBlock, m < kMaxPixels
 //   store_planes(call, rows, from, filters)      all of that, residual, activation and store when it has a quick way,
 //   or
@@ -315,6 +318,8 @@ void depthwise(const PlaneCall& plane) {
   }
 }
 
+#include "conv/winograd-inl.h"
+
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
 template <Combine kCombine>
@@ -443,6 +448,44 @@ constexpr Kernel filters_kernel() {
   }
 }
 
+template <int kFilters, int kVectors>
+constexpr WinogradProductKernel product_kernel() {
+  if constexpr (kVectors <= N::max_vectors(Load::stretch, kFilters)) {
+    return winograd_product<kFilters, kVectors>;
+  } else {
+    return nullptr;
+  }
+}
+
+template <int kTiles, int kBlocks>
+constexpr WinogradFewProductKernel few_product_kernel() {
+  if constexpr (kBlocks <= N::max_blocks(kTiles)) {
+    return winograd_few_product<kTiles, kBlocks>;
+  } else {
+    return nullptr;
+  }
+}
+
+#define ACF_FEW_PRODUCT(t)                                                                                             \
+  {                                                                                                                    \
+    few_product_kernel<t, 1>(), few_product_kernel<t, 2>(), few_product_kernel<t, 3>(), few_product_kernel<t, 4>(),    \
+        few_product_kernel<t, 5>(), few_product_kernel<t, 6>(), few_product_kernel<t, 7>(), few_product_kernel<t, 8>() \
+  }
+#define ACF_FEW_PRODUCTS                                                                                \
+  {                                                                                                     \
+    ACF_FEW_PRODUCT(1), ACF_FEW_PRODUCT(2), ACF_FEW_PRODUCT(3), ACF_FEW_PRODUCT(4), ACF_FEW_PRODUCT(5), \
+        ACF_FEW_PRODUCT(6), ACF_FEW_PRODUCT(7), ACF_FEW_PRODUCT(8)                                      \
+  }
+#define ACF_PRODUCT(f)                                                                                 \
+  {                                                                                                    \
+    product_kernel<f, 1>(), product_kernel<f, 2>(), product_kernel<f, 3>(), product_kernel<f, 4>(),    \
+        product_kernel<f, 5>(), product_kernel<f, 6>(), product_kernel<f, 7>(), product_kernel<f, 8>() \
+  }
+#define ACF_PRODUCTS                                                                                                \
+  {                                                                                                                 \
+    ACF_PRODUCT(1), ACF_PRODUCT(2), ACF_PRODUCT(3), ACF_PRODUCT(4), ACF_PRODUCT(5), ACF_PRODUCT(6), ACF_PRODUCT(7), \
+        ACF_PRODUCT(8), ACF_PRODUCT(9), ACF_PRODUCT(10), ACF_PRODUCT(11), ACF_PRODUCT(12)                           \
+  }
 #define ACF_VECTORS(load, f)                                                                   \
   {                                                                                            \
     pixels_kernel<load, f, 1>(), pixels_kernel<load, f, 2>(), pixels_kernel<load, f, 3>(),     \
@@ -466,9 +509,10 @@ constexpr Kernel filters_kernel() {
     ACF_BLOCKS(row, 1), ACF_BLOCKS(row, 2), ACF_BLOCKS(row, 3), ACF_BLOCKS(row, 4), ACF_BLOCKS(row, 5), \
         ACF_BLOCKS(row, 6), ACF_BLOCKS(row, 7), ACF_BLOCKS(row, 8)                                      \
   }
-#define ACF_KERNEL_TABLE                                                                                   \
-  {                                                                                                        \
-    N::kLanes, {ACF_FILTERS(Load::stretch), ACF_FILTERS(Load::halves), ACF_FILTERS(Load::strided)},        \
-        {ACF_PIXELS(false), ACF_PIXELS(true)},                                                             \
-        {{depthwise<3, 1>, depthwise<3, 2>}, {depthwise<5, 1>, depthwise<5, 2>}}, combine, pool, sum, peak \
+#define ACF_KERNEL_TABLE                                                                                        \
+  {                                                                                                             \
+    N::kLanes, {ACF_FILTERS(Load::stretch), ACF_FILTERS(Load::halves), ACF_FILTERS(Load::strided)},             \
+        {ACF_PIXELS(false), ACF_PIXELS(true)},                                                                  \
+        {{depthwise<3, 1>, depthwise<3, 2>}, {depthwise<5, 1>, depthwise<5, 2>}}, winograd_input, ACF_PRODUCTS, \
+        winograd_output, ACF_FEW_PRODUCTS, winograd_few_output, combine, pool, sum, peak                        \
   }

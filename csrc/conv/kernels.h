@@ -96,10 +96,69 @@ struct PoolCall {
   std::int64_t count;
 };
 
+// Winograd's F(4x4, 3x3) on vectors of tiles, one tile in a lane. A row of a strip, of tiles side by side, fills a
+// register or one of 2 or 4 equal pieces of it; 4 registers, transposed, are the 4 columns of a vector of tiles. So
+// strip i of the `pieces * 4` of a vector is piece i % pieces of register i / pieces.
+struct Strip {
+  const float* in;             // the first input of its first tile, in channel 0
+  std::int64_t out, residual;  // where its first output goes, in floats
+  int in_rows, in_columns;     // the inputs that lie in the padded plane: up to 6, and 2 more than its tiles are wide
+  int out_rows, out_columns;   // the outputs that exist; none: there is no such strip
+};
+// v[e * v_element + c * v_channel + lane] = element e of the transformed tile of channel c.
+struct WinogradInput {
+  const Strip* strips;
+  int pieces;
+  bool whole;  // all inputs exist
+  std::int64_t in_row;
+  const std::int32_t* channels;  // where each begins, in floats
+  std::int64_t count;            // of them
+  float* v;
+  std::int64_t v_channel, v_element;
+};
+// m[f * m_filter + lane] = sum over c of weights[c * filters + f] * v[c * v_channel + lane], for an element of some
+// vectors of tiles.
+struct WinogradProduct {
+  const float* v;
+  std::int64_t v_channel, channels;
+  const float* weights;
+  float* m;
+  std::int64_t m_filter;
+};
+// The same for some tiles, with `blocks` blocks of filters in lanes: m[t * m_tile + f] = sum over c of
+// weights[c * blocks * kBlock + f] * tiles[t][c * v_channel].
+struct WinogradFewProduct {
+  const float* tiles[kMaxPixels];
+  std::int64_t v_channel, channels;
+  const float* weights;
+  float* m;
+  std::int64_t m_tile;
+};
+struct WinogradOutput {
+  const Call* call;  // for the activation
+  const Strip* strips;
+  int pieces;
+  bool whole;  // all outputs exist
+  const float* m;
+  std::int64_t m_filter, m_element;
+  const float* bias;
+  std::int64_t filters;
+  float* out;
+  std::int64_t out_plane, out_row;
+  const float* residual;  // or null
+  std::int64_t residual_plane, residual_row;
+  std::int64_t tiles, m_tile;  // filters in lanes: strips of one tile, whose products lie so far apart
+};
+inline constexpr int kTileElements = 36;
+
 using Kernel = void (*)(const Call&);
 using PlaneKernel = void (*)(const PlaneCall&);
 using RowKernel = void (*)(const RowCall&);
 using PoolKernel = void (*)(const PoolCall&);
+using WinogradInputKernel = void (*)(const WinogradInput&);
+using WinogradProductKernel = void (*)(const WinogradProduct&);
+using WinogradFewProductKernel = void (*)(const WinogradFewProduct&);
+using WinogradOutputKernel = void (*)(const WinogradOutput&);
 using SumKernel = float (*)(const float* p, std::int64_t count);
 using PeakKernel = float (*)(const float* two, std::int64_t rounds);
 
@@ -112,6 +171,12 @@ struct Kernels {
   Kernel pixels_in_lanes[3][kMaxFilters][kMaxVectors];  // [Load][filters - 1][vectors - 1]
   Kernel filters_in_lanes[2][kMaxPixels][kMaxBlocks];   // [pixels are neighbours in memory][pixels - 1][blocks - 1]
   PlaneKernel depthwise[2][2];                          // [index in kDepthwiseSizes][stride - 1]
+  WinogradInputKernel winograd_input;
+  WinogradProductKernel winograd_product[kMaxFilters][kMaxVectors];  // [filters - 1][vectors - 1], as pixels_in_lanes
+  WinogradOutputKernel winograd_output;
+  WinogradFewProductKernel winograd_few_product[kMaxPixels]
+                                               [kMaxBlocks];  // [tiles - 1][blocks - 1], as filters_in_lanes
+  WinogradOutputKernel winograd_few_output;
   RowKernel combine;
   PoolKernel pool;
   SumKernel sum;

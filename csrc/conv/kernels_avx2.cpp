@@ -27,9 +27,9 @@ struct N {
   static void store(float* p, Reg r) { _mm256_storeu_ps(p, r); }
   static Reg load_masked(const float* p, Mask m) {
     if (m.to - m.from == kLanes) return load(p);
-    alignas(32) float lane[kLanes] = {};
-    for (int i = m.from; i < m.to; ++i) lane[i] = p[i];
-    return _mm256_load_ps(lane);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(m.from), lane);
+    return _mm256_maskload_ps(p, _mm256_andnot_si256(before, _mm256_cmpgt_epi32(_mm256_set1_epi32(m.to), lane)));
   }
   static void store_masked(float* p, Mask m, Reg r) {
     if (m.to - m.from == kLanes) return store(p, r);
@@ -57,6 +57,24 @@ struct N {
   static Reg pow2(Reg t) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)));
+  }
+  static constexpr int kMaxPieces = 2;
+  static Reg load_pieces(const float* const (&p)[2], const Mask (&m)[2]) {
+    const __m128 low = _mm256_castps256_ps128(load_masked(p[0], m[0])),
+                 high = _mm256_castps256_ps128(load_masked(p[1], m[1]));
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
+  }
+  static void store_pieces(float* const (&p)[2], const Mask (&m)[2], Reg r) {
+    store_masked(p[0], m[0], r);
+    store_masked(p[1], m[1], _mm256_permute2f128_ps(r, r, 1));
+  }
+  static void transpose_quads(Reg (&r)[4]) {
+    const Reg ab_low = _mm256_unpacklo_ps(r[0], r[1]), ab_high = _mm256_unpackhi_ps(r[0], r[1]),
+              cd_low = _mm256_unpacklo_ps(r[2], r[3]), cd_high = _mm256_unpackhi_ps(r[2], r[3]);
+    r[0] = _mm256_shuffle_ps(ab_low, cd_low, 0x44);
+    r[1] = _mm256_shuffle_ps(ab_low, cd_low, 0xee);
+    r[2] = _mm256_shuffle_ps(ab_high, cd_high, 0x44);
+    r[3] = _mm256_shuffle_ps(ab_high, cd_high, 0xee);
   }
   static void transpose(const float* const* rows, int from, float* to) { transpose_block(rows, from, to); }
   static bool store_planes(const Call&, const float* const*, int, int) { return false; }

@@ -49,6 +49,39 @@ struct N {
     const __m512i exponent = _mm512_maskz_slli_epi32(0xffff, _mm512_castps_si512(t), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f800000)));
   }
+  static constexpr int kMaxPieces = 4;
+  static Reg load_pieces(const float* const (&p)[2], const Mask (&m)[2]) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_maskz_loadu_ps(static_cast<__mmask8>(m[0]), p[0])),
+                              _mm256_maskz_loadu_ps(static_cast<__mmask8>(m[1]), p[1]), 1);
+  }
+  static Reg load_pieces(const float* const (&p)[4], const Mask (&m)[4]) {
+    __m128 quarter[4];
+    for (int i = 0; i < 4; ++i) quarter[i] = _mm_maskz_loadu_ps(static_cast<__mmask8>(m[i]), p[i]);
+    const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter[0]), quarter[1], 1),
+                 high = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter[2]), quarter[3], 1);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+  }
+  // The lowest piece is stored by a mask: in casts gcc 12 sees something uninitialised.
+  static void store_pieces(float* const (&p)[2], const Mask (&m)[2], Reg r) {
+    _mm512_mask_storeu_ps(p[0], m[0], r);
+    _mm256_mask_storeu_ps(p[1], static_cast<__mmask8>(m[1]), _mm512_maskz_extractf32x8_ps(0xff, r, 1));
+  }
+  static void store_pieces(float* const (&p)[4], const Mask (&m)[4], Reg r) {
+    _mm512_mask_storeu_ps(p[0], m[0], r);
+    _mm_mask_storeu_ps(p[1], static_cast<__mmask8>(m[1]), _mm512_maskz_extractf32x4_ps(0xf, r, 1));
+    _mm_mask_storeu_ps(p[2], static_cast<__mmask8>(m[2]), _mm512_maskz_extractf32x4_ps(0xf, r, 2));
+    _mm_mask_storeu_ps(p[3], static_cast<__mmask8>(m[3]), _mm512_maskz_extractf32x4_ps(0xf, r, 3));
+  }
+  static void transpose_quads(Reg (&r)[4]) {
+    const Reg ab_low = _mm512_maskz_unpacklo_ps(0xffff, r[0], r[1]),
+              ab_high = _mm512_maskz_unpackhi_ps(0xffff, r[0], r[1]),
+              cd_low = _mm512_maskz_unpacklo_ps(0xffff, r[2], r[3]),
+              cd_high = _mm512_maskz_unpackhi_ps(0xffff, r[2], r[3]);
+    r[0] = _mm512_maskz_shuffle_ps(0xffff, ab_low, cd_low, 0x44);
+    r[1] = _mm512_maskz_shuffle_ps(0xffff, ab_low, cd_low, 0xee);
+    r[2] = _mm512_maskz_shuffle_ps(0xffff, ab_high, cd_high, 0x44);
+    r[3] = _mm512_maskz_shuffle_ps(0xffff, ab_high, cd_high, 0xee);
+  }
   static void transpose(const float* const* rows, int from, float* to) { transpose_block(rows, from, to); }
   static bool store_planes(const Call& call, const float* const* rows, int from, int filters) {
     const Tile& tile = *call.tile;

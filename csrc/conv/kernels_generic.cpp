@@ -55,6 +55,11 @@ struct N {
     std::memcpy(&t, &bits, sizeof(t));
     return t;
   }
+  static constexpr int kMaxPieces = 1;
+  static void transpose_quads(Reg (&r)[4]) {
+    const Reg a = r[0], b = r[1], c = r[2], d = r[3];
+    for (int i = 0; i < 4; ++i) r[i] = Reg{a[i], b[i], c[i], d[i]};
+  }
   static void transpose(const float* const* rows, int from, float* to) {
     for (int i = 0; i < kBlock; ++i) {
       for (int m = 0; m < kMaxPixels; ++m) to[i * kMaxPixels + m] = rows[m][from + i];

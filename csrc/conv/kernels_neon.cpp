@@ -51,18 +51,22 @@ struct N {
     const int32x4_t exponent = vshlq_n_s32(vreinterpretq_s32_f32(t), 23);
     return vreinterpretq_f32_s32(vaddq_s32(exponent, vdupq_n_s32(0x3f800000)));
   }
+  static constexpr int kMaxPieces = 1;
+  static void transpose_quads(Reg (&r)[4]) {
+    const Reg ac_low = vzip1q_f32(r[0], r[2]), ac_high = vzip2q_f32(r[0], r[2]), bd_low = vzip1q_f32(r[1], r[3]),
+              bd_high = vzip2q_f32(r[1], r[3]);
+    r[0] = vzip1q_f32(ac_low, bd_low);
+    r[1] = vzip2q_f32(ac_low, bd_low);
+    r[2] = vzip1q_f32(ac_high, bd_high);
+    r[3] = vzip2q_f32(ac_high, bd_high);
+  }
   static void transpose(const float* const* rows, int from, float* to) {
     for (int m = 0; m < kMaxPixels; m += 4) {
       for (int i = 0; i < kBlock; i += 4) {
-        const Reg a = load(rows[m] + from + i), b = load(rows[m + 1] + from + i), c = load(rows[m + 2] + from + i),
-                  d = load(rows[m + 3] + from + i);
-        const Reg ac_low = vzip1q_f32(a, c), ac_high = vzip2q_f32(a, c), bd_low = vzip1q_f32(b, d),
-                  bd_high = vzip2q_f32(b, d);
-        float* out = to + i * kMaxPixels + m;
-        store(out, vzip1q_f32(ac_low, bd_low));
-        store(out + kMaxPixels, vzip2q_f32(ac_low, bd_low));
-        store(out + 2 * kMaxPixels, vzip1q_f32(ac_high, bd_high));
-        store(out + 3 * kMaxPixels, vzip2q_f32(ac_high, bd_high));
+        Reg quad[4] = {load(rows[m] + from + i), load(rows[m + 1] + from + i), load(rows[m + 2] + from + i),
+                       load(rows[m + 3] + from + i)};
+        transpose_quads(quad);
+        for (int k = 0; k < 4; ++k) store(to + (i + k) * kMaxPixels + m, quad[k]);
       }
     }
   }

@@ -12,6 +12,12 @@ namespace acf::conv {
 // Offsets are 32-bit numbers of bytes, and halos lie around what they count.
 inline constexpr std::int64_t kMaxSize = std::int64_t{1} << 28;
 
+// Fewer multiply-adds than this are not worth another thread.
+inline constexpr std::int64_t kTaskMacs = 500'000;
+inline constexpr std::int64_t kTasksPerThread = 4;
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
 // `count` things cut into `parts` parts as equal as can be, the larger ones first.
 struct Part {
   std::int64_t begin, size;
@@ -56,5 +62,17 @@ struct PackedLayout {
 };
 PackedHeader packed_header(const Plan& plan);
 PackedLayout packed_layout(const Plan& plan);
+
+// winograd.cpp: the same for the methods of Winograd, whose packed weights begin with the same header.
+bool winograd_fits(const Plan& plan);
+bool winograd_is_few(const Plan& plan);  // fewer tiles than lanes
+Plan best_winograd_tiles(Plan plan);
+Plan best_winograd_filters(Plan plan);  // of few tiles
+std::size_t winograd_packed_size(const Plan& plan);
+void pack_winograd(const Plan& plan, const std::int64_t* columns, const float* weights, const float* bias,
+                   void* packed);  // all but the header
+std::int64_t winograd_scratch(const Plan& plan, std::int64_t images);
+void run_winograd(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out,
+                  const Pitch& out_pitch, const Epilogue& epilogue, float* scratch, int threads);
 
 }  // namespace acf::conv

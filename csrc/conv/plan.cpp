@@ -3,13 +3,12 @@
 #include <cstring>
 #include <limits>
 
+#include "conv/cost.h"
 #include "conv/packed.h"
 #include "core/check.h"
 
 namespace acf::conv {
 namespace {
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 std::int64_t out_size(std::int64_t in, std::int64_t pads, std::int64_t kernel, std::int64_t stride,
                       std::int64_t dilation) {
@@ -35,24 +34,10 @@ void check(const Plan& plan) {
             " channels of ", in.plane);
 }
 
-// Multiply-adds and loads (of pixels, weights, an offset, and prefetches) overlap, two of each a cycle; a chain of
-// multiply-adds takes four cycles a link.
-double step_cycles(double sums, double loads, double shuffles) {
-  return std::max({(sums + shuffles) / 2, loads / 2, sums < 8 ? 4.0 : 0.0});
-}
-
 // Loads of pixels are rarely aligned, and one that crosses a cache line counts twice.
 double loads_per_vector(Load load, int lanes) {
   const auto crossing = [](int floats) { return 1 + floats / 16.0; };
   return load == Load::stretch ? crossing(lanes) : load == Load::halves ? 2 * crossing(lanes / 2) : 2 * crossing(lanes);
-}
-
-// The sum of cost(size) over the parts that `count` things are cut into.
-template <class Cost>
-double over_parts(std::int64_t count, std::int64_t parts, Cost cost) {
-  const Parts cut(count, parts);
-  return (cut.larger > 0 ? static_cast<double>(cut.larger) * cost(cut.size + 1) : 0) +
-         (cut.size > 0 ? static_cast<double>(parts - cut.larger) * cost(cut.size) : 0);
 }
 
 double depthwise_cycles(const Plan& plan, const Kernels& table) {
@@ -117,10 +102,6 @@ double filters_cycles(const Plan& plan, const Kernels& table) {
     });
   });
   return cycles * static_cast<double>(plan.shape.groups);
-}
-
-void consider(Plan& best, const Plan& other) {
-  if (best.cycles == 0 || other.cycles < best.cycles) best = other;
 }
 
 Plan start(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa) {
@@ -302,6 +283,12 @@ std::int64_t pixel_tiles(const Plan& plan, std::int64_t images) {
 
 Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa, Method method) {
   const Plan empty = start(shape, in, images, columns, isa);
+  if (is_winograd(method)) {
+    ACF_CHECK(winograd_fits(empty), "winograd needs a 3x3 kernel of stride 1 without groups, and a column");
+    if (method == Method::winograd_tiles_in_lanes) return best_winograd_tiles(empty);
+    ACF_CHECK(winograd_is_few(empty), "winograd with filters in lanes needs fewer tiles of 4x4 outputs than lanes");
+    return best_winograd_filters(empty);
+  }
   return method == Method::pixels_in_lanes ? best_pixels(empty) : best_filters(empty);
 }
 
@@ -309,6 +296,8 @@ Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t
   const Plan empty = start(shape, in, images, columns, isa);
   Plan best = best_filters(empty);
   if (shape.stride_w <= 2) consider(best, best_pixels(empty));
+  if (winograd_fits(empty)) consider(best, best_winograd_tiles(empty));
+  if (winograd_fits(empty) && winograd_is_few(empty)) consider(best, best_winograd_filters(empty));
   return best;
 }
 
@@ -355,16 +344,20 @@ const std::int64_t* end_of_piece(const std::int64_t* first, const std::int64_t* 
   return end;
 }
 
-std::size_t packed_size(const Plan& plan) { return packed_layout(plan).size; }
+std::size_t packed_size(const Plan& plan) {
+  return is_winograd(plan.method) ? winograd_packed_size(plan) : packed_layout(plan).size;
+}
 
 void pack(const Plan& plan, const std::int64_t* columns, const float* weights, const float* bias, void* packed) {
+  auto* bytes = static_cast<unsigned char*>(packed);
+  std::memset(bytes, 0, packed_size(plan));
+  const PackedHeader header = packed_header(plan);
+  std::memcpy(bytes, &header, sizeof(header));
+  if (is_winograd(plan.method)) return pack_winograd(plan, columns, weights, bias, packed);
+
   const Shape& s = plan.shape;
   const bool blocks = plan.method == Method::filters_in_lanes;
   const PackedLayout layout = packed_layout(plan);
-  auto* bytes = static_cast<unsigned char*>(packed);
-  std::memset(bytes, 0, layout.size);
-  const PackedHeader header = packed_header(plan);
-  std::memcpy(bytes, &header, sizeof(header));
   auto* groups = reinterpret_cast<std::int32_t*>(bytes + layout.groups);
   auto* rows = reinterpret_cast<std::int32_t*>(bytes + layout.rows);
   auto* offsets = reinterpret_cast<std::int32_t*>(bytes + layout.offsets);

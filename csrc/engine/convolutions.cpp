@@ -105,12 +105,14 @@ class ConvolutionTask : public Task {
  public:
   ConvolutionTask(const conv::Plan& plan, Packed packed, std::int64_t images, conv::Pitch out, conv::Epilogue epilogue,
                   bool residual)
-      : plan_(plan), packed_(std::move(packed)), images_(images), out_(out), epilogue_(epilogue), residual_(residual) {}
+      : plan_(plan), packed_(std::move(packed)), images_(images), out_(out), epilogue_(epilogue), residual_(residual) {
+    scratch = conv::scratch_size(plan_, images_);
+  }
 
-  void run(float* const* operands, float*, int threads) const override {
+  void run(float* const* operands, float* memory, int threads) const override {
     conv::Epilogue epilogue = epilogue_;
     if (residual_) epilogue.residual = operands[1];
-    conv::run(plan_, packed_.get(), images_, operands[0], operands[residual_ ? 2 : 1], out_, epilogue, threads);
+    conv::run(plan_, packed_.get(), images_, operands[0], operands[residual_ ? 2 : 1], out_, epilogue, memory, threads);
   }
 
  private:
@@ -176,7 +178,7 @@ class SparseConvolutionTask : public Task {
     parallel_for(static_cast<std::int64_t>(filters_.size()), threads, [&](std::int64_t f) {
       const Filter& filter = filters_[static_cast<std::size_t>(f)];
       conv::run(filter.plan, filter.packed.get(), images_, operands[0] + filter.in, operands[1] + f * out_.plane, out_,
-                epilogue_, 1);
+                epilogue_, nullptr, 1);
     });
   }
 
@@ -221,7 +223,8 @@ class SparseConvolution : public Operation {
     std::vector<SparseConvolutionTask::Filter> filters;
     for (std::size_t f = 0; f < filters_.size(); ++f) {
       const auto count = static_cast<std::int64_t>(filters_[f].weights().columns.size());
-      const conv::Plan plan = conv::plan(shape, inputs[0]->pitch(), output.images, count, isa);
+      const auto method = shape.stride_w <= 2 ? conv::Method::pixels_in_lanes : conv::Method::filters_in_lanes;
+      const conv::Plan plan = conv::plan(shape, inputs[0]->pitch(), output.images, count, isa, method);
       const std::int64_t group = static_cast<std::int64_t>(f) / per_group;
       filters.push_back({plan, filters_[f].of(plan), group * shape.channels * inputs[0]->strides[0]});
     }
@@ -287,7 +290,7 @@ class LinearTask : public RowsTask {
 
  private:
   void multiply(const float* x, float* y, int threads) const override {
-    conv::run(plan_, packed_.get(), images_, x, y, {1, 1, filters_}, epilogue_, threads);
+    conv::run(plan_, packed_.get(), images_, x, y, {1, 1, filters_}, epilogue_, nullptr, threads);
   }
 
   conv::Plan plan_;

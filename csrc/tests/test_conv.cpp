@@ -69,6 +69,8 @@ struct Tensor {
   }
 };
 
+constexpr double kWinogradError = 16;  // roundings of the largest sum
+
 struct Problem {
   Shape shape;
   std::int64_t images = 1;
@@ -99,6 +101,24 @@ std::vector<Plan> plans(const Problem& problem, const Pitch& pitch, Isa isa) {
   for (filters.tile_pixels = 1; filters.tile_pixels <= kMaxPixels && max_blocks(kernels(isa), filters.tile_pixels) > 0;
        ++filters.tile_pixels) {
     all.push_back(filters);
+  }
+  if (winograd_fits(all[1])) {
+    Plan winograd = plan(problem.shape, pitch, problem.images, count, isa, Method::winograd_tiles_in_lanes);
+    for (const int pieces : {1, 2, 4}) {
+      if (kernels(isa).lanes < 4 * pieces) continue;
+      winograd.pieces = pieces;
+      all.push_back(winograd);
+    }
+    if (winograd_is_few(all[1])) {
+      Plan few = plan(problem.shape, pitch, problem.images, count, isa, Method::winograd_filters_in_lanes);
+      all.push_back(few);
+      few.tile_pixels = 1;
+      few.filter_tiles = (problem.shape.filters + kBlock - 1) / kBlock;
+      all.push_back(few);
+    }
+    Plan one_vector = winograd;  // with a block of one
+    one_vector.tile_vectors = one_vector.block_vectors = 1;
+    all.push_back(one_vector);
   }
   if (problem.shape.stride_w > 2) return all;
   Plan pixels = plan(problem.shape, pitch, problem.images, count, isa, Method::pixels_in_lanes);
@@ -137,8 +157,16 @@ struct AlignedBytes {
   std::vector<unsigned char> memory;
 };
 
-// Every plan of every ISA gives the reference within rounding, leaves the halo alone, and all that fuse multiply and
-// add give the same bits.
+void run_with_scratch(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out,
+                      const Pitch& out_pitch, const Epilogue& epilogue, int threads) {
+  const auto floats = static_cast<std::size_t>(scratch_size(plan, images));
+  AlignedBytes scratch(floats * sizeof(float));
+  std::fill_n(static_cast<float*>(scratch.data()), floats, std::numeric_limits<float>::quiet_NaN());
+  run(plan, packed, images, in, out, out_pitch, epilogue, static_cast<float*>(scratch.data()), threads);
+}
+
+// Every plan of every ISA gives the reference within rounding, leaves the halo alone, and all of Winograd and all
+// others that fuse multiply and add give the same bits.
 void check(Random& random, const Problem& problem) {
   const Shape& s = problem.shape;
   const std::int64_t out_height = s.out_height(), out_width = s.out_width();
@@ -161,22 +189,26 @@ void check(Random& random, const Problem& problem) {
   reference::run(s, in.layout.pitch, count, problem.columns.data(), weights.data(), bias_data, problem.images,
                  in.data(), epilogue, expected.data(), sums.data());
 
-  std::vector<float> fused;
+  const double largest = *std::max_element(sums.begin(), sums.end());
+  std::vector<float> fused[2];
   for (const Isa isa : supported_isas()) {
     for (const Plan& way : plans(problem, in.layout.pitch, isa)) {
       AlignedBytes packed(packed_size(way));
       pack(way, problem.columns.data(), weights.data(), bias_data, packed.data());
       Tensor out(problem.images, s.filters, out_height, out_width, out_padding);
       const std::vector<float> before = out.memory;
-      run(way, packed.data(), problem.images, in.data(), out.data(), out.layout.pitch, epilogue,
-          static_cast<int>(between(random, 1, 3)));
+      run_with_scratch(way, packed.data(), problem.images, in.data(), out.data(), out.layout.pitch, epilogue,
+                       static_cast<int>(between(random, 1, 3)));
 
       const std::vector<float> got = out.interior();
       // One rounding a term and a few in the activation, whose slope is at most 1.1.
       const double unit = 6e-8, roundings = static_cast<double>(count + 3);
+      const bool winograd = is_winograd(way.method);
       std::size_t wrong = 0;
       for (std::size_t i = 0; i < size; ++i) {
-        const double bound = 1.1 * unit * roundings * sums[i] + 8 * unit * (1 + std::abs(expected[i]));
+        // The errors of Winograd are those of all inputs of a tile.
+        const double terms = winograd ? kWinogradError * largest : roundings * sums[i];
+        const double bound = 1.1 * unit * terms + 8 * unit * (1 + std::abs(expected[i]));
         if (!(std::abs(static_cast<double>(got[i]) - expected[i]) <= bound)) ++wrong;
       }
       EXPECT_EQ(std::to_string(wrong) + " wrong of " + describe(problem, way), "0 wrong of " + describe(problem, way));
@@ -186,8 +218,9 @@ void check(Random& random, const Problem& problem) {
       EXPECT_EQ(halo_untouched ? "" : "halo written by " + describe(problem, way), "");
 
       if (isa == Isa::generic) continue;
-      if (fused.empty()) fused = got;
-      const bool same_bits = std::memcmp(got.data(), fused.data(), size * sizeof(float)) == 0;
+      std::vector<float>& same = fused[winograd ? 1 : 0];
+      if (same.empty()) same = got;
+      const bool same_bits = std::memcmp(got.data(), same.data(), size * sizeof(float)) == 0;
       EXPECT_EQ(same_bits ? "" : "other bits from " + describe(problem, way), "");
     }
   }
@@ -344,15 +377,66 @@ ACF_TEST(results_do_not_depend_on_the_threads) {
     in.fill(random);
     const std::vector<float> weights = gaussian(random, weight_count(problem));
     for (const Isa isa : supported_isas()) {
-      std::vector<float> first;
+      std::vector<float> first[2];
       for (const Plan& way : plans(problem, in.layout.pitch, isa)) {
         AlignedBytes packed(packed_size(way));
         pack(way, problem.columns.data(), weights.data(), nullptr, packed.data());
         for (const int threads : {1, 2, 5}) {
           Tensor out(problem.images, s.filters, s.out_height(), s.out_width(), {});
-          run(way, packed.data(), problem.images, in.data(), out.data(), out.layout.pitch, {}, threads);
-          if (first.empty()) first = out.interior();
-          EXPECT(out.interior() == first);
+          run_with_scratch(way, packed.data(), problem.images, in.data(), out.data(), out.layout.pitch, {}, threads);
+          std::vector<float>& same = first[is_winograd(way.method) ? 1 : 0];
+          if (same.empty()) same = out.interior();
+          EXPECT(out.interior() == same);
+        }
+      }
+    }
+  }
+}
+
+// Strips that end in the middle, several blocks, threads that take blocks of their own and that share one.
+ACF_TEST(winograd_equals_the_reference) {
+  Random random(10);
+  for (int i = 0; i < 60; ++i) {
+    Problem problem;
+    Shape& s = problem.shape;
+    s.channels = between(random, 1, 20);
+    s.filters = between(random, 1, 40);
+    s.height = between(random, 1, 20);
+    s.width = between(random, 1, i % 3 == 0 ? 70 : 20);
+    s.kernel_h = s.kernel_w = 3;
+    s.padding = {between(random, 0, 2), between(random, 0, 2), between(random, 0, 2), between(random, 0, 2)};
+    if (!fits(s)) continue;
+    problem.images = between(random, 1, 9);
+    problem.columns = random_columns(random, s, i % 2 == 0 ? 1.0 : 0.3);
+    problem.epilogue.activation = kActivations[i % 9];
+    problem.residual = i % 4 < 2;
+    check(random, problem);
+  }
+}
+
+// What the weights do to an input of one, which shows every element of the transforms.
+ACF_TEST(winograd_of_a_single_one_is_the_weights) {
+  Shape s;
+  s.height = s.width = 9;
+  s.kernel_h = s.kernel_w = 3;
+  s.padding = {1, 1, 1, 1};
+  const std::vector<std::int64_t> columns = {0, 1, 2, 3, 4, 5, 6, 7, 8};
+  const std::vector<float> weights = {1, 2, 3, 4, 5, 6, 7, 8, 9};
+  for (const Isa isa : supported_isas()) {
+    for (std::int64_t at = 0; at < 81; ++at) {
+      Tensor in(1, 1, 9, 9, s.padding), out(1, 1, 9, 9, {});
+      in.each([](float& value) { value = 0; });
+      in.at(0, 0, at / 9, at % 9) = 1;
+      const Plan way = plan(s, in.layout.pitch, 1, 9, isa, Method::winograd_tiles_in_lanes);
+      AlignedBytes packed(packed_size(way));
+      pack(way, columns.data(), weights.data(), nullptr, packed.data());
+      run_with_scratch(way, packed.data(), 1, in.data(), out.data(), out.layout.pitch, {}, 1);
+      for (std::int64_t y = 0; y < 9; ++y) {
+        for (std::int64_t x = 0; x < 9; ++x) {
+          const std::int64_t kh = at / 9 - y + 1, kw = at % 9 - x + 1;
+          const bool reached = kh >= 0 && kh < 3 && kw >= 0 && kw < 3;
+          const float expected = reached ? weights[static_cast<std::size_t>(kh * 3 + kw)] : 0.0f;
+          EXPECT(std::abs(out.at(0, 0, y, x) - expected) < 1e-5f);
         }
       }
     }
@@ -379,8 +463,8 @@ ACF_TEST(residual_may_be_the_output) {
       Epilogue epilogue;
       epilogue.residual = residual.data();
       epilogue.residual_pitch = residual.layout.pitch;
-      run(way, packed.data(), 2, in.data(), apart.data(), apart.layout.pitch, epilogue, 1);
-      run(way, packed.data(), 2, in.data(), residual.data(), residual.layout.pitch, epilogue, 1);
+      run_with_scratch(way, packed.data(), 2, in.data(), apart.data(), apart.layout.pitch, epilogue, 1);
+      run_with_scratch(way, packed.data(), 2, in.data(), residual.data(), residual.layout.pitch, epilogue, 1);
       EXPECT(residual.interior() == apart.interior());
     }
   }
@@ -404,7 +488,7 @@ ACF_TEST(activations_hold_at_the_ends_of_their_range) {
       pack(way, &column, &one, nullptr, packed.data());
       Epilogue epilogue;
       epilogue.activation = activation;
-      run(way, packed.data(), 1, in.data(), out.data(), out.layout.pitch, epilogue, 1);
+      run_with_scratch(way, packed.data(), 1, in.data(), out.data(), out.layout.pitch, epilogue, 1);
       for (std::int64_t i = 0; i < count; ++i) {
         const auto x = static_cast<double>(values[static_cast<std::size_t>(i)]);
         const auto y = static_cast<double>(out.at(0, 0, 0, i));
@@ -494,7 +578,7 @@ ACF_TEST(weights_packed_for_another_plan_are_refused) {
   pack(way, columns.data(), weights.data(), nullptr, packed.data());
   Tensor in(1, 4, 8, 8, {}), out(1, 5, 8, 8, {});
   const auto run_as = [&](const Plan& other) {
-    run(other, packed.data(), 1, in.data(), out.data(), out.layout.pitch, {}, 1);
+    run(other, packed.data(), 1, in.data(), out.data(), out.layout.pitch, {}, nullptr, 1);
   };
   run_as(way);
   Plan other = way;
