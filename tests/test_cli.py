@@ -481,7 +481,10 @@ def test_predict_pictures(finished, digits, tmp_path):
     PIL.Image.fromarray(pixels[0].repeat(4, axis=0).repeat(4, axis=1)).convert("RGB").save(tmp_path / "large.png")
     np.save(tmp_path / "bytes.npy", pixels)
     got = predicted(finished[0] / "model.acf", *paths, tmp_path / "large.png", tmp_path / "bytes.npy")
-    assert [row["top"] for row in got[:12]] == [row["top"] for row in got[13:]], "a picture is its pixels"
+    for picture, pixels_alone in zip(got[:12], got[13:], strict=True):  # with as many samples in a batch or with others
+        for (label, probability), (same, close) in zip(picture["top"], pixels_alone["top"], strict=True):
+            assert label == same
+            assert float(probability) == pytest.approx(float(close), abs=1e-5)
     assert [row["class"] for row in got[:12]] == expected_classes(finished, digits)
     assert got[12]["class"] == got[0]["class"]
     table = run("predict", finished[0] / "model.acf", paths[0])

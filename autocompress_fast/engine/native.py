@@ -19,8 +19,9 @@ __all__ = ["NativeExecutor"]
 
 Array = np.ndarray[Any, Any]
 
-MOST_WORKSPACE: Final = 2**28
-"""Bytes that the values of the samples computed at once may take."""
+MOST_WORKSPACE: Final = 2**24
+"""Bytes that the values of the samples computed at once may take: more samples use weights that are read once better, but
+their values leave the caches."""
 
 
 class NativeExecutor:
@@ -50,8 +51,9 @@ class NativeExecutor:
         if samples == 0:
             ones = [np.zeros((1, *given.shape), np.float32) for given in self.program.inputs]
             return [y[:0] for y in self.network.run(ones, self.threads)]
-        starts = range(0, samples, self.chunk)
-        parts = [self.network.run([x[i : i + self.chunk] for x in inputs], self.threads) for i in starts]
+        chunk = -(-samples // -(-samples // self.chunk))  # as equal as can be
+        starts = range(0, samples, chunk)
+        parts = [self.network.run([x[i : i + chunk] for x in inputs], self.threads) for i in starts]
         return [np.concatenate(values) for values in zip(*parts, strict=True)]
 
 

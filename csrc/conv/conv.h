@@ -10,7 +10,8 @@
 //   row >= width + max(left, right)                          plane >= (height + max(top, bottom)) * row
 //   top * row + left floats before data and everything up to kSlack floats after the last halo can be read
 //
-// What lies in the slack does not matter. A tensor without planes (the features of a linear layer) is a tensor of
+// What lies in the slack does not matter. Planes of some size, and their first element, begin at whole cache lines if
+// the memory does. A tensor without planes (the features of a linear layer) is a tensor of
 // height and width 1: plane = row = 1, image = channels.
 //
 // Columns. Column (c, kh, kw) has the number (c * kernel_h + kh) * kernel_w + kw, with c counted over all groups. The

@@ -10,6 +10,10 @@
 namespace acf::conv {
 namespace {
 
+constexpr std::int64_t kLine = kAlignment / sizeof(float);
+// Floats of a plane from which on a line more does not matter.
+constexpr std::int64_t kAlignedPlane = 48;
+
 std::int64_t out_size(std::int64_t in, std::int64_t pads, std::int64_t kernel, std::int64_t stride,
                       std::int64_t dilation) {
   const std::int64_t room = in + pads - dilation * (kernel - 1) - 1;
@@ -182,11 +186,12 @@ Layout layout(std::int64_t images, std::int64_t channels, std::int64_t height, s
   Pitch& pitch = layout.pitch;
   pitch.row = width + std::max(padding.left, padding.right);
   pitch.plane = (height + std::max(padding.top, padding.bottom)) * pitch.row;
+  if (pitch.plane >= kAlignedPlane) pitch.plane = ceil_div(pitch.plane, kLine) * kLine;
   // Planes a multiple of 4 KiB apart would all fall into the same few sets of the cache.
-  constexpr std::int64_t kWay = 4096 / sizeof(float), kLine = 64 / sizeof(float);
+  constexpr std::int64_t kWay = 4096 / sizeof(float);
   if (pitch.plane >= kWay / 2 && (pitch.plane + kLine) % (kWay / 2) <= 2 * kLine) pitch.plane += 3 * kLine;
   pitch.image = channels * pitch.plane;
-  layout.before = padding.top * pitch.row + padding.left;
+  layout.before = ceil_div(padding.top * pitch.row + padding.left, kLine) * kLine;
   layout.size = layout.before + images * pitch.image + padding.bottom * pitch.row + padding.right + kSlack;
   return layout;
 }
