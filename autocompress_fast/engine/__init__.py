@@ -100,8 +100,8 @@ class Engine:
     def __call__(self, *inputs: Any) -> Any:
         """Run the network.
 
-        A result does not depend on the number of threads, nor on what else is in the batch. For another number of samples its
-        last bits may be others, because convolutions are then computed differently.
+        A result does not depend on the number of threads, nor on what else is in the batch. For another number of
+        samples its last bits may be others, because convolutions are then computed differently.
 
         Raises:
             TypeError: an input is neither a numpy array nor a torch tensor, or not float32.

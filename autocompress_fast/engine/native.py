@@ -20,8 +20,10 @@ __all__ = ["NativeExecutor"]
 Array = np.ndarray[Any, Any]
 
 MOST_WORKSPACE: Final = 2**24
-"""Bytes that the values of the samples computed at once may take: more samples use weights that are read once better, but
-their values leave the caches."""
+"""Bytes that the values of the samples computed at once may take.
+
+More samples make better use of weights that are read once, but their values leave the caches.
+"""
 
 
 class NativeExecutor:
