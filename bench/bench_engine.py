@@ -1,7 +1,7 @@
 """Whole networks: our engine, dense and pruned, beside the runtimes that people use.
 
     pytest bench/bench_engine.py                            groups: network, batch
-    python bench/bench_engine.py --report docs/benchmarks-engine.md [--threads 1] [--only NAME ...]
+    python bench/bench_engine.py --report docs/benchmarks-engine.md [--threads 1 2] [--only NAME ...]
 
 All compute in float32; OpenVINO is told so, as its default on some CPUs is bfloat16. torch is taken at its best of
 eager, channels_last and frozen (torch.jit, oneDNN). The runtimes that are installed take part (`pip install onnx
@@ -14,6 +14,7 @@ import argparse
 import copy
 import functools
 import io
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,8 +34,18 @@ Run = Callable[[], np.ndarray]
 Shape = tuple[int, ...]
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
+
+
+def lenet_1998() -> nn.Module:
+    """With 6 and 16 filters and layers of 120 and 84 features; ReLU and maximum pooling as people build it now."""
+    convolutions = [nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU()]
+    linear = [nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)]
+    return nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten(), *linear)
+
+
 DENSE: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
-    "LeNet-5": (lambda: models.create("lenet5"), (1, 28, 28)),
+    "LeNet-5, of 1998": (lenet_1998, (1, 28, 28)),
+    "LeNet-5, of Caffe": (lambda: models.create("lenet5"), (1, 28, 28)),
     "ResNet-20 CIFAR": (lambda: models.create("resnet20"), CIFAR),
     "ResNet-18 CIFAR": (lambda: models.create("resnet18"), CIFAR),
     "VGG-16 CIFAR": (lambda: models.create("vgg16"), CIFAR),
@@ -43,8 +54,10 @@ DENSE: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
     "ResNet-50": (lambda: models.create("resnet50"), IMAGENET),
 }
 PRUNED = ("ResNet-18 CIFAR", "VGG-16 CIFAR")
-FILTERS = (0.5, 0.75, 0.875)  # shares of the filters removed: widths x 0.5, 0.25, 0.125
+# Shares of the filters removed: widths x 0.5, 0.25, 0.125; and odd ones: 31, 61, 123, 246 and 13, 26, 51, 102.
+FILTERS = (0.5, 0.52, 0.75, 0.8, 0.875)
 COLUMNS = (0.5, 0.75, 0.9)  # shares of the columns removed
+TURN = 0.005  # seconds a turn takes at least, in as many calls
 TOLERANCE = 1e-4  # of the largest output
 
 
@@ -62,12 +75,12 @@ def randomised(model: nn.Module) -> nn.Module:
 @functools.cache
 def network(name: str) -> tuple[nn.Module, Shape]:
     """One of `names()`: a dense network, or one without a share of its filters or columns."""
-    base, _, removed = name.partition(", ")
+    base, _, removed = name.partition(", -")
     make, shape = DENSE[base]
     torch.manual_seed(0)
     model = randomised(make())
     if removed:
-        share, _, structure = removed.removeprefix("-").partition("% ")
+        share, _, structure = removed.partition("% ")
         example = torch.zeros(1, *shape)
         report = acf.inspect(model, example)
         plan = acf.Plan.uniform(report, **{structure: float(share) / 100})
@@ -155,7 +168,7 @@ def prepared(name: str, batch: int, threads: int) -> dict[str, Run]:
 # ---- pytest-benchmark: every network once, ours beside torch
 
 
-@pytest.mark.parametrize("name", ["LeNet-5", "ResNet-20 CIFAR", "ResNet-18 CIFAR, -87.5% filters"])
+@pytest.mark.parametrize("name", ["LeNet-5, of 1998", "ResNet-20 CIFAR", "ResNet-18 CIFAR, -87.5% filters"])
 @pytest.mark.parametrize("runtime", ["ours", "torch eager"])
 def test_whole_network(benchmark: Callable[[Run], np.ndarray], name: str, runtime: str) -> None:
     benchmark.group = f"{name}, batch 1"  # type: ignore[attr-defined]
@@ -170,30 +183,31 @@ def test_whole_network(benchmark: Callable[[Run], np.ndarray], name: str, runtim
 # ---- the page
 
 
-def page(chosen: list[str], batches: list[int], threads: int, rounds: int, command: str) -> Iterator[str]:
-    """Sections by batch; the best of torch, and every other runtime."""
+def page(chosen: list[str], batches: list[int], threads: list[int], rounds: int, command: str) -> Iterator[str]:
+    """Sections by threads and batch; the best of torch, and every other runtime."""
     yield "# Whole networks\n"
     yield (
-        f"Median of {rounds} rounds in which the runtimes take turns, milliseconds, float32, {threads} thread"
-        f"{'s' if threads > 1 else ''}.\n*against the best* is the fastest of the others on the same network divided by"
+        f"Median of {rounds} rounds in which the runtimes take turns of {1e3 * TURN:.0f} ms or a call, milliseconds a"
+        " call, float32.\n*against the best* is the fastest of the others on the same network divided by"
         " ours;\n*against dense* the fastest of the others on the dense network divided by ours. The pruned networks\n"
         "have the given share of their filters, or of the columns of every convolution, removed.\n"
     )
     yield f"```\n{command}\n```\n\n{conditions('Weights random.')}\n"
     others = [name for name in runtimes() if name not in TORCH and name != "ours"]
-    for batch in batches:
+    for count, batch in itertools.product(threads, batches):
+        torch.set_num_threads(count)
         rows, dense = [], 0.0
         for name in chosen:
             with torch.no_grad():
-                times = interleaved(prepared(name, batch, threads), lambda: None, rounds)
+                times = interleaved(prepared(name, batch, count), lambda: None, rounds, TURN)
             best_torch = min(times[title] for title in TORCH)
             best = min(best_torch, *(times[title] for title in others))
-            dense = best if ", " not in name else dense
+            dense = best if ", -" not in name else dense
             shown = [times["ours"], best_torch, *(times[title] for title in others)]
             ratios = [best / times["ours"], dense / times["ours"]]
             rows.append([name, *(f"{1e3 * value:.3g}" for value in shown), *(f"{value:.2f}x" for value in ratios)])
             print(" ".join(rows[-1]), file=sys.stderr, flush=True)
-        yield f"## Batch {batch}\n"
+        yield f"## {count} thread{'s' if count > 1 else ''}, batch {batch}\n"
         header = ["network", "ours", "torch, best", *others, "against the best", "against dense"]
         yield table(header, rows) + "\n"
 
@@ -202,12 +216,11 @@ def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--report", type=Path, help="write the page here; to standard output if not given")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="+", choices=list(names()), help="networks; all if not given")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     chosen = options.only or list(names())
     command = f"python {' '.join(sys.argv)}"
     text = "\n".join(page(chosen, options.batches, options.threads, options.rounds, command))

@@ -55,16 +55,23 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], prepare: Callable[[], object], rounds: int
+    functions: dict[str, Callable[[], object]], prepare: Callable[[], object], rounds: int, least: float = 0.0
 ) -> dict[str, float]:
-    """The median time of each, in turns, so that all see the same machine."""
+    """The median time of each, in turns, so that all see the same machine.
+
+    A turn is as many calls as take `least` seconds, at least one, and counts as their mean.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    calls = {name: 1 if least == 0 else 1 + int(least / seconds(function)) for name, function in functions.items()}
     for _ in range(rounds):
         for name, function in functions.items():
             if torch.get_num_threads() > 1:
                 time.sleep(0.02)  # torch's threads spin for a while after each operation, on the cores of the next one
             prepare()
-            times[name].append(seconds(function))
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                function()
+            times[name].append((time.perf_counter() - start) / calls[name])
     return {name: statistics.median(values) for name, values in times.items()}
 
 
