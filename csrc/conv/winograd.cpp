@@ -361,16 +361,17 @@ double bounded(const Plan& plan, double product, std::int64_t blocks) {
 
 double few_cycles(const Plan& plan, const Kernels& table) {
   const auto channels = static_cast<double>(channels_of(plan));
-  const std::int64_t tiles = tile_count(plan, plan.images), blocks = ceil_div(plan.shape.filters, kBlock);
+  const std::int64_t tiles = tile_count(plan, plan.images), blocks = ceil_div(plan.shape.filters, kBlock),
+                     vectors_per_block = kBlock / table.lanes;
   const double product = over_parts(blocks, plan.filter_tiles, [&](std::int64_t blocks_of_part) {
     return over_parts(tiles, ceil_div(tiles, plan.tile_pixels), [&](std::int64_t m) {
       const auto t = static_cast<double>(m), b = static_cast<double>(blocks_of_part);
-      const double vectors = b * static_cast<double>(kBlock / table.lanes);
+      const double vectors = b * static_cast<double>(vectors_per_block);
       return 70 + channels * step_cycles(t * vectors, t + vectors + b, 0) + t * vectors * 2;
     });
   });
   return channels * kInputCycles + bounded(plan, kTileElements * product, 1) +
-         static_cast<double>(tiles * blocks * (kBlock / table.lanes)) * kFewOutputCycles;
+         static_cast<double>(tiles * blocks * vectors_per_block) * kFewOutputCycles;
 }
 
 double winograd_cycles(const Plan& plan, const Kernels& table) {
