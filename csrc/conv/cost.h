@@ -14,6 +14,13 @@ inline double step_cycles(double sums, double loads, double shuffles) {
   return std::max({(sums + shuffles) / 2, loads / 2, sums < 8 ? 4.0 : 0.0});
 }
 
+// Weights of a network come from the third-level cache, mostly: a second-level one holds those of a few layers. What
+// arrives early, while others are computed with, is already counted off.
+inline double streaming_cycles(double weights) {
+  constexpr double kBytesPerCycle = 10;
+  return weights * sizeof(float) / kBytesPerCycle;
+}
+
 // The sum of cost(size) over the parts that `count` things are cut into.
 template <class Cost>
 double over_parts(std::int64_t count, std::int64_t parts, Cost cost) {

@@ -349,14 +349,9 @@ class Run {
 
 // Cycles, measured: a vector of tiles of one channel into 36 elements, and 36 of one filter into outputs.
 constexpr double kInputCycles = 190, kOutputCycles = 150, kFewOutputCycles = 250;
-// What a cycle brings of weights that do not stay in the second-level cache.
-constexpr double kStreamedBytes = 8;
-constexpr double kStayingBytes = 1 << 20;
 
-// The products, or the arrival of their weights.
-double bounded(const Plan& plan, double product, std::int64_t blocks) {
-  const double bytes = static_cast<double>(kTileElements * channels_of(plan) * padded_filters(plan)) * sizeof(float);
-  return std::max(product, bytes > kStayingBytes ? static_cast<double>(blocks) * bytes / kStreamedBytes : 0.0);
+double arrival_cycles(const Plan& plan) {
+  return streaming_cycles(static_cast<double>(kTileElements * channels_of(plan) * padded_filters(plan)));
 }
 
 double few_cycles(const Plan& plan, const Kernels& table) {
@@ -370,7 +365,7 @@ double few_cycles(const Plan& plan, const Kernels& table) {
       return 70 + channels * step_cycles(t * vectors, t + vectors + b, 0) + t * vectors * 2;
     });
   });
-  return channels * kInputCycles + bounded(plan, kTileElements * product, 1) +
+  return channels * kInputCycles + kTileElements * product + arrival_cycles(plan) +
          static_cast<double>(tiles * blocks * vectors_per_block) * kFewOutputCycles;
 }
 
@@ -385,7 +380,7 @@ double winograd_cycles(const Plan& plan, const Kernels& table) {
     });
   });
   return static_cast<double>(tiling.vectors) * (channels * kInputCycles + filters * kOutputCycles) +
-         bounded(plan, kTileElements * product, ceil_div(tiling.vectors, plan.block_vectors));
+         kTileElements * product + arrival_cycles(plan);
 }
 
 }  // namespace
