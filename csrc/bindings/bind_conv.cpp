@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <optional>
 #include <string>
 #include <utility>
@@ -16,6 +14,7 @@
 #include "bindings/arrays.h"
 #include "conv/conv.h"
 #include "core/check.h"
+#include "core/memory.h"
 
 namespace py = pybind11;
 
@@ -91,10 +90,6 @@ class Planes {
   std::vector<float> memory_;
 };
 
-struct Free {
-  void operator()(void* memory) const { ::operator delete (memory, std::align_val_t{conv::kAlignment}); }
-};
-
 // input (images, channels, height, width); weight: for every filter one number per column of `columns` that its group
 // reads. Packs, runs once and unpacks: for tests, not for speed.
 py::array_t<float> conv2d(py::handle input, py::handle weight, const std::vector<std::int64_t>& columns,
@@ -143,11 +138,8 @@ py::array_t<float> conv2d(py::handle input, py::handle weight, const std::vector
   const Isa isa = active_isa();
   const conv::Plan plan = wanted.has_value() ? conv::plan(shape, in.pitch(), images, count, isa, *wanted)
                                              : conv::plan(shape, in.pitch(), images, count, isa);
-  const auto allocated = [](std::size_t bytes) {
-    return std::unique_ptr<void, Free>(::operator new (bytes, std::align_val_t{conv::kAlignment}));
-  };
-  const auto packed = allocated(conv::packed_size(plan)),
-             scratch = allocated(static_cast<std::size_t>(conv::scratch_size(plan, images)) * sizeof(float));
+  const Memory packed = allocate(conv::packed_size(plan)),
+               scratch = allocate(static_cast<std::size_t>(conv::scratch_size(plan, images)) * sizeof(float));
   conv::pack(plan, columns.data(), weights, biases, packed.get());
   if (added != nullptr) {
     other.read(added);

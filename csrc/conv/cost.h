@@ -14,10 +14,9 @@ inline double step_cycles(double sums, double loads, double shuffles) {
   return std::max({(sums + shuffles) / 2, loads / 2, sums < 8 ? 4.0 : 0.0});
 }
 
-// Weights of a network come from the third-level cache, mostly: a second-level one holds those of a few layers. What
-// arrives early, while others are computed with, is already counted off.
+// Weights of a network come from far away: caches hold those of some layers. This is what memory gives a core.
 inline double streaming_cycles(double weights) {
-  constexpr double kBytesPerCycle = 10;
+  constexpr double kBytesPerCycle = 5;
   return weights * sizeof(float) / kBytesPerCycle;
 }
 

@@ -9,12 +9,7 @@
 namespace acf::engine {
 namespace {
 
-struct Free {
-  void operator()(void* memory) const { ::operator delete (memory, std::align_val_t{conv::kAlignment}); }
-};
-using Packed = std::shared_ptr<void>;
-
-Packed allocate(std::size_t size) { return Packed(::operator new (size, std::align_val_t{conv::kAlignment}), Free()); }
+using Packed = const void*;
 
 // Weights packed for a plan, and for all plans that read the same: those for other numbers of samples, mostly.
 class PackedWeights {
@@ -23,16 +18,16 @@ class PackedWeights {
 
   const Weights& weights() const { return weights_; }
 
-  Packed of(const conv::Plan& plan) {
+  Packed of(const conv::Plan& plan, Pool& memory) {
     for (const auto& [other, packed] : packed_) {
       if (other.method == plan.method && other.filter_tiles == plan.filter_tiles && other.in.row == plan.in.row &&
           other.in.plane == plan.in.plane) {
         return packed;
       }
     }
-    Packed packed = allocate(conv::packed_size(plan));
+    void* packed = memory.take(conv::packed_size(plan));
     conv::pack(plan, weights_.columns.data(), weights_.values.data(),
-               weights_.bias.empty() ? nullptr : weights_.bias.data(), packed.get());
+               weights_.bias.empty() ? nullptr : weights_.bias.data(), packed);
     packed_.emplace_back(plan, packed);
     return packed;
   }
@@ -105,14 +100,14 @@ class ConvolutionTask : public Task {
  public:
   ConvolutionTask(const conv::Plan& plan, Packed packed, std::int64_t images, conv::Pitch out, conv::Epilogue epilogue,
                   bool residual)
-      : plan_(plan), packed_(std::move(packed)), images_(images), out_(out), epilogue_(epilogue), residual_(residual) {
+      : plan_(plan), packed_(packed), images_(images), out_(out), epilogue_(epilogue), residual_(residual) {
     scratch = conv::scratch_size(plan_, images_);
   }
 
   void run(float* const* operands, float* memory, int threads) const override {
     conv::Epilogue epilogue = epilogue_;
     if (residual_) epilogue.residual = operands[1];
-    conv::run(plan_, packed_.get(), images_, operands[0], operands[residual_ ? 2 : 1], out_, epilogue, memory, threads);
+    conv::run(plan_, packed_, images_, operands[0], operands[residual_ ? 2 : 1], out_, epilogue, memory, threads);
   }
 
  private:
@@ -143,15 +138,16 @@ class Convolution : public Operation {
     return made;
   }
 
-  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     const Weights& weights = weights_.weights();
     const conv::Shape shape = shape_of(window_, inputs[0]->shape, weights.filters, groups_);
-    const conv::Plan plan =
-        conv::plan(shape, inputs[0]->pitch(), output.images, static_cast<std::int64_t>(weights.columns.size()), isa);
+    const conv::Plan plan = conv::plan(shape, inputs[0]->pitch(), output.images,
+                                       static_cast<std::int64_t>(weights.columns.size()), machine.isa);
     conv::Epilogue epilogue = epilogue_of(activated_);
     if (inputs.size() == 2) epilogue.residual_pitch = inputs[1]->pitch();
-    return std::make_unique<ConvolutionTask>(plan, weights_.of(plan), output.images, output.pitch(), epilogue,
-                                             inputs.size() == 2);
+    return std::make_unique<ConvolutionTask>(plan, weights_.of(plan, machine.weights), output.images, output.pitch(),
+                                             epilogue, inputs.size() == 2);
   }
 
  private:
@@ -177,7 +173,7 @@ class SparseConvolutionTask : public Task {
   void run(float* const* operands, float*, int threads) const override {
     parallel_for(static_cast<std::int64_t>(filters_.size()), threads, [&](std::int64_t f) {
       const Filter& filter = filters_[static_cast<std::size_t>(f)];
-      conv::run(filter.plan, filter.packed.get(), images_, operands[0] + filter.in, operands[1] + f * out_.plane, out_,
+      conv::run(filter.plan, filter.packed, images_, operands[0] + filter.in, operands[1] + f * out_.plane, out_,
                 epilogue_, nullptr, 1);
     });
   }
@@ -217,16 +213,17 @@ class SparseConvolution : public Operation {
     return {static_cast<std::int64_t>(filters_.size()), shape.out_height(), shape.out_width()};
   }
 
-  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     const conv::Shape shape = own_shape(inputs[0]->shape);
     const auto per_group = static_cast<std::int64_t>(filters_.size()) / groups_;
     std::vector<SparseConvolutionTask::Filter> filters;
     for (std::size_t f = 0; f < filters_.size(); ++f) {
       const auto count = static_cast<std::int64_t>(filters_[f].weights().columns.size());
       const auto method = shape.stride_w <= 2 ? conv::Method::pixels_in_lanes : conv::Method::filters_in_lanes;
-      const conv::Plan plan = conv::plan(shape, inputs[0]->pitch(), output.images, count, isa, method);
+      const conv::Plan plan = conv::plan(shape, inputs[0]->pitch(), output.images, count, machine.isa, method);
       const std::int64_t group = static_cast<std::int64_t>(f) / per_group;
-      filters.push_back({plan, filters_[f].of(plan), group * shape.channels * inputs[0]->strides[0]});
+      filters.push_back({plan, filters_[f].of(plan, machine.weights), group * shape.channels * inputs[0]->strides[0]});
     }
     return std::make_unique<SparseConvolutionTask>(std::move(filters), output.images, output.pitch(),
                                                    epilogue_of(activated_));
@@ -286,11 +283,11 @@ class RowsTask : public Task {
 class LinearTask : public RowsTask {
  public:
   LinearTask(const Layout& input, const Layout& output, const conv::Plan& plan, Packed packed, conv::Epilogue epilogue)
-      : RowsTask(input, output), plan_(plan), packed_(std::move(packed)), epilogue_(epilogue) {}
+      : RowsTask(input, output), plan_(plan), packed_(packed), epilogue_(epilogue) {}
 
  private:
   void multiply(const float* x, float* y, int threads) const override {
-    conv::run(plan_, packed_.get(), images_, x, y, {1, 1, filters_}, epilogue_, nullptr, threads);
+    conv::run(plan_, packed_, images_, x, y, {1, 1, filters_}, epilogue_, nullptr, threads);
   }
 
   conv::Plan plan_;
@@ -317,14 +314,16 @@ class Linear : public Operation {
     return infer_linear(inputs, features_, weights_.weights().filters);
   }
 
-  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     conv::Shape shape;
     shape.channels = features_;
     shape.filters = weights_.weights().filters;
     const std::int64_t images = output.images * elements(output.shape) / shape.filters;
-    const conv::Plan plan =
-        conv::plan(shape, {1, 1, features_}, images, static_cast<std::int64_t>(weights_.weights().columns.size()), isa);
-    return std::make_unique<LinearTask>(*inputs[0], output, plan, weights_.of(plan), epilogue_of(activated_));
+    const conv::Plan plan = conv::plan(shape, {1, 1, features_}, images,
+                                       static_cast<std::int64_t>(weights_.weights().columns.size()), machine.isa);
+    return std::make_unique<LinearTask>(*inputs[0], output, plan, weights_.of(plan, machine.weights),
+                                        epilogue_of(activated_));
   }
 
  private:
@@ -374,8 +373,9 @@ class SparseLinear : public Operation {
     return infer_linear(inputs, features_, weights_.filters);
   }
 
-  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
-    return std::make_unique<SparseLinearTask>(*inputs[0], output, weights_, activated_, isa);
+  std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
+    return std::make_unique<SparseLinearTask>(*inputs[0], output, weights_, activated_, machine.isa);
   }
 
  private:

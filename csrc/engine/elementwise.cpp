@@ -85,7 +85,8 @@ class Elementwise : public Operation {
     return made;
   }
 
-  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     const Shape a = broadcast(*inputs[0], output.shape);
     Shape b(a.size(), 0);
     if (inputs.size() == 2) {
@@ -98,7 +99,7 @@ class Elementwise : public Operation {
       }
     }
     return std::make_unique<CombineTask>(combine_, Rows<3>(all_dims(output), {a, b, all_strides(output)}), call_,
-                                         constant_.empty() ? nullptr : constant_.data(), isa);
+                                         constant_.empty() ? nullptr : constant_.data(), machine.isa);
   }
 
  private:
@@ -151,7 +152,8 @@ class Softmax : public Operation {
     return inputs[0];
   }
 
-  std::unique_ptr<Task> prepare(Isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine&, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     const auto axis = static_cast<std::size_t>(axis_);
     Shape dims = all_dims(output);
     dims[axis + 1] = 1;
@@ -233,7 +235,8 @@ class LayerNorm : public Operation {
     return inputs[0];
   }
 
-  std::unique_ptr<Task> prepare(Isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine&, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     const Shape dims = all_dims(output), from = all_strides(*inputs[0]), to = all_strides(output);
     const auto cut = [&](const Shape& whole, bool last) {
       return last ? Shape(whole.end() - dims_, whole.end()) : Shape(whole.begin(), whole.end() - dims_);

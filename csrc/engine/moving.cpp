@@ -65,7 +65,8 @@ class Concat : public Operation {
     return made;
   }
 
-  std::unique_ptr<Task> prepare(Isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine&, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     const auto axis = static_cast<std::size_t>(axis_);
     Pieces pieces;
     std::int64_t to = 0;
@@ -98,7 +99,8 @@ class Reshape : public Operation {
     ACF_CHECK(elements(inputs[0]) == elements(shape_), "a new shape must have as many elements");
     return shape_;
   }
-  std::unique_ptr<Task> prepare(Isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine&, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     return std::make_unique<ReshapeTask>(*inputs[0], output);
   }
 
@@ -119,7 +121,8 @@ class Transpose : public Operation {
     ACF_CHECK(inputs[0].size() == order_.size(), "a transposition of ", order_.size(), " axes, not ", inputs[0].size());
     return ordered(inputs[0]);
   }
-  std::unique_ptr<Task> prepare(Isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine&, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     Shape from = {inputs[0]->image};
     for (const std::int64_t stride : ordered(inputs[0]->strides)) from.push_back(stride);
     return std::make_unique<CopyTask>(Pieces{{0, 0, 0, Rows<2>(all_dims(output), {from, all_strides(output)})}}, 1);
@@ -149,7 +152,8 @@ class Pad : public Operation {
     }
     return made;
   }
-  std::unique_ptr<Task> prepare(Isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine&, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     std::int64_t to = 0;
     for (std::size_t d = 0; d < before_.size(); ++d) to += before_[d] * output.strides[d];
     auto task = std::make_unique<CopyTask>(
@@ -177,7 +181,8 @@ class Slice : public Operation {
     size = (stop_ - start_ + step_ - 1) / step_;
     return made;
   }
-  std::unique_ptr<Task> prepare(Isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine&, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     const auto axis = static_cast<std::size_t>(axis_);
     Shape from = all_strides(*inputs[0]);
     from[axis + 1] *= step_;
@@ -220,7 +225,8 @@ class Take : public Operation {
     size = static_cast<std::int64_t>(indices_.size());
     return made;
   }
-  std::unique_ptr<Task> prepare(Isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine&, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     const auto axis = static_cast<std::size_t>(axis_);
     Shape dims = all_dims(output);
     dims[axis + 1] = 1;

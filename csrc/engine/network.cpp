@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <new>
 #include <utility>
 
 #include "core/check.h"
@@ -17,14 +16,9 @@ using Clock = std::chrono::steady_clock;
 constexpr std::size_t kSessions = 8;  // kept for as many numbers of samples
 constexpr std::int64_t kLine = 64 / sizeof(float);
 
-struct Free {
-  void operator()(float* memory) const { ::operator delete (memory, std::align_val_t{64}); }
-};
-using Memory = std::unique_ptr<float, Free>;
-
 Memory zeroed(std::int64_t size) {
   const auto bytes = static_cast<std::size_t>(size) * sizeof(float);
-  Memory memory(static_cast<float*>(::operator new (bytes, std::align_val_t{64})));
+  Memory memory = allocate(bytes);
   std::memset(memory.get(), 0, bytes);
   return memory;
 }
@@ -36,15 +30,16 @@ std::int64_t whole_lines(std::int64_t floats) { return (floats + kLine - 1) / kL
 // A network prepared for a number of samples.
 class Session {
  public:
-  Session(const Network& network, std::int64_t count) : images(count), network_(network) {
+  Session(Network& network, std::int64_t count) : images(count), network_(network) {
     lay_out();
+    const Machine machine = {network.isa_, network.weights_};
     for (std::size_t s = 0; s < network.steps_.size(); ++s) {
       const Network::Step& step = network.steps_[s];
       std::vector<const Layout*> inputs;
       for (const int value : step.inputs) inputs.push_back(&layout(value));
       const Layout& output = layout(step.output);
       const bool nothing = step.operation->keeps_order() && inputs[0]->in_order() && output.in_order();
-      tasks_.push_back(nothing ? nullptr : step.operation->prepare(network.isa_, inputs, output));
+      tasks_.push_back(nothing ? nullptr : step.operation->prepare(machine, inputs, output));
     }
     arrange();
     for (int value = 0; value < network.inputs_; ++value) {
@@ -60,7 +55,7 @@ class Session {
 
   void run(const float* const* inputs, float* const* outputs, int threads, double* seconds) {
     Workspace workspace = take();
-    float* base = workspace.memory.get();
+    auto* base = static_cast<float*>(workspace.memory.get());
     std::vector<float*>& at = workspace.operands;
     for (std::size_t i = 0; i < reads_.size(); ++i) {
       const int value = static_cast<int>(i);

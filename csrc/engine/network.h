@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "core/memory.h"
 #include "engine/operation.h"
 
 namespace acf::engine {
@@ -52,6 +53,7 @@ class Network {
   std::shared_ptr<Session> session(std::int64_t images);
 
   Isa isa_;
+  Pool weights_;
   int inputs_ = 0;
   std::vector<Shape> shapes_;
   std::vector<Step> steps_;

@@ -9,6 +9,7 @@
 #include "conv/conv.h"
 #include "conv/kernels.h"
 #include "core/isa.h"
+#include "core/memory.h"
 #include "engine/layout.h"
 
 namespace acf::engine {
@@ -22,6 +23,12 @@ class Task {
   std::int64_t scratch = 0;  // floats
 };
 
+// What a network is prepared for.
+struct Machine {
+  Isa isa;
+  Pool& weights;  // memory for them, which lives as long as the network
+};
+
 class Operation {
  public:
   virtual ~Operation() = default;
@@ -31,7 +38,8 @@ class Operation {
     return false;
   }  // only the shape changes: where both lie in order, nothing is done
   virtual Shape infer(const std::vector<Shape>& inputs) const = 0;  // throws std::invalid_argument
-  virtual std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) = 0;
+  virtual std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
+                                        const Layout& output) = 0;
 };
 
 struct Activated {

@@ -128,9 +128,10 @@ class Pool : public Operation {
     return made;
   }
 
-  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     const Shape& shape = inputs[0]->shape;
-    return std::make_unique<PoolTask>(pooling_, rows(shape), columns(shape), *inputs[0], output, isa);
+    return std::make_unique<PoolTask>(pooling_, rows(shape), columns(shape), *inputs[0], output, machine.isa);
   }
 
  private:
@@ -188,8 +189,9 @@ class Adaptive : public Operation {
     ACF_CHECK(inputs[0].size() == 3, "a pooling takes (channels, height, width)");
     return {inputs[0][0], height_, width_};
   }
-  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
-    return std::make_unique<AdaptiveTask>(*inputs[0], output, isa);
+  std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
+    return std::make_unique<AdaptiveTask>(*inputs[0], output, machine.isa);
   }
 
  private:
@@ -248,7 +250,8 @@ class Mean : public Operation {
     return made;
   }
 
-  std::unique_ptr<Task> prepare(Isa isa, const std::vector<const Layout*>& inputs, const Layout& output) override {
+  std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
     const Layout& input = *inputs[0];
     Shape kept = {input.images}, reduced, kept_in = {input.image}, kept_out = {output.image}, reduced_in;
     std::size_t made = 0;
@@ -263,7 +266,7 @@ class Mean : public Operation {
         kept_out.push_back(output.strides[made++]);
       }
     }
-    return std::make_unique<MeanTask>(Rows<2>(kept, {kept_in, kept_out}), Rows<1>(reduced, {reduced_in}), isa);
+    return std::make_unique<MeanTask>(Rows<2>(kept, {kept_in, kept_out}), Rows<1>(reduced, {reduced_in}), machine.isa);
   }
 
  private:
