@@ -301,7 +301,8 @@ Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t
   const Plan empty = start(shape, in, images, columns, isa);
   Plan best = best_filters(empty);
   if (shape.stride_w <= 2) consider(best, best_pixels(empty));
-  best.cycles += streaming_cycles(static_cast<double>(columns * shape.filters / shape.groups));
+  const std::int64_t weights = columns * (shape.filters / shape.groups);
+  best.cycles += streaming_cycles(static_cast<double>(weights));
   if (winograd_fits(empty)) consider(best, best_winograd_tiles(empty));
   if (winograd_fits(empty) && winograd_is_few(empty)) consider(best, best_winograd_filters(empty));
   return best;
