@@ -80,6 +80,22 @@ class Network:
         bias: NDArray[np.float32],
         activation: str,
     ) -> int: ...
+    def expansion(
+        self,
+        inputs: Sequence[int],
+        filters: int,
+        columns: NDArray[Any],
+        expand_values: NDArray[np.float32],
+        expand_bias: NDArray[np.float32],
+        expand_activation: str,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        padding: Sequence[int],
+        values: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        activation: str,
+    ) -> int: ...
     def sparse_conv(
         self,
         inputs: Sequence[int],

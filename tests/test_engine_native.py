@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from autocompress_fast.engine import native
 from autocompress_fast.engine.native import NativeExecutor
 from autocompress_fast.engine.program import Input, Program, Step, validate
 from autocompress_fast.engine.reference import Reference
@@ -25,7 +26,18 @@ class Drawn:
         self.shapes = [given.shape for given in self.inputs]
         self.steps: list[Step] = []
         self.tensors: dict[str, np.ndarray] = {}
-        makers = [self.conv, self.conv, self.conv, self.add, self.add, self.gate, self.pool, self.concat, self.flat]
+        makers = [
+            self.conv,
+            self.conv,
+            self.conv,
+            self.expansion,
+            self.add,
+            self.add,
+            self.gate,
+            self.pool,
+            self.concat,
+            self.flat,
+        ]
         for _ in range(self.draw.randint(4, 20)):
             self.draw.choice(makers)()
         some = self.draw.sample(range(len(self.shapes)), min(3, len(self.shapes)))
@@ -50,6 +62,17 @@ class Drawn:
 
     def activation(self) -> dict[str, str]:
         return {"activation": self.draw.choice(["none", "none", "relu", "silu", "hardsigmoid", "tanh"])}
+
+    def expansion(self) -> None:
+        x = self.image()
+        one = {"kernel": (1, 1), "stride": (1, 1), "padding": (0,) * 4, "dilation": (1, 1)}
+        filters, stride = self.draw.randint(2, 9), self.draw.randint(1, 2)
+        three = {"kernel": (3, 3), "stride": (stride, stride), "padding": (1,) * 4, "dilation": (1, 1)}
+        for shape, window, groups in (((filters, self.shapes[x][0]), one, 1), ((filters, 9), three, filters)):
+            tensors = {"weight": self.rng.standard_normal(shape, np.float32), "bias": np.ones(filters, np.float32)}
+            attributes = {**window, "groups": groups, "filters": filters, "storage": "dense", **self.activation()}
+            self.step("conv", [x], attributes, tensors)
+            x = len(self.shapes) - 1
 
     def conv(self) -> None:
         x = self.image()
@@ -135,13 +158,14 @@ def assert_close(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
 
 @every_isa
 @pytest.mark.parametrize("seed", range(60))
-def test_random_programs(seed):
+def test_random_programs(seed, monkeypatch):
+    monkeypatch.setattr(native, "LEAST_EXPANSION", 200)  # bytes, of some of them
     drawn = Drawn(seed)
-    native = NativeExecutor(drawn.program, drawn.infos, 1)
+    executor = NativeExecutor(drawn.program, drawn.infos, 1)
     reference = Reference(drawn.program, drawn.infos)
     for count in (2, 1, 2, 5, 2):  # what lies in the memory is from the run before
         inputs = drawn.samples(count)
-        assert_close(native.run(inputs), reference.run(inputs))
+        assert_close(executor.run(inputs), reference.run(inputs))
 
 
 @pytest.mark.parametrize("seed", range(1000, 1010))

@@ -6,6 +6,7 @@ itself. The network then lays out its values, plans its convolutions and runs wi
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -24,6 +25,9 @@ MOST_WORKSPACE: Final = 2**24
 
 More samples make better use of weights that are read once, but their values leave the caches.
 """
+
+LEAST_EXPANSION: Final = 3 << 18
+"""Bytes of a sample from which on the result of a 1x1 convolution is made and used some channels at a time."""
 
 
 class NativeExecutor:
@@ -73,20 +77,24 @@ class _Builder:
         for i, given in enumerate(self.program.inputs):
             self.numbers[i] = self.network.input(list(given.shape))
         steps = {step.output: step for step in self.program.steps}
-        fused = self._residuals(steps)
+        residuals = self._residuals(steps)
+        fused = {**residuals, **self._expansions(steps, residuals)}
         for step in self.program.steps:
             if step.output in fused.values():
-                continue  # computed where its result is added
+                continue  # computed with what reads its result
             conv = steps.get(fused.get(step.output, -1))
             if conv is None:
                 self.numbers[step.output] = _STEPS[step.op](self, step, [self.numbers[value] for value in step.inputs])
                 self.made.append((step,))
+                continue
+            if step.op == "conv":
+                self.numbers[step.output] = self._expansion(conv, step)
             else:
                 (other,) = (value for value in step.inputs if value != conv.output)
                 inputs = [self.numbers[conv.inputs[0]], self.numbers[other]]
                 activation = step.attributes["activation"]
                 self.numbers[step.output] = self._conv(conv, inputs, {**conv.attributes, "activation": activation})
-                self.made.append((conv, step))
+            self.made.append((conv, step))
         self.network.finish([self.numbers[value] for value in self.program.outputs])
         return self.network
 
@@ -107,6 +115,24 @@ class _Builder:
                     break
         return found
 
+    def _expansions(self, steps: Mapping[int, Step], residuals: Mapping[int, int]) -> dict[int, int]:
+        """Value of a depthwise convolution -> that of the 1x1 convolution it alone reads, if that is large."""
+        found: dict[int, int] = {}
+        for step in self.program.steps:
+            if step.op != "conv" or step.output in residuals.values():
+                continue
+            a, (value, *_) = step.attributes, step.inputs
+            expand, shape = steps.get(value), self.shapes[value]
+            if a["storage"] != "dense" or not 1 < a["groups"] == shape[0] == a["filters"]:
+                continue
+            if expand is None or expand.op != "conv" or self.readers[value] != 1 or value in residuals:
+                continue
+            b = expand.attributes
+            is_plain = b["kernel"] == b["stride"] == (1, 1) and not any(b["padding"]) and b["groups"] == 1
+            if is_plain and b["storage"] != "sparse" and 4 * math.prod(shape) > LEAST_EXPANSION:
+                found[step.output] = value
+        return found
+
     def _tensors(self, step: Step) -> dict[str, Array]:
         return {role: self.program.tensors[name] for role, name in step.tensors.items()}
 
@@ -123,6 +149,22 @@ class _Builder:
             kept = np.arange(columns * a["groups"])
         return self.network.conv(
             inputs, **window, filters=a["filters"], columns=kept, values=values, bias=bias, activation=activation
+        )
+
+    def _expansion(self, expand: Step, step: Step) -> int:
+        a, first, second = step.attributes, self._tensors(expand), self._tensors(step)
+        values, kept = _matrix(first, expand.attributes["filters"], self.shapes[expand.inputs[0]][0])
+        return self.network.expansion(
+            [self.numbers[expand.inputs[0]]],
+            expand.attributes["filters"],
+            kept,
+            values,
+            first.get("bias", _NONE),
+            expand.attributes["activation"],
+            **{name: a[name] for name in ("kernel", "stride", "dilation", "padding")},
+            values=second["weight"],
+            bias=second.get("bias", _NONE),
+            activation=a["activation"],
         )
 
     def _linear(self, step: Step, inputs: list[int]) -> int:

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -150,6 +151,23 @@ void register_engine(py::module_& module) {
           py::arg("inputs"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
           py::arg("groups"), py::arg("filters"), py::arg("columns"), py::arg("values"), py::arg("bias"),
           py::arg("activation"))
+      .def(
+          "expansion",
+          [](Network& network, const Inputs& inputs, std::int64_t filters, const Indices& columns,
+             const Floats& expand_values, const Floats& expand_bias, const std::string& expand_activation,
+             const Pair& kernel, const Pair& stride, const Pair& dilation, const Four& padding, const Floats& values,
+             const Floats& bias, const std::string& activation) {
+            Integers all(static_cast<std::size_t>(values.size()));
+            std::iota(all.begin(), all.end(), 0);
+            return network.add(
+                engine::expansion(weights(filters, columns, expand_values, expand_bias),
+                                  activated(expand_activation, 0), window(kernel, stride, dilation, padding),
+                                  {filters, std::move(all), floats(values), floats(bias)}, activated(activation, 0)),
+                inputs);
+          },
+          py::arg("inputs"), py::arg("filters"), py::arg("columns"), py::arg("expand_values"), py::arg("expand_bias"),
+          py::arg("expand_activation"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
+          py::arg("values"), py::arg("bias"), py::arg("activation"))
       .def(
           "sparse_conv",
           [](Network& network, const Inputs& inputs, const Pair& kernel, const Pair& stride, const Pair& dilation,

@@ -7,7 +7,6 @@
 // one.
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -73,7 +72,7 @@ struct BlockLayout {
   std::int64_t pitch, v_element, m_element, m, size;
 };
 
-std::int64_t slots(const BlockLayout& layout, std::int64_t blocks) {
+std::int64_t slot_count(const BlockLayout& layout, std::int64_t blocks) {
   const bool shared = layout.size * static_cast<std::int64_t>(sizeof(float)) > kSharedBytes;
   return shared ? 1 : std::min<std::int64_t>(blocks, hardware_threads());
 }
@@ -139,7 +138,7 @@ class Run {
   void run(float* scratch, int threads) const {
     const std::int64_t products = tiling_.vectors * table_.lanes * kTileElements * channels() * plan_.shape.filters;
     const int used = products < kTaskMacs ? 1 : threads;
-    const std::int64_t own = slots(layout_, blocks_.count);
+    const std::int64_t own = slot_count(layout_, blocks_.count);
     if (used > 1 && own > 1 && blocks_.count >= 2 * used) {
       run_apart(scratch, static_cast<int>(std::min<std::int64_t>(used, own)));
     } else {
@@ -162,13 +161,9 @@ class Run {
 
   // Every thread a block after the other.
   void run_apart(float* scratch, int threads) const {
-    std::array<std::atomic<bool>, 64> taken{};
-    const int most = std::min<int>(threads, static_cast<int>(taken.size()));
-    parallel_for(blocks_.count, most, [&](std::int64_t b) {
-      std::size_t slot = 0;
-      while (taken[slot].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % static_cast<std::size_t>(most);
-      run_together(blocks_[b], scratch + static_cast<std::int64_t>(slot) * layout_.size, 1);
-      taken[slot].store(false, std::memory_order_release);
+    Slots slots(threads);
+    parallel_for(blocks_.count, slots.count(), [&](std::int64_t b) {
+      slots.with([&](int slot) { run_together(blocks_[b], scratch + slot * layout_.size, 1); });
     });
   }
 
@@ -479,7 +474,7 @@ std::int64_t winograd_scratch(const Plan& plan, std::int64_t images) {
   const Kernels& table = kernels(plan.isa);
   const BlockLayout layout(plan, table.lanes);
   const Tiling tiling(plan, table.lanes, images);
-  return layout.size * slots(layout, ceil_div(tiling.vectors, plan.block_vectors));
+  return layout.size * slot_count(layout, ceil_div(tiling.vectors, plan.block_vectors));
 }
 
 void run_winograd(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out,

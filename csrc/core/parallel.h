@@ -2,6 +2,7 @@
 // fight.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <type_traits>
@@ -32,6 +33,28 @@ class TaskRef {
 // body, or while another caller has the threads, runs its tasks one after the other. Throws std::invalid_argument for
 // threads < 1 or tasks < 0. The other threads stay for the next call; after a fork the child starts its own.
 void parallel_for(std::int64_t tasks, int threads, TaskRef body);
+
+// Numbers below `count` for tasks under way, so that each has memory of its own: no two hold the same one. For at most
+// `count` threads.
+class Slots {
+ public:
+  static constexpr int kMost = 64;
+
+  explicit Slots(int count) : count_(count < kMost ? count : kMost) {}
+  int count() const { return count_; }
+
+  template <class Body>
+  void with(const Body& body) {  // body(number)
+    int slot = 0;
+    while (taken_[slot].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % count_;
+    body(slot);
+    taken_[slot].store(false, std::memory_order_release);
+  }
+
+ private:
+  int count_;
+  std::atomic<bool> taken_[kMost] = {};
+};
 
 // The processors this process may run on, at least 1.
 int hardware_threads();

@@ -157,6 +157,142 @@ class Convolution : public Operation {
   Activated activated_;
 };
 
+// ---- 1x1, then depthwise -------------------------------------------------------------------------------------------
+
+class ExpansionTask : public Task {
+ public:
+  // Some channels of what lies between both.
+  struct Slice {
+    conv::Plan expand, depthwise;  // of one image
+    Packed expand_weights, depthwise_weights;
+    std::int64_t first, channels;
+  };
+
+  ExpansionTask(std::vector<Slice> slices, const Layout& input, const Layout& output, const conv::Layout& between,
+                const Activated& expanded, const Activated& activated)
+      : slices_(std::move(slices)),
+        images_(output.images),
+        in_(input.pitch()),
+        out_(output.pitch()),
+        between_(between),
+        pitch_((between.size + kLine - 1) / kLine * kLine),
+        height_(input.shape[1]),
+        width_(input.shape[2]),
+        expanded_(epilogue_of(expanded)),
+        activated_(epilogue_of(activated)) {
+    scratch = pitch_ * std::min<std::int64_t>(tasks(), hardware_threads());
+  }
+
+  void run(float* const* operands, float* memory, int threads) const override {
+    Slots slots(static_cast<int>(std::min<std::int64_t>({tasks(), threads, hardware_threads()})));
+    bool cleared[Slots::kMost] = {};  // of a slot: its halo, which nothing else writes meanwhile
+    parallel_for(tasks(), slots.count(), [&](std::int64_t task) {
+      slots.with([&](int slot) {
+        const Slice& slice = slices_[static_cast<std::size_t>(task) % slices_.size()];
+        const std::int64_t n = task / static_cast<std::int64_t>(slices_.size());
+        float* between = memory + slot * pitch_ + between_.before;
+        if (!cleared[slot]) conv::clear_halo(between, between_, 1, slices_[0].channels, height_, width_);
+        cleared[slot] = true;
+        conv::run(slice.expand, slice.expand_weights, 1, operands[0] + n * in_.image, between, between_.pitch,
+                  expanded_, nullptr, 1);
+        conv::run(slice.depthwise, slice.depthwise_weights, 1, between,
+                  operands[1] + n * out_.image + slice.first * out_.plane, out_, activated_, nullptr, 1);
+      });
+    });
+  }
+
+ private:
+  static constexpr std::int64_t kLine = conv::kAlignment / sizeof(float);
+
+  std::int64_t tasks() const { return images_ * static_cast<std::int64_t>(slices_.size()); }
+
+  std::vector<Slice> slices_;  // the first has the most channels
+  std::int64_t images_;
+  conv::Pitch in_, out_;
+  conv::Layout between_;
+  std::int64_t pitch_, height_, width_;
+  conv::Epilogue expanded_, activated_;
+};
+
+class Expansion : public Operation {
+ public:
+  Expansion(Weights expand, const Activated& expanded, const Window& window, Weights depthwise,
+            const Activated& activated)
+      : expand_(std::move(expand)),
+        depthwise_(std::move(depthwise)),
+        expanded_(expanded),
+        window_(window),
+        activated_(activated) {}
+
+  bool on_planes() const override { return true; }
+
+  Shape infer(const std::vector<Shape>& inputs) const override {
+    const conv::Shape shape = shape_of({}, inputs[0], expand_.filters, 1),
+                      planes = shape_of(window_, {expand_.filters, inputs[0][1], inputs[0][2]}, expand_.filters,
+                                        expand_.filters);
+    conv::check(shape);
+    conv::check(planes);
+    check_weights(expand_, expand_.filters);
+    check_columns(expand_.columns, shape.columns());
+    ACF_CHECK(depthwise_.filters == expand_.filters &&
+                  static_cast<std::int64_t>(depthwise_.columns.size()) == planes.columns(),
+              "an expansion takes a complete depthwise convolution of all its filters");
+    check_weights(depthwise_, 1);
+    check_columns(depthwise_.columns, planes.columns());
+    return {expand_.filters, planes.out_height(), planes.out_width()};
+  }
+
+  std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
+                                const Layout& output) override {
+    const Shape& in = inputs[0]->shape;
+    const std::int64_t plane = conv::layout(1, 1, in[1], in[2], window_.padding).pitch.plane;
+    const std::int64_t most = std::max<std::int64_t>(4, kSliceFloats / plane / 4 * 4);
+    const std::int64_t count = (expand_.filters + most - 1) / most, size = (expand_.filters + count - 1) / count;
+    const conv::Layout between = conv::layout(1, size, in[1], in[2], window_.padding);
+    std::vector<ExpansionTask::Slice> slices;
+    for (std::int64_t first = 0; first < expand_.filters; first += size) {
+      const std::int64_t channels = std::min(size, expand_.filters - first);
+      if (slices.size() == packed_.size()) {
+        packed_.emplace_back(PackedWeights(some(expand_, first, channels)),
+                             PackedWeights(some(depthwise_, first, channels)));
+      }
+      auto& [expand_weights, depthwise_weights] = packed_[slices.size()];
+      const auto planned = [&](const conv::Shape& shape, const conv::Pitch& pitch, const PackedWeights& weights) {
+        return conv::plan(shape, pitch, 1, static_cast<std::int64_t>(weights.weights().columns.size()), machine.isa);
+      };
+      const conv::Plan expand = planned(shape_of({}, in, channels, 1), inputs[0]->pitch(), expand_weights),
+                       depthwise = planned(shape_of(window_, {channels, in[1], in[2]}, channels, channels),
+                                           between.pitch, depthwise_weights);
+      slices.push_back({expand, depthwise, expand_weights.of(expand, machine.weights),
+                        depthwise_weights.of(depthwise, machine.weights), first, channels});
+    }
+    return std::make_unique<ExpansionTask>(std::move(slices), *inputs[0], output, between, expanded_, activated_);
+  }
+
+ private:
+  // Of what lies between both: a part of the second-level cache.
+  static constexpr std::int64_t kSliceFloats = (640 << 10) / sizeof(float);
+
+  // Those of some filters. A filter of a depthwise convolution has columns of its own, and all of them.
+  static Weights some(const Weights& all, std::int64_t first, std::int64_t count) {
+    const auto width = static_cast<std::int64_t>(all.values.size()) / all.filters;
+    Weights part;
+    part.filters = count;
+    part.columns = all.columns;
+    if (static_cast<std::int64_t>(all.columns.size()) > width)
+      part.columns.resize(static_cast<std::size_t>(count * width));
+    part.values.assign(all.values.begin() + first * width, all.values.begin() + (first + count) * width);
+    if (!all.bias.empty()) part.bias.assign(all.bias.begin() + first, all.bias.begin() + first + count);
+    return part;
+  }
+
+  Weights expand_, depthwise_;
+  Activated expanded_;
+  Window window_;
+  Activated activated_;
+  std::vector<std::pair<PackedWeights, PackedWeights>> packed_;  // of every slice, for both
+};
+
 // ---- every filter with columns of its own ---------------------------------------------------------------------------
 
 class SparseConvolutionTask : public Task {
@@ -393,6 +529,10 @@ std::unique_ptr<Operation> convolution(const Window& window, std::int64_t groups
 std::unique_ptr<Operation> sparse_convolution(const Window& window, std::int64_t groups, SparseWeights weights,
                                               const Activated& activated) {
   return std::make_unique<SparseConvolution>(window, groups, std::move(weights), activated);
+}
+std::unique_ptr<Operation> expansion(Weights expand, const Activated& expanded, const Window& window, Weights depthwise,
+                                     const Activated& activated) {
+  return std::make_unique<Expansion>(std::move(expand), expanded, window, std::move(depthwise), activated);
 }
 std::unique_ptr<Operation> linear(Weights weights, std::int64_t features, const Activated& activated) {
   return std::make_unique<Linear>(std::move(weights), features, activated);

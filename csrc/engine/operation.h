@@ -76,6 +76,10 @@ std::unique_ptr<Operation> convolution(const Window& window, std::int64_t groups
                                        const Activated& activated);
 std::unique_ptr<Operation> sparse_convolution(const Window& window, std::int64_t groups, SparseWeights weights,
                                               const Activated& activated);
+// A 1x1 convolution, and a depthwise one of its result, which is made and used some channels at a time: it would leave
+// the cache otherwise.
+std::unique_ptr<Operation> expansion(Weights expand, const Activated& expanded, const Window& window, Weights depthwise,
+                                     const Activated& activated);
 std::unique_ptr<Operation> linear(Weights weights, std::int64_t features, const Activated& activated);
 std::unique_ptr<Operation> sparse_linear(SparseWeights weights, std::int64_t features, const Activated& activated);
 std::unique_ptr<Operation> pool(const Pooling& pooling);

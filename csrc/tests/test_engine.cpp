@@ -144,6 +144,35 @@ ACF_TEST(sparse_layers_are_dense_ones_with_zeros) {
   }
 }
 
+ACF_TEST(expansions_are_two_convolutions) {
+  Weights expand = dense(45, 5, 21), depthwise = dense(45, 9, 23);
+  expand.columns = {0, 2, 3, 4, 6};
+  for (std::int64_t column = 9; column < 45 * 9; ++column) depthwise.columns.push_back(column);
+  const Activated relu = {conv::Activation::relu6}, silu = {conv::Activation::silu};
+  for (const Isa isa : supported_isas()) {
+    for (const std::int64_t stride : {1, 2}) {
+      for (const std::int64_t images : {1, 3}) {
+        const Values input = numbers(static_cast<std::size_t>(images * 7 * 64 * 80), 25);  // three slices
+        std::vector<Values> found;
+        for (const bool together : {false, true}) {
+          Network network(isa);
+          int value = network.add_input({7, 64, 80});
+          if (together) {
+            value = network.add(expansion(expand, relu, window(3, stride, 1), depthwise, silu), {value});
+          } else {
+            value = network.add(convolution({}, 1, expand, relu), {value});
+            value = network.add(convolution(window(3, stride, 1), 45, depthwise, silu), {value});
+          }
+          network.finish({network.add(activate(relu), {value})});
+          found.push_back(run(network, images, input));
+          for (const int threads : {1, 2, 5}) EXPECT(run(network, images, input, threads) == found.back());
+        }
+        EXPECT(close(found[1], found[0]));
+      }
+    }
+  }
+}
+
 ACF_TEST(pools_are_those_of_their_definition) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   for (const Isa isa : supported_isas()) {
@@ -194,6 +223,8 @@ ACF_TEST(steps_that_do_not_fit_are_refused) {
                 "columns must be ascending numbers below 27");
   EXPECT_THROWS(network.add(convolution(window(6, 1, 0), 1, dense(2, 27, 1), {}), {x}), std::invalid_argument, "");
   EXPECT_THROWS(network.add(reshape({5}), {x}), std::invalid_argument, "as many elements");
+  EXPECT_THROWS(network.add(expansion(dense(4, 3, 1), {}, window(3, 1, 1), dense(5, 9, 1), {}), {x}),
+                std::invalid_argument, "a complete depthwise convolution of all its filters");
   EXPECT_THROWS(network.add(slice(0, 1, 4, 1), {x}), std::invalid_argument, "within its axis");
   EXPECT_THROWS(network.add(take(0, {3}), {x}), std::invalid_argument, "there is no index 3");
   network.finish({network.add(activate({conv::Activation::relu}), {x})});
