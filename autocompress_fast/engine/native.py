@@ -20,8 +20,9 @@ __all__ = ["NativeExecutor"]
 
 Array = np.ndarray[Any, Any]
 
-MOST_WORKSPACE: Final = 2**24
-"""Bytes that the values of the samples computed at once may take.
+LEAST_WORKSPACE: Final = 2**22
+MOST_WORKSPACE: Final = 3 * 2**23
+"""Bytes that the values of the samples computed at once may take: within these bounds, half of what the weights take.
 
 More samples make better use of weights that are read once, but their values leave the caches.
 """
@@ -47,7 +48,7 @@ class NativeExecutor:
         builder = _Builder(program, infos)
         self.network, self.steps = builder.build(), tuple(builder.made)
         one = self.network.workspace_bytes(1)
-        self.chunk = program.batch or max(1, MOST_WORKSPACE // one)
+        self.chunk = program.batch or max(1, _workspace(program) // one)
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Outputs for float32 inputs of the declared shapes, each with the same number of samples first."""
@@ -207,6 +208,17 @@ class _Builder:
 
     def _take(self, step: Step, inputs: list[int]) -> int:
         return self.network.take(inputs, step.attributes["axis"], self._tensors(step)["indices"])
+
+
+def _workspace(program: Program) -> int:
+    """Bytes for the values of the samples computed at once."""
+    weights = 0
+    for step in program.steps:
+        a = step.attributes
+        is_winograd = step.op == "conv" and a["storage"] == "dense" and a["kernel"] == (3, 3) and a["stride"] == (1, 1)
+        own = sum(program.tensors[name].nbytes for name in step.tensors.values())
+        weights += 4 * own if is_winograd else own  # 36 transformed ones for 9
+    return min(MOST_WORKSPACE, max(LEAST_WORKSPACE, weights // 2))
 
 
 _NONE: Final = np.zeros(0, np.float32)
