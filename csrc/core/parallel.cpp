@@ -13,6 +13,7 @@
 #include <system_error>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #if defined(__linux__)
 #include <sched.h>
@@ -26,7 +27,7 @@ namespace {
 // Waking a parked thread costs the caller a system call and the thread some ten microseconds. A network's layers follow
 // each other faster than that, so a thread that has run out of tasks looks out for the next call this long before it
 // parks.
-constexpr std::chrono::microseconds kSpin{20};
+constexpr std::chrono::microseconds kSpin{100};
 constexpr int kMaxThreads = 1024;
 
 // True in every thread of the pool, and in a caller while its body runs.
@@ -94,7 +95,12 @@ class Pool {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
-      for (; started_ < wanted; ++started_) std::thread(&Pool::help, this).detach();
+      for (; started_ < wanted; ++started_) {
+        std::thread helper(&Pool::help, this);
+        helpers_.push_back(helper.native_handle());
+        helper.detach();
+      }
+      kept_off_ = -1;
     } catch (const std::system_error&) {
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -106,12 +112,29 @@ class Pool {
     // Either this sees a thread that has parked, or that thread sees the places: both orders are sequentially
     // consistent.
     if (parked_.load() == 0) return;
+    keep_off_the_callers_processor();
     { const std::lock_guard<std::mutex> lock(mutex_); }
     if (places >= parked_.load()) {
       wake_.notify_all();
     } else {
       for (std::uint32_t i = 0; i < places; ++i) wake_.notify_one();
     }
+  }
+
+  // A thread that is woken would often be put where the caller runs, and wait there until the system balances its
+  // processors some milliseconds later, while the caller waits for it.
+  void keep_off_the_callers_processor() {
+#if defined(__linux__)
+    const int processor = sched_getcpu();
+    if (processor < 0 || processor == kept_off_) return;
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+    CPU_CLR(static_cast<unsigned>(processor), &allowed);
+    for (const std::thread::native_handle_type helper : helpers_) {
+      pthread_setaffinity_np(helper, sizeof(allowed), &allowed);
+    }
+    kept_off_ = processor;
+#endif
   }
 
   void close() {
@@ -173,6 +196,8 @@ class Pool {
 
   std::mutex caller_;
   int started_ = 0;
+  std::vector<std::thread::native_handle_type> helpers_;
+  int kept_off_ = -1;  // the processor
   const int processors_ = hardware_threads();
   std::atomic<bool> spin_{false};
 
