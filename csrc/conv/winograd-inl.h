@@ -41,6 +41,16 @@ ACF_INLINE void transform_output(const Reg (&m)[6], Reg (&y)[4]) {
   y[3] = N::add(N::fma(half, odd_a, N::mul(two, odd_b)), m[5]);
 }
 
+// A^T m of all 6 columns of products that lie `pitch` apart.
+ACF_INLINE void transform_columns(const float* m, std::int64_t pitch, Reg (&rows)[4][6]) {
+  unrolled<6>([&](auto j) {
+    Reg column[6], y[4];
+    unrolled<6>([&](auto i) { column[i] = N::load(m + (i * 6 + j) * pitch); });
+    transform_output(column, y);
+    unrolled<4>([&](auto i) { rows[i][j] = y[i]; });
+  });
+}
+
 // How many of `lanes` are left after `skipped` ones of `columns`.
 ACF_INLINE int lanes_left(int columns, int skipped, int lanes) {
   const int left = columns - skipped;
@@ -176,12 +186,7 @@ void winograd_output_of(const WinogradOutput& call) {
   for (std::int64_t f = 0; f < call.filters; ++f) {
     const float* m = call.m + f * call.m_filter;
     Reg rows[4][6];
-    unrolled<6>([&](auto j) {
-      Reg column[6], y[4];
-      unrolled<6>([&](auto i) { column[i] = N::load(m + (i * 6 + j) * call.m_element); });
-      transform_output(column, y);
-      unrolled<4>([&](auto i) { rows[i][j] = y[i]; });
-    });
+    transform_columns(m, call.m_element, rows);
     const Reg bias = N::broadcast(call.bias + f);
     unrolled<4>([&](auto row) {
       Reg y[4];
@@ -249,12 +254,7 @@ inline void winograd_few_output(const WinogradOutput& call) {
     for (std::int64_t f = 0; f < call.filters; f += N::kLanes) {
       const float* m = call.m + t * call.m_tile + f;
       Reg rows[4][6];
-      unrolled<6>([&](auto j) {
-        Reg column[6], y[4];
-        unrolled<6>([&](auto i) { column[i] = N::load(m + (i * 6 + j) * call.m_element); });
-        transform_output(column, y);
-        unrolled<4>([&](auto i) { rows[i][j] = y[i]; });
-      });
+      transform_columns(m, call.m_element, rows);
       const Reg bias = N::load(call.bias + f);
       unrolled<4>([&](auto row) {
         if (row >= strip.out_rows) return;
