@@ -333,9 +333,9 @@ ACF_INLINE Reg combined(Reg a, Reg b) {
 
 template <Combine kCombine>
 void combine_row(const RowCall& row) {
-  const Reg a_once = row.a_once ? N::broadcast(row.a) : N::set(0.0f),
-            b_once = row.b_once ? N::broadcast(row.b) : N::set(0.0f);
   constexpr bool kSecond = kCombine != Combine::first;
+  const Reg a_once = row.a_once ? N::broadcast(row.a) : N::set(0.0f),
+            b_once = kSecond && row.b_once ? N::broadcast(row.b) : N::set(0.0f);
   std::int64_t i = 0;
   for (; i + N::kLanes <= row.count; i += N::kLanes) {
     const Reg a = row.a_once ? a_once : N::load(row.a + i), b = !kSecond || row.b_once ? b_once : N::load(row.b + i);
