@@ -74,7 +74,7 @@ struct BlockLayout {
 
 std::int64_t slot_count(const BlockLayout& layout, std::int64_t blocks) {
   const bool shared = layout.size * static_cast<std::int64_t>(sizeof(float)) > kSharedBytes;
-  return shared ? 1 : std::min<std::int64_t>(blocks, hardware_threads());
+  return shared ? 1 : std::min<std::int64_t>(blocks, Slots::most());
 }
 
 struct WinogradLayout {

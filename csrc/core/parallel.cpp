@@ -237,6 +237,11 @@ void parallel_for(std::int64_t tasks, int threads, TaskRef body) {
   for (std::int64_t task = 0; task < tasks; ++task) body(task);
 }
 
+int Slots::most() {
+  static const int processors = std::min(kMost, hardware_threads());
+  return processors;
+}
+
 int hardware_threads() {
 #if defined(__linux__)
   cpu_set_t allowed;

@@ -43,6 +43,9 @@ class Slots {
   explicit Slots(int count) : count_(count < kMost ? count : kMost) {}
   int count() const { return count_; }
 
+  // How many to have memory for: the same for the life of the process, unlike the processors a thread may run on.
+  static int most();
+
   template <class Body>
   void with(const Body& body) {  // body(number)
     int slot = 0;

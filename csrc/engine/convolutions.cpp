@@ -180,11 +180,11 @@ class ExpansionTask : public Task {
         width_(input.shape[2]),
         expanded_(epilogue_of(expanded)),
         activated_(epilogue_of(activated)) {
-    scratch = pitch_ * std::min<std::int64_t>(tasks(), hardware_threads());
+    scratch = pitch_ * std::min<std::int64_t>(tasks(), Slots::most());
   }
 
   void run(float* const* operands, float* memory, int threads) const override {
-    Slots slots(static_cast<int>(std::min<std::int64_t>({tasks(), threads, hardware_threads()})));
+    Slots slots(static_cast<int>(std::min<std::int64_t>({tasks(), threads, Slots::most()})));
     bool cleared[Slots::kMost] = {};  // of a slot: its halo, which nothing else writes meanwhile
     parallel_for(tasks(), slots.count(), [&](std::int64_t task) {
       slots.with([&](int slot) {
