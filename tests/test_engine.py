@@ -470,7 +470,7 @@ def test_results_depend_on_neither_threads_nor_other_samples(monkeypatch):
     assert np.array_equal(y, Engine(program, threads=3)(x))
     assert np.array_equal(y[::-1], Engine(program, threads=3)(x[::-1]))
     monkeypatch.setattr(native, "MOST_WORKSPACE", 2**17)  # in parts, of more than one
-    assert 1 < Engine(program)._executor.chunk < 100
+    assert 1 < Engine(program)._executor.part < 100
     np.testing.assert_allclose(Engine(program, threads=1)(x), y, rtol=1e-5, atol=1e-5)
 
 
@@ -495,7 +495,7 @@ def test_one_engine_in_several_threads():
 def test_memory_stays_bounded():
     model = nn.Sequential(nn.Conv2d(8, 32, 5, padding=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     engine = acf.compile(model, torch.zeros(1, 8, 16, 16), threads=1)
-    samples = engine._executor.chunk
+    samples = engine._executor.part
     assert 1 < samples < 10_000
     assert engine._executor.network.workspace_bytes(samples) <= native.MOST_WORKSPACE
 

@@ -177,8 +177,9 @@ class Engine:
         return Summary(steps, self.weights, sum(step.macs for step in steps))
 
     def workspace_bytes(self, samples: int = 1) -> int:
-        """Memory of the values of so many samples computed at once; larger batches are computed in parts."""
-        return self._executor.network.workspace_bytes(min(samples, self._executor.chunk))
+        """Memory of the values of so many samples. Of a larger batch, every thread computes one part at a time."""
+        part, parts = self._executor.part, -(-samples // self._executor.part)
+        return self._executor.network.workspace_bytes(min(samples, part)) * min(parts, self.threads)
 
     def profile(self, *inputs: Any, samples: int = 1, rounds: int = 20) -> Profile:
         """How long every step takes: medians over some runs, beside their speed and its share of the peak.
@@ -202,8 +203,8 @@ class Engine:
         drawn = tuple(rng.standard_normal((samples, *given.shape), np.float32) for given in self.program.inputs)
         arrays = self._check_inputs(inputs or drawn)
         executor, threads = self._executor, self.threads
-        executor.network.profile(arrays, threads, 1)  # what is worked out once for this number of samples
-        seconds = np.median(executor.network.profile(arrays, threads, rounds), axis=0)
+        executor.profile(arrays, 1)  # what is worked out once for this number of samples
+        seconds = np.median(executor.profile(arrays, rounds), axis=0)
         peak, count = _core.peak_flops() * threads, len(arrays[0])
         infos = dict(zip((step.output for step in self.program.steps), self._infos, strict=True))
         steps = tuple(

@@ -40,6 +40,7 @@ class NativeExecutor:
         threads: how many processors a run may use. Results do not depend on it.
 
     Attributes:
+        part: how many samples are computed at once.
         steps: of the program, what each operation of the network stands for: one, or a convolution and an addition.
     """
 
@@ -48,20 +49,18 @@ class NativeExecutor:
         builder = _Builder(program, infos)
         self.network, self.steps = builder.build(), tuple(builder.made)
         one = self.network.workspace_bytes(1)
-        self.chunk = program.batch or max(1, _workspace(program) // one)
+        self.part = program.batch or max(1, _workspace(program) // one)
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Outputs for float32 inputs of the declared shapes, each with the same number of samples first."""
-        samples = len(inputs[0])
-        if 0 < samples <= self.chunk:
-            return self.network.run(list(inputs), self.threads)
-        if samples == 0:
-            ones = [np.zeros((1, *given.shape), np.float32) for given in self.program.inputs]
-            return [y[:0] for y in self.network.run(ones, self.threads)]
-        chunk = -(-samples // -(-samples // self.chunk))  # as equal as can be
-        starts = range(0, samples, chunk)
-        parts = [self.network.run([x[i : i + chunk] for x in inputs], self.threads) for i in starts]
-        return [np.concatenate(values) for values in zip(*parts, strict=True)]
+        if len(inputs[0]) > 0:
+            return self.network.run(list(inputs), self.threads, self.part)
+        ones = [np.zeros((1, *given.shape), np.float32) for given in self.program.inputs]
+        return [y[:0] for y in self.network.run(ones, self.threads, 1)]
+
+    def profile(self, inputs: Sequence[Array], rounds: int) -> Array:
+        """(rounds, steps): seconds that each step takes, with all threads working on it."""
+        return self.network.profile(list(inputs), self.threads, self.part, rounds)
 
 
 class _Builder:

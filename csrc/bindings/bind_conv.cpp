@@ -139,7 +139,7 @@ py::array_t<float> conv2d(py::handle input, py::handle weight, const std::vector
   const conv::Plan plan = wanted.has_value() ? conv::plan(shape, in.pitch(), images, count, isa, *wanted)
                                              : conv::plan(shape, in.pitch(), images, count, isa);
   const Memory packed = allocate(conv::packed_size(plan)),
-               scratch = allocate(static_cast<std::size_t>(conv::scratch_size(plan, images)) * sizeof(float));
+               scratch = allocate(static_cast<std::size_t>(conv::scratch_size(plan)) * sizeof(float));
   conv::pack(plan, columns.data(), weights, biases, packed.get());
   if (added != nullptr) {
     other.read(added);

@@ -103,18 +103,19 @@ struct Arrays {
 
 void check_threads(int threads) { ACF_CHECK(threads >= 1, "threads must be at least 1, got ", threads); }
 
-py::list run(Network& network, const std::vector<Floats>& inputs, int threads) {
+py::list run(Network& network, const std::vector<Floats>& inputs, int threads, std::int64_t part) {
   check_threads(threads);
   const Arrays arrays(network, inputs);
   {
     const py::gil_scoped_release release;
-    network.run(arrays.images, arrays.from.data(), arrays.to.data(), threads);
+    network.run(arrays.images, part, arrays.from.data(), arrays.to.data(), threads);
   }
   return arrays.outputs;
 }
 
 // (rounds, steps), seconds.
-py::array_t<double> profile(Network& network, const std::vector<Floats>& inputs, int threads, std::int64_t rounds) {
+py::array_t<double> profile(Network& network, const std::vector<Floats>& inputs, int threads, std::int64_t part,
+                            std::int64_t rounds) {
   check_threads(threads);
   ACF_CHECK(rounds >= 1, "rounds must be at least 1, got ", rounds);
   const Arrays arrays(network, inputs);
@@ -123,7 +124,7 @@ py::array_t<double> profile(Network& network, const std::vector<Floats>& inputs,
   double* row = seconds.mutable_data();
   const py::gil_scoped_release release;
   for (std::int64_t round = 0; round < rounds; ++round, row += steps) {
-    network.run(arrays.images, arrays.from.data(), arrays.to.data(), threads, row);
+    network.run(arrays.images, part, arrays.from.data(), arrays.to.data(), threads, row);
   }
   return seconds;
 }
@@ -306,8 +307,8 @@ void register_engine(py::module_& module) {
           },
           py::arg("inputs"), py::arg("axis"), py::arg("indices"))
       .def("finish", &Network::finish, py::arg("outputs"))
-      .def("run", &run, py::arg("inputs"), py::arg("threads"))
-      .def("profile", &profile, py::arg("inputs"), py::arg("threads"), py::arg("rounds"))
+      .def("run", &run, py::arg("inputs"), py::arg("threads"), py::arg("part"))
+      .def("profile", &profile, py::arg("inputs"), py::arg("threads"), py::arg("part"), py::arg("rounds"))
       .def("workspace_bytes", &Network::workspace_bytes, py::arg("samples"), py::call_guard<py::gil_scoped_release>());
 }
 

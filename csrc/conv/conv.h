@@ -134,7 +134,7 @@ struct Epilogue {
 };
 
 // Floats that run() needs for itself, aligned to kAlignment; they need not be kept between runs.
-std::int64_t scratch_size(const Plan& plan, std::int64_t images);
+std::int64_t scratch_size(const Plan& plan);
 
 // Throws std::invalid_argument when `packed` was not made by pack() of this version for this plan.
 void run(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out, const Pitch& out_pitch,

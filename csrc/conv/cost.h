@@ -20,6 +20,28 @@ inline double streaming_cycles(double weights) {
   return weights * sizeof(float) / kBytesPerCycle;
 }
 
+// What another thread has written comes from its cache: slower than a core's own, by far.
+inline double sharing_cycles(double floats) {
+  constexpr double kBytesPerCycle = 4;
+  return floats * sizeof(float) / kBytesPerCycle;
+}
+
+// Inputs and outputs of an image.
+inline double value_count(const Plan& plan) {
+  const Shape& s = plan.shape;
+  return static_cast<double>(s.channels * s.height * s.width + s.filters * s.out_height() * s.out_width());
+}
+
+// Into how many tasks a run is cut: fewer cycles than this are not worth another thread.
+inline constexpr double kTaskCycles = 8'000;
+inline constexpr std::int64_t kTasksPerThread = 4;
+inline std::int64_t task_count(const Plan& plan, std::int64_t images, int threads) {
+  if (threads == 1) return 1;
+  const double cycles = plan.cycles * static_cast<double>(images) / static_cast<double>(plan.images);
+  const auto most = static_cast<double>(kTasksPerThread * threads);
+  return static_cast<std::int64_t>(std::min(most, std::max(1.0, cycles / kTaskCycles)));
+}
+
 // The sum of cost(size) over the parts that `count` things are cut into.
 template <class Cost>
 double over_parts(std::int64_t count, std::int64_t parts, Cost cost) {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "conv/cost.h"
 #include "conv/packed.h"
 #include "core/check.h"
 #include "core/parallel.h"
@@ -333,6 +334,19 @@ void run_planes(const Run& run, const Part& planes) {
   }
 }
 
+// Threads that take the same rows of layer after layer find most of what they read in their own cache, but each of them
+// needs all weights. Threads that take filters share the weights, and read what the others have written.
+bool values_prevail(const Plan& plan) {
+  const auto weights = static_cast<double>(plan.columns * plan.shape.filters / plan.shape.groups);
+  return streaming_cycles(weights) < sharing_cycles(value_count(plan));
+}
+
+void run_depthwise(const Run& run, std::int64_t wanted, int threads) {
+  const std::int64_t planes = run.images * run.plan.shape.channels;
+  const Parts cut(planes, std::min(planes, wanted));
+  parallel_for(cut.count, threads, [&](std::int64_t task) { run_planes(run, cut[task]); });
+}
+
 Call shared_call(const Epilogue& epilogue, float* out, const Pitch& out_pitch) {
   Call call = activation_call(epilogue.activation, epilogue.slope);
   call.out = out;
@@ -360,9 +374,7 @@ Parts cut_filters(const Plan& plan, const Kernels& table, const Parts& pixels) {
 
 }  // namespace
 
-std::int64_t scratch_size(const Plan& plan, std::int64_t images) {
-  return is_winograd(plan.method) ? winograd_scratch(plan, images) : 0;
-}
+std::int64_t scratch_size(const Plan& plan) { return is_winograd(plan.method) ? winograd_scratch(plan) : 0; }
 
 void run(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out, const Pitch& out_pitch,
          const Epilogue& epilogue, float* scratch, int threads) {
@@ -395,29 +407,29 @@ void run(const Plan& plan, const void* packed, std::int64_t images, const float*
                    reinterpret_cast<const float*>(bytes + layout.weights),
                    shared_call(epilogue, out, out_pitch)};
 
-  const std::int64_t macs = images * run.height * run.width * plan.shape.filters / plan.shape.groups *
-                            std::max<std::int64_t>(plan.columns, 1);
-  const std::int64_t tile_bytes = plan.columns * plan.shape.filters / plan.shape.groups *
-                                  static_cast<std::int64_t>(sizeof(float)) / run.filter_tiles;
-  const std::int64_t wanted =
-      threads == 1 ? 1 : std::min(kTasksPerThread * threads, std::max<std::int64_t>(1, macs / kTaskMacs));
-  const int used = wanted == 1 ? 1 : threads;
+  const std::int64_t wanted = task_count(plan, images, threads);
+  if (wanted == 1) threads = 1;
   if (plan.window == Window::depthwise && plan.method == Method::pixels_in_lanes) {
-    const std::int64_t planes = images * plan.shape.channels, tasks = std::min(planes, wanted);
-    parallel_for(tasks, used, [&](std::int64_t task) { run_planes(run, Parts(planes, tasks)[task]); });
-    return;
+    return run_depthwise(run, wanted, threads);
   }
 
-  // Filters are cut so that their panels stay in the cache, then pixels, then filters again, until there are enough
-  // tasks.
-  std::int64_t filter_parts =
-      ceil_div(run.filter_tiles, std::max<std::int64_t>(1, kPanelBytes / std::max<std::int64_t>(1, tile_bytes)));
-  const std::int64_t pixel_parts = std::min(pixel_tiles.count, ceil_div(wanted, filter_parts));
-  filter_parts = std::min(run.filter_tiles, std::max(filter_parts, ceil_div(wanted, pixel_parts)));
+  // Every thread begins with some images or, where these are few, with some filters. Its share is cut into panels of
+  // weights that stay in the cache, and its pixels until there are enough tasks.
+  const std::int64_t tile_bytes = plan.columns * plan.shape.filters / plan.shape.groups *
+                                  static_cast<std::int64_t>(sizeof(float)) / run.filter_tiles;
+  const bool by_pixels = images >= threads || run.filter_tiles < threads || values_prevail(plan);
+  const std::int64_t pixel_shares = by_pixels ? std::min<std::int64_t>(threads, pixel_tiles.count) : 1,
+                     filter_shares = by_pixels ? 1 : threads, shares = pixel_shares * filter_shares;
+  const std::int64_t panel_tiles = std::max<std::int64_t>(1, kPanelBytes / std::max<std::int64_t>(1, tile_bytes)),
+                     panels = ceil_div(ceil_div(run.filter_tiles, filter_shares), panel_tiles),
+                     stretches = std::min(pixel_tiles.count / pixel_shares, ceil_div(wanted, shares * panels));
+  const Parts pixel_cut(pixel_tiles.count, pixel_shares * stretches),
+      filter_cut(run.filter_tiles, filter_shares * panels);
   const bool chunks = plan.method == Method::filters_in_lanes && run.filter_tiles * tile_bytes > kPanelBytes;
-  parallel_for(filter_parts * pixel_parts, used, [&](std::int64_t task) {
-    const Part pixels = Parts(pixel_tiles.count, pixel_parts)[task % pixel_parts],
-               filters = Parts(run.filter_tiles, filter_parts)[task / pixel_parts];
+  parallel_for(pixel_cut.count * filter_cut.count, threads, [&](std::int64_t task) {
+    const std::int64_t share = task / (panels * stretches), at = task % (panels * stretches);
+    const Part pixels = pixel_cut[share / filter_shares * stretches + at % stretches],
+               filters = filter_cut[share % filter_shares * panels + at / stretches];
     if (chunks && pixels.size > 1) {
       run_chunks(run, pixels, filters);
     } else {

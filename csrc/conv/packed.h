@@ -1,6 +1,7 @@
 // What plan.cpp and dispatch.cpp share: how a plan cuts its work, and how packed weights lie in memory.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -11,10 +12,6 @@ namespace acf::conv {
 
 // Offsets are 32-bit numbers of bytes, and halos lie around what they count.
 inline constexpr std::int64_t kMaxSize = std::int64_t{1} << 28;
-
-// Fewer multiply-adds than this are not worth another thread.
-inline constexpr std::int64_t kTaskMacs = 500'000;
-inline constexpr std::int64_t kTasksPerThread = 4;
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -71,7 +68,7 @@ Plan best_winograd_filters(Plan plan);  // of few tiles
 std::size_t winograd_packed_size(const Plan& plan);
 void pack_winograd(const Plan& plan, const std::int64_t* columns, const float* weights, const float* bias,
                    void* packed);  // all but the header
-std::int64_t winograd_scratch(const Plan& plan, std::int64_t images);
+std::int64_t winograd_scratch(const Plan& plan);
 void run_winograd(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out,
                   const Pitch& out_pitch, const Epilogue& epilogue, float* scratch, int threads);
 

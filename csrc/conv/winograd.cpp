@@ -2,9 +2,9 @@
 // products of matrices, (filters, channels) times (channels, tiles). The results of these have tiles in lanes or, where
 // there are fewer tiles than lanes, filters.
 //
-// Vectors of tiles are worked on in blocks whose transformed inputs and products stay in the cache. Several threads
-// take blocks of their own, or, where there are few blocks or large ones, share the channels, elements and filters of
-// one.
+// Vectors of tiles are worked on in blocks whose transformed inputs and products stay in the cache. A thread takes a
+// block and some of the filters, all the way from inputs to outputs. Only blocks too large to have one for each thread
+// are shared: step by step, some channels, elements or filters for each.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -21,7 +21,8 @@ namespace {
 constexpr std::int64_t kTile = 4;
 constexpr std::int64_t kMaxBlock = 16;           // vectors
 constexpr std::int64_t kBlockBytes = 512 << 10;  // of the cache, for what is transformed together
-constexpr std::int64_t kSharedBytes = 2 << 20;   // above this, threads share one block
+constexpr std::int64_t kApartBytes =
+    16 << 20;  // for the blocks of all threads; where that is too little, they share one
 constexpr std::int64_t kLine = kAlignment / sizeof(float);
 constexpr std::int64_t kMaxChannels = 1 << 16;
 
@@ -72,9 +73,10 @@ struct BlockLayout {
   std::int64_t pitch, v_element, m_element, m, size;
 };
 
-std::int64_t slot_count(const BlockLayout& layout, std::int64_t blocks) {
-  const bool shared = layout.size * static_cast<std::int64_t>(sizeof(float)) > kSharedBytes;
-  return shared ? 1 : std::min<std::int64_t>(blocks, Slots::most());
+// How many threads have memory for a block of their own.
+int slot_count(const BlockLayout& layout) {
+  const std::int64_t fit = kApartBytes / (layout.size * static_cast<std::int64_t>(sizeof(float)));
+  return static_cast<int>(std::clamp<std::int64_t>(fit, 1, Slots::most()));
 }
 
 struct WinogradLayout {
@@ -112,12 +114,54 @@ double transformed(const double (&g)[9], std::int64_t element) {
   return sum;
 }
 
+// Cycles, measured: a vector of tiles of one channel into 36 elements, and 36 of one filter into outputs.
+constexpr double kInputCycles = 190, kOutputCycles = 150, kFewOutputCycles = 250;
+
+double arrival_cycles(const Plan& plan) {
+  return streaming_cycles(static_cast<double>(kTileElements * channels_of(plan) * padded_filters(plan)));
+}
+
+// Of `vectors` vectors of tiles: their inputs transformed once, their products and outputs.
+double input_cycles(const Plan& plan, std::int64_t vectors) {
+  return static_cast<double>(vectors * channels_of(plan)) * kInputCycles;
+}
+
+double output_cycles(const Plan& plan, const Kernels& table, std::int64_t vectors) {
+  const auto channels = static_cast<double>(channels_of(plan));
+  double product = 0;
+  if (few(plan)) {
+    const std::int64_t tiles = tile_count(plan, plan.images), blocks = ceil_div(plan.shape.filters, kBlock);
+    const int vectors_per_block = kBlock / table.lanes;
+    product = over_parts(blocks, plan.filter_tiles, [&](std::int64_t blocks_of_part) {
+      return over_parts(tiles, ceil_div(tiles, plan.tile_pixels), [&](std::int64_t m) {
+        const auto t = static_cast<double>(m), b = static_cast<double>(blocks_of_part);
+        const double vectors_of_part = b * vectors_per_block;
+        return 70 + channels * step_cycles(t * vectors_of_part, t + vectors_of_part + b, 0) + t * vectors_of_part * 2;
+      });
+    });
+    return kTileElements * product + static_cast<double>(tiles * blocks * vectors_per_block) * kFewOutputCycles;
+  }
+  product = over_parts(plan.shape.filters, plan.filter_tiles, [&](std::int64_t filters_of_part) {
+    return over_parts(vectors, ceil_div(vectors, plan.tile_vectors), [&](std::int64_t vectors_of_tile) {
+      const auto f = static_cast<double>(filters_of_part), v = static_cast<double>(vectors_of_tile);
+      return 70 + channels * step_cycles(f * v, 2 + f + v, 0) + f * v * 3;
+    });
+  });
+  return kTileElements * product + static_cast<double>(vectors * plan.shape.filters) * kOutputCycles;
+}
+
+double winograd_cycles(const Plan& plan, const Kernels& table) {
+  const std::int64_t vectors = Tiling(plan, table.lanes, plan.images).vectors;
+  return input_cycles(plan, vectors) + output_cycles(plan, table, vectors) + arrival_cycles(plan);
+}
+
 // One run: what all blocks share.
 class Run {
  public:
   Run(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out, const Pitch& out_pitch,
       const Epilogue& epilogue)
       : plan_(plan),
+        images_(images),
         table_(kernels(plan.isa)),
         tiling_(plan, table_.lanes, images),
         blocks_(tiling_.vectors, ceil_div(tiling_.vectors, plan.block_vectors)),
@@ -136,13 +180,11 @@ class Run {
   }
 
   void run(float* scratch, int threads) const {
-    const std::int64_t products = tiling_.vectors * table_.lanes * kTileElements * channels() * plan_.shape.filters;
-    const int used = products < kTaskMacs ? 1 : threads;
-    const std::int64_t own = slot_count(layout_, blocks_.count);
-    if (used > 1 && own > 1 && blocks_.count >= 2 * used) {
-      run_apart(scratch, static_cast<int>(std::min<std::int64_t>(used, own)));
+    if (task_count(plan_, images_, threads) == 1) threads = 1;
+    if (threads > 1 && threads <= slot_count(layout_)) {
+      run_apart(scratch, threads);
     } else {
-      for (std::int64_t b = 0; b < blocks_.count; ++b) run_together(blocks_[b], scratch, used);
+      for (std::int64_t b = 0; b < blocks_.count; ++b) run_together(blocks_[b], scratch, threads);
     }
   }
 
@@ -159,12 +201,38 @@ class Run {
 
   std::int64_t channels() const { return channels_[0]; }
 
-  // Every thread a block after the other.
+  // Blocks, smaller ones if need be so that there is one for every thread; or parts of the filters, for each of which
+  // the inputs are transformed again: what takes less time.
   void run_apart(float* scratch, int threads) const {
+    const Parts fine(tiling_.vectors, std::min(tiling_.vectors, ceil_div(blocks_.count, threads) * threads));
+    const std::int64_t most = std::min<std::int64_t>(threads, parts_.count);
+    const bool by_filters = apart_cycles(blocks_, most, threads) < apart_cycles(fine, 1, threads);
+    const Parts blocks = by_filters ? blocks_ : fine, shares(parts_.count, by_filters ? most : 1);
     Slots slots(threads);
-    parallel_for(blocks_.count, slots.count(), [&](std::int64_t b) {
-      slots.with([&](int slot) { run_together(blocks_[b], scratch + slot * layout_.size, 1); });
+    parallel_for(shares.count * blocks.count, threads, [&](std::int64_t task) {
+      slots.with([&](int slot) {
+        run_alone(blocks[task % blocks.count], shares[task / blocks.count], scratch + slot * layout_.size);
+      });
     });
+  }
+
+  // Threads that take filters all read all inputs, and the outputs are read by all in turn: from caches of others.
+  double apart_cycles(const Parts& blocks, std::int64_t filter_shares, int threads) const {
+    const std::int64_t vectors = blocks.largest();
+    const double own =
+        (output_cycles(plan_, table_, vectors) + arrival_cycles(plan_)) / static_cast<double>(filter_shares);
+    const double crossing =
+        filter_shares > 1 ? 2 * sharing_cycles(value_count(plan_) * static_cast<double>(images_)) : 0;
+    return static_cast<double>(ceil_div(blocks.count * filter_shares, threads)) * (input_cycles(plan_, vectors) + own) +
+           crossing;
+  }
+
+  void run_alone(const Part& vectors, const Part& share, float* scratch) const {
+    Block block;
+    lay_out(vectors, block);
+    transform_input(block, {0, channels()}, scratch);
+    for (std::int64_t e = 0; e < kTileElements; ++e) multiply(block, e, share, scratch);
+    transform_output(block, filters_of(share), scratch);
   }
 
   // All threads the same block.
@@ -178,15 +246,17 @@ class Run {
     each_part(channels(), [&](const Part& channels) { transform_input(block, channels, scratch); });
     each_part(kTileElements, [&](const Part& elements) {
       for (std::int64_t e = elements.begin; e < elements.begin + elements.size; ++e) {
-        few(plan_) ? multiply_few(block, e, scratch) : multiply(block, e, scratch);
+        multiply(block, e, {0, parts_.count}, scratch);
       }
     });
-    const std::int64_t unit = few(plan_) ? kBlock : 1;
-    each_part(ceil_div(plan_.shape.filters, unit), [&](const Part& part) {
-      const std::int64_t begin = part.begin * unit;
-      const Part filters = {begin, std::min(part.size * unit, plan_.shape.filters - begin)};
-      few(plan_) ? transform_output_few(block, filters, scratch) : transform_output(block, filters, scratch);
-    });
+    each_part(parts_.count, [&](const Part& share) { transform_output(block, filters_of(share), scratch); });
+  }
+
+  // Of some of the parts.
+  Part filters_of(const Part& parts) const {
+    const std::int64_t unit = few(plan_) ? kBlock : 1, begin = parts_[parts.begin].begin * unit;
+    const Part last = parts_[parts.begin + parts.size - 1];
+    return {begin, std::min((last.begin + last.size) * unit, plan_.shape.filters) - begin};
   }
 
   void lay_out(const Part& vectors, Block& block) const {
@@ -253,12 +323,13 @@ class Run {
     }
   }
 
-  void multiply(const Block& block, std::int64_t element, float* scratch) const {
+  void multiply(const Block& block, std::int64_t element, const Part& share, float* scratch) const {
+    if (few(plan_)) return multiply_few(block, element, share, scratch);
     const float* v = scratch + element * layout_.v_element;
     float* m = scratch + layout_.m + element * layout_.m_element;
     const float* weights = weights_ + element * channels() * plan_.shape.filters;
     const Parts vectors(block.vectors.size, ceil_div(block.vectors.size, plan_.tile_vectors));
-    for (std::int64_t i = 0; i < parts_.count; ++i) {
+    for (std::int64_t i = share.begin; i < share.begin + share.size; ++i) {
       const Part filters = parts_[i];
       for (std::int64_t j = 0; j < vectors.count; ++j) {
         const std::int64_t at = vectors[j].begin * table_.lanes;
@@ -269,13 +340,13 @@ class Run {
     }
   }
 
-  void multiply_few(const Block& block, std::int64_t element, float* scratch) const {
+  void multiply_few(const Block& block, std::int64_t element, const Part& share, float* scratch) const {
     const float* v = scratch + element * layout_.v_element;
     const std::int64_t filters = padded_filters(plan_);
     float* m = scratch + layout_.m + element * layout_.m_element;
     const float* weights = weights_ + element * channels() * filters;
     const Parts tiles(block.tiles, ceil_div(block.tiles, plan_.tile_pixels));
-    for (std::int64_t i = 0; i < parts_.count; ++i) {
+    for (std::int64_t i = share.begin; i < share.begin + share.size; ++i) {
       const Part blocks = parts_[i];
       for (std::int64_t j = 0; j < tiles.count; ++j) {
         WinogradFewProduct call;
@@ -291,6 +362,7 @@ class Run {
   }
 
   void transform_output(const Block& block, const Part& filters, float* scratch) const {
+    if (few(plan_)) return transform_output_few(block, filters, scratch);
     WinogradOutput call = output_call(filters);
     call.m = scratch + layout_.m + filters.begin * layout_.pitch;
     call.m_filter = layout_.pitch;
@@ -328,6 +400,7 @@ class Run {
   }
 
   const Plan& plan_;
+  std::int64_t images_;
   const Kernels& table_;
   Tiling tiling_;
   Parts blocks_, parts_;  // of the vectors, of the filters
@@ -341,42 +414,6 @@ class Run {
   const float* bias_;
   const float* weights_;
 };
-
-// Cycles, measured: a vector of tiles of one channel into 36 elements, and 36 of one filter into outputs.
-constexpr double kInputCycles = 190, kOutputCycles = 150, kFewOutputCycles = 250;
-
-double arrival_cycles(const Plan& plan) {
-  return streaming_cycles(static_cast<double>(kTileElements * channels_of(plan) * padded_filters(plan)));
-}
-
-double few_cycles(const Plan& plan, const Kernels& table) {
-  const auto channels = static_cast<double>(channels_of(plan));
-  const std::int64_t tiles = tile_count(plan, plan.images), blocks = ceil_div(plan.shape.filters, kBlock),
-                     vectors_per_block = kBlock / table.lanes;
-  const double product = over_parts(blocks, plan.filter_tiles, [&](std::int64_t blocks_of_part) {
-    return over_parts(tiles, ceil_div(tiles, plan.tile_pixels), [&](std::int64_t m) {
-      const auto t = static_cast<double>(m), b = static_cast<double>(blocks_of_part);
-      const double vectors = b * static_cast<double>(vectors_per_block);
-      return 70 + channels * step_cycles(t * vectors, t + vectors + b, 0) + t * vectors * 2;
-    });
-  });
-  return channels * kInputCycles + kTileElements * product + arrival_cycles(plan) +
-         static_cast<double>(tiles * blocks * vectors_per_block) * kFewOutputCycles;
-}
-
-double winograd_cycles(const Plan& plan, const Kernels& table) {
-  const Tiling tiling(plan, table.lanes, plan.images);
-  const auto channels = static_cast<double>(channels_of(plan)), filters = static_cast<double>(plan.shape.filters);
-  const std::int64_t vector_tiles = ceil_div(tiling.vectors, plan.tile_vectors);
-  const double product = over_parts(plan.shape.filters, plan.filter_tiles, [&](std::int64_t filters_of_part) {
-    return over_parts(tiling.vectors, vector_tiles, [&](std::int64_t vectors) {
-      const auto f = static_cast<double>(filters_of_part), v = static_cast<double>(vectors);
-      return 70 + channels * step_cycles(f * v, 2 + f + v, 0) + f * v * 3;
-    });
-  });
-  return static_cast<double>(tiling.vectors) * (channels * kInputCycles + filters * kOutputCycles) +
-         kTileElements * product + arrival_cycles(plan);
-}
 
 }  // namespace
 
@@ -399,7 +436,7 @@ Plan best_winograd_filters(Plan plan) {
   for (plan.tile_pixels = 1; plan.tile_pixels <= kMaxPixels && max_blocks(table, plan.tile_pixels) > 0;
        ++plan.tile_pixels) {
     plan.filter_tiles = ceil_div(blocks, max_blocks(table, plan.tile_pixels));
-    plan.cycles = few_cycles(plan, table);
+    plan.cycles = winograd_cycles(plan, table);
     consider(best, plan);
   }
   return best;
@@ -470,11 +507,9 @@ void pack_winograd(const Plan& plan, const std::int64_t* columns, const float* w
   }
 }
 
-std::int64_t winograd_scratch(const Plan& plan, std::int64_t images) {
-  const Kernels& table = kernels(plan.isa);
-  const BlockLayout layout(plan, table.lanes);
-  const Tiling tiling(plan, table.lanes, images);
-  return layout.size * slot_count(layout, ceil_div(tiling.vectors, plan.block_vectors));
+std::int64_t winograd_scratch(const Plan& plan) {
+  const BlockLayout layout(plan, kernels(plan.isa).lanes);
+  return layout.size * slot_count(layout);
 }
 
 void run_winograd(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out,

@@ -29,9 +29,11 @@ namespace {
 // parks.
 constexpr std::chrono::microseconds kSpin{100};
 constexpr int kMaxThreads = 1024;
+constexpr int kMaxShares = 64;  // more threads take from those of others
 
 // True in every thread of the pool, and in a caller while its body runs.
 thread_local bool inside_parallel_for = false;
+thread_local int number_of_thread = 0;
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -71,11 +73,12 @@ class Pool {
 
     body_ = &body;
     tasks_ = tasks;
+    shares_ = std::min(threads, kMaxShares);
     error_ = nullptr;
     failed_.store(false, std::memory_order_relaxed);
-    next_.store(0, std::memory_order_relaxed);
+    for (int i = 0; i < shares_; ++i) share_[i].next.store(share_begin(i), std::memory_order_relaxed);
     open(static_cast<std::uint32_t>(helpers));
-    work();
+    work(0);
     close();
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
     return true;
@@ -96,7 +99,7 @@ class Pool {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
       for (; started_ < wanted; ++started_) {
-        std::thread helper(&Pool::help, this);
+        std::thread helper(&Pool::help, this, started_ + 1);
         helpers_.push_back(helper.native_handle());
         helper.detach();
       }
@@ -166,24 +169,32 @@ class Pool {
     }
   }
 
-  void work() {
+  std::int64_t share_begin(int share) const { return tasks_ * share / shares_; }
+
+  // The tasks of a thread's own share, then what is left of those of the others.
+  void work(int own) {
     inside_parallel_for = true;
-    for (std::int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) {
-      try {
-        (*body_)(task);
-      } catch (...) {
-        if (!failed_.exchange(true)) error_ = std::current_exception();
-        next_.store(tasks_, std::memory_order_relaxed);
+    for (int i = 0; i < shares_; ++i) {
+      const int share = (own + i) % shares_;
+      const std::int64_t end = share_begin(share + 1);
+      for (std::int64_t task; (task = share_[share].next.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        if (failed_.load(std::memory_order_relaxed)) break;
+        try {
+          (*body_)(task);
+        } catch (...) {
+          if (!failed_.exchange(true)) error_ = std::current_exception();
+        }
       }
     }
     inside_parallel_for = false;
   }
 
-  [[noreturn]] void help() {
+  [[noreturn]] void help(int number) {
+    number_of_thread = number;
     const auto work_is_open = [this] { return (state_.load() & kPlaces) != 0; };
     for (;;) {
       while (enter()) {
-        work();
+        work(number);
         leave();
       }
       if (spin_.load(std::memory_order_relaxed) && spin_until(work_is_open, kSpin)) continue;
@@ -203,9 +214,13 @@ class Pool {
 
   const TaskRef* body_ = nullptr;
   std::int64_t tasks_ = 0;
+  int shares_ = 1;
   std::exception_ptr error_;
   std::atomic<bool> failed_{false};
-  alignas(64) std::atomic<std::int64_t> next_{0};
+  struct alignas(64) Share {
+    std::atomic<std::int64_t> next{0};
+  };
+  Share share_[kMaxShares];
 
   alignas(64) std::atomic<std::uint32_t> state_{0};
   std::atomic<std::uint32_t> parked_{0};
@@ -236,6 +251,8 @@ void parallel_for(std::int64_t tasks, int threads, TaskRef body) {
   if (threads > 1 && !inside_parallel_for && pool().try_run(tasks, threads, body)) return;
   for (std::int64_t task = 0; task < tasks; ++task) body(task);
 }
+
+int thread_number() { return number_of_thread; }
 
 int Slots::most() {
   static const int processors = std::min(kMost, hardware_threads());

@@ -25,17 +25,21 @@ class TaskRef {
 };
 
 // Calls body(task) once for each task in [0, tasks) on at most `threads` threads, of which the caller is one, and
-// returns when all are done. Threads take the next task when they have finished one, so which thread runs a task, and
-// in what order, is open: a body writes only what belongs to its task, and then results do not depend on the number of
-// threads.
+// returns when all are done. Every thread begins with a stretch of neighbouring tasks of its own, the same one from call
+// to call, so that it finds what it has written in its cache; a thread that is done takes tasks of the others. So which
+// thread runs a task, and in what order, is open: a body writes only what belongs to its task, and then results do not
+// depend on the number of threads.
 //
 // The first exception of a body is rethrown to the caller, and tasks not yet begun are skipped. A call from inside a
 // body, or while another caller has the threads, runs its tasks one after the other. Throws std::invalid_argument for
 // threads < 1 or tasks < 0. The other threads stay for the next call; after a fork the child starts its own.
 void parallel_for(std::int64_t tasks, int threads, TaskRef body);
 
+// 0 for the caller of parallel_for, other numbers for the other threads, the same from call to call.
+int thread_number();
+
 // Numbers below `count` for tasks under way, so that each has memory of its own: no two hold the same one. For at most
-// `count` threads.
+// `count` threads; each prefers the number that it had before, so that this memory stays in its cache.
 class Slots {
  public:
   static constexpr int kMost = 64;
@@ -48,7 +52,7 @@ class Slots {
 
   template <class Body>
   void with(const Body& body) {  // body(number)
-    int slot = 0;
+    int slot = thread_number() % count_;
     while (taken_[slot].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % count_;
     body(slot);
     taken_[slot].store(false, std::memory_order_release);

@@ -101,7 +101,7 @@ class ConvolutionTask : public Task {
   ConvolutionTask(const conv::Plan& plan, Packed packed, std::int64_t images, conv::Pitch out, conv::Epilogue epilogue,
                   bool residual)
       : plan_(plan), packed_(packed), images_(images), out_(out), epilogue_(epilogue), residual_(residual) {
-    scratch = conv::scratch_size(plan_, images_);
+    scratch = conv::scratch_size(plan_);
   }
 
   void run(float* const* operands, float* memory, int threads) const override {

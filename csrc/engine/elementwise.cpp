@@ -10,7 +10,7 @@
 namespace acf::engine {
 namespace {
 
-constexpr std::int64_t kTaskElements = 1 << 15;  // fewer are not worth another thread
+constexpr std::int64_t kTaskElements = 1 << 13;  // fewer are not worth another thread
 
 class CombineTask : public Task {
  public:

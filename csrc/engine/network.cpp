@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/parallel.h"
 #include "engine/arena.h"
 
 namespace acf::engine {
@@ -63,7 +64,6 @@ class Session {
       copy(reads_[i], inputs[i], address(value, base));
     }
     for (std::size_t s = 0; s < tasks_.size(); ++s) {
-      if (seconds != nullptr) seconds[s] = 0;
       if (tasks_[s] == nullptr) continue;
       const auto begin = seconds == nullptr ? Clock::time_point() : Clock::now();
       const Network::Step& step = network_.steps_[s];
@@ -71,7 +71,7 @@ class Session {
       for (std::size_t i = 0; i < step.inputs.size(); ++i) at[i] = address(step.inputs[i], base);
       at[step.inputs.size()] = address(step.output, base);
       tasks_[s]->run(at.data(), base + scratch_[s], threads);
-      if (seconds != nullptr) seconds[s] = std::chrono::duration<double>(Clock::now() - begin).count();
+      if (seconds != nullptr) seconds[s] += std::chrono::duration<double>(Clock::now() - begin).count();
     }
     for (std::size_t i = 0; i < writes_.size(); ++i) copy(writes_[i], address(network_.outputs_[i], base), outputs[i]);
     give(std::move(workspace));
@@ -265,9 +265,25 @@ std::shared_ptr<Session> Network::session(std::int64_t images) {
   return made;
 }
 
-void Network::run(std::int64_t images, const float* const* inputs, float* const* outputs, int threads,
-                  double* seconds) {
-  session(images)->run(inputs, outputs, threads, seconds);
+void Network::run(std::int64_t images, std::int64_t part, const float* const* inputs, float* const* outputs,
+                  int threads, double* seconds) {
+  ACF_CHECK(images >= 1 && part >= 1, "the number of samples must be at least 1, got ", images, " in parts of ", part);
+  if (seconds != nullptr) std::fill_n(seconds, steps_.size(), 0.0);
+  if (images <= part) return session(images)->run(inputs, outputs, threads, seconds);
+
+  const std::int64_t parts = (images + part - 1) / part, size = (images + parts - 1) / parts,
+                     count = (images + size - 1) / size;
+  const auto run_part = [&](std::int64_t p, int threads_of_part) {
+    std::vector<const float*> from(inputs, inputs + inputs_);
+    std::vector<float*> to(outputs, outputs + outputs_.size());
+    for (std::size_t i = 0; i < from.size(); ++i) from[i] += p * size * elements(shape(static_cast<int>(i)));
+    for (std::size_t i = 0; i < to.size(); ++i) to[i] += p * size * elements(shape(outputs_[i]));
+    session(std::min(size, images - p * size))->run(from.data(), to.data(), threads_of_part, seconds);
+  };
+  // Threads that have parts of their own neither wait for each other nor read what another has written.
+  const std::int64_t apart = seconds == nullptr ? count / threads * threads : 0;
+  parallel_for(apart, threads, [&](std::int64_t p) { run_part(p, 1); });
+  for (std::int64_t p = apart; p < count; ++p) run_part(p, threads);
 }
 
 std::int64_t Network::workspace_bytes(std::int64_t images) {

@@ -34,8 +34,10 @@ class Network {
   const std::vector<int>& outputs() const { return outputs_; }
   int inputs() const { return inputs_; }
 
-  // inputs and outputs: arrays of `images` samples, in order. seconds, when not null: of every step.
-  void run(std::int64_t images, const float* const* inputs, float* const* outputs, int threads,
+  // inputs and outputs: arrays of `images` samples, in order, of which at most `part` are computed at once: as many as
+  // lead to parts of one size, but for the last. Parts are given to threads whole while there is one for each; these
+  // share the others. seconds, when not null: of every step, with all threads at each.
+  void run(std::int64_t images, std::int64_t part, const float* const* inputs, float* const* outputs, int threads,
            double* seconds = nullptr);
   std::size_t steps() const { return steps_.size(); }
 

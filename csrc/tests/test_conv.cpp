@@ -159,7 +159,7 @@ struct AlignedBytes {
 
 void run_with_scratch(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out,
                       const Pitch& out_pitch, const Epilogue& epilogue, int threads) {
-  const auto floats = static_cast<std::size_t>(scratch_size(plan, images));
+  const auto floats = static_cast<std::size_t>(scratch_size(plan));
   AlignedBytes scratch(floats * sizeof(float));
   std::fill_n(static_cast<float*>(scratch.data()), floats, std::numeric_limits<float>::quiet_NaN());
   run(plan, packed, images, in, out, out_pitch, epilogue, static_cast<float*>(scratch.data()), threads);

@@ -2,7 +2,13 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <thread>
 #include <vector>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 
 #include "core/isa.h"
 #include "engine/arena.h"
@@ -51,11 +57,11 @@ Window window(std::int64_t kernel, std::int64_t stride, std::int64_t padding) {
   return {kernel, kernel, stride, stride, 1, 1, {padding, padding, padding, padding}};
 }
 
-Values run(Network& network, std::int64_t images, const Values& input, int threads = 1) {
+Values run(Network& network, std::int64_t images, const Values& input, int threads = 1, std::int64_t part = 100) {
   const float* in = input.data();
   Values output(static_cast<std::size_t>(images * elements(network.shape(network.outputs()[0]))));
   float* out = output.data();
-  network.run(images, &in, &out, threads);
+  network.run(images, part, &in, &out, threads);
   return output;
 }
 
@@ -109,12 +115,36 @@ ACF_TEST(a_network_gives_the_same_again_and_for_every_isa) {
     network.finish({network.add(linear(dense(4, 20 * 5 * 7, 9), 20 * 5 * 7, {}), {flat})});
     const Values once = run(network, 2, first), other = run(network, 5, second), again = run(network, 2, first, 3);
     EXPECT(once == again);
+    for (const std::int64_t part : {1, 2, 4}) {  // 2 leaves one for the last part
+      const Values parts = run(network, 5, second, 1, part);
+      EXPECT(close(parts, other));
+      for (const int threads : {2, 3, 5, 9}) EXPECT(run(network, 5, second, threads, part) == parts);
+    }
     if (expected_first.empty()) expected_first = once, expected_second = other;
     EXPECT(close(once, expected_first));
     EXPECT(close(other, expected_second));
     EXPECT(network.workspace_bytes(5) > network.workspace_bytes(2));
   }
 }
+
+#if defined(__linux__)
+ACF_TEST(a_network_prepared_by_a_pinned_thread_runs_on_all) {
+  Network network(active_isa());
+  const int x = network.add_input({16, 32, 32});
+  const int a = network.add(convolution(window(3, 1, 1), 1, dense(16, 144, 1), {}), {x});
+  network.finish({network.add(convolution(window(3, 1, 1), 1, dense(16, 144, 2), {}), {a})});
+  const Values input = numbers(std::size_t{2} * 16 * 32 * 32, 3);
+  Values alone;
+  std::thread([&] {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(static_cast<unsigned>(sched_getcpu()), &one);
+    pthread_setaffinity_np(pthread_self(), sizeof(one), &one);
+    alone = run(network, 2, input);
+  }).join();
+  for (const int threads : {2, 8, 100}) EXPECT(run(network, 2, input, threads) == alone);
+}
+#endif
 
 ACF_TEST(sparse_layers_are_dense_ones_with_zeros) {
   for (const Isa isa : supported_isas()) {
