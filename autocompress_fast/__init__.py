@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from autocompress_fast.purify import purify as purify
     from autocompress_fast.rates import Target as Target
     from autocompress_fast.rates import allocate as allocate
+    from autocompress_fast.search import Search as Search
+    from autocompress_fast.search import quick_score as quick_score
     from autocompress_fast.training import Trainer as Trainer
     from autocompress_fast.training import TrainingConfig as TrainingConfig
     from autocompress_fast.training import evaluate as evaluate
@@ -60,6 +62,7 @@ _LAZY = {
     "Plan": "plan",
     "Recipe": "pipeline",
     "RhoSchedule": "admm",
+    "Search": "search",
     "Target": "rates",
     "Trainer": "training",
     "TrainingConfig": "training",
@@ -73,6 +76,7 @@ _LAZY = {
     "load": "engine",
     "mask": "plan",
     "purify": "purify",
+    "quick_score": "search",
     "show_config": "config",
     "train": "pipeline",
     "unused_paths": "unused",
@@ -88,6 +92,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "RhoSchedule",
+    "Search",
     "Target",
     "Trainer",
     "TrainingConfig",
@@ -106,6 +111,7 @@ __all__ = [
     "models",
     "ops",
     "purify",
+    "quick_score",
     "show_config",
     "train",
     "unused_paths",

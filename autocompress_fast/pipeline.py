@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ from autocompress_fast.plan import Plan, apply_masks
 from autocompress_fast.progress import Progress, default_progress
 from autocompress_fast.purify import purify
 from autocompress_fast.rates import STRUCTURES, Target, allocate, fill
+from autocompress_fast.search import Search, quick_score
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ Example = torch.Tensor | Sequence[torch.Tensor]
 
 _KINDS = ("admm", "retrain", "final", "purify")  # of stages
 _EVALUATION_BATCH = 1000
-_QUICK_BATCHES = 2  # of validation, on which purification scores networks
+_QUICK_BATCHES = 2  # of validation, on which searches and purification score networks
+_CALIBRATION_BATCHES = 8  # of training, before a search scores a network
 _TIMED_BATCHES = 8  # of a dry run
 
 
@@ -61,6 +64,9 @@ class Recipe:
         structure: what is pruned: "filter+column" (both at once), "filter-then-column" (the papers' order, two ADMM
             trainings a round), "filter", "column" or "element".
         rounds: how many times to prune and compact; each takes an equal part of the rate. None: about 6x a round.
+        search: how many candidates to try in every round for the rates of the layers (`acf.Search`), scored by the loss
+            of the network pruned in one shot on some validation samples. 0 leaves them to experience: larger layers
+            lose more.
         admm_epochs, retrain_epochs: in every round; final_epochs: instead of the latter in the last round.
         purify_rounds: rounds of purification (`acf.purify`) after the target is met; they remove more, as far as the
             accuracy on some validation samples stays within `purify_tolerance` points of what it was before, until
@@ -82,6 +88,7 @@ class Recipe:
 
     structure: str = "filter+column"
     rounds: int | None = None
+    search: int = 0
     admm_epochs: int = 5
     retrain_epochs: int = 2
     final_epochs: int = 25
@@ -114,8 +121,9 @@ class Recipe:
         for name in ("admm_epochs", "final_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if isinstance(self.purify_rounds, bool) or self.purify_rounds < 0:
-            raise ValueError(f"purify_rounds must be 0 or more, got {self.purify_rounds}")
+        for name in ("search", "purify_rounds"):
+            if isinstance(getattr(self, name), bool) or getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not self.purify_tolerance >= 0:
             raise ValueError(f"purify_tolerance must be 0 or more, got {self.purify_tolerance}")
         for stage in _KINDS:
@@ -324,7 +332,7 @@ def compress(
     model = baked(model)  # weights that are computed cannot be pulled towards zero
     rounds = recipe.rounds_for(goal)
     if dry_run:
-        return _dry_run(model, loader, report, goal, recipe, rounds)
+        return _dry_run(model, loader, validation, report, goal, recipe, rounds)
     allocate(report, goal, report.counts(), recipe.structure)  # says now what cannot be met
     folder = None if workdir is None else _claimed(Path(workdir), model, report, goal, recipe, train_part)
 
@@ -382,7 +390,7 @@ def _rounds(
         part = goal.part(number / rounds)
         now = report if number == 1 else inspect(small, example, exclude=sorted(report.held))
         stages.progress.note(f"round {number} of {rounds}: to {part}")
-        allowed = allocate(now, part, report.counts(), recipe.structure)
+        allowed = _allowed(small, now, part, report.counts(), recipe, number, stages)
 
         filled = functools.partial(fill, now, part, report.counts(), allowed)
         constraints = filled(ADMM(small, allowed, report=now).plan)
@@ -402,6 +410,36 @@ def _rounds(
         stages.progress.note(f"round {number} of {rounds}: {_rates(report.counts(), counts)}")
     assert masks is not None
     return small, masks, kept
+
+
+def _allowed(
+    small: nn.Module, now: Report, part: Target, dense: Counts, recipe: Recipe, number: int, stages: _Stages
+) -> dict[str, Constraint]:
+    """What every layer may keep in a round: by experience, or the best that a search finds."""
+    if recipe.search == 0:
+        return allocate(now, part, dense, recipe.structure)
+    score = _search_score(small, now, stages.loader, stages.validation, recipe)
+    trace = None if stages.folder is None else stages.folder / f"round{number}.search.jsonl"
+    seed = recipe.seed + 1000 * number
+    search = Search(now, part, score, dense=dense, structure=recipe.structure, seed=seed, trace=trace)
+    found = search.run(recipe.search, progress=stages.progress)
+    stages.progress.note(f"round {number}: loss in one shot {-found.score:.4g}, by experience {-found.start:.4g}")
+    return found.constraints
+
+
+def _search_score(
+    model: nn.Module, report: Report, loader: Batches, validation: Batches, recipe: Recipe
+) -> Callable[[dict[str, Constraint]], float]:
+    training = recipe.training("admm", 0)
+    return quick_score(
+        model,
+        report,
+        UserBatches(list(itertools.islice(validation.epoch(0), _QUICK_BATCHES))),
+        calibration=itertools.islice(loader.epoch(0), _CALIBRATION_BATCHES),
+        measure="loss",
+        precision=training.precision,
+        channels_last=training.channels_last,
+    )
 
 
 def _purified(
@@ -519,7 +557,15 @@ class _Stages:
         )
 
 
-def _dry_run(model: nn.Module, loader: Batches, report: Report, goal: Target, recipe: Recipe, rounds: int) -> DryRun:
+def _dry_run(
+    model: nn.Module,
+    loader: Batches,
+    validation: Batches,
+    report: Report,
+    goal: Target,
+    recipe: Recipe,
+    rounds: int,
+) -> DryRun:
     chosen: list[tuple[Target, dict[str, Constraint]]] = []
     for number in range(rounds, 0, -1):  # what cannot be met is said of the whole target
         part = goal.part(number / rounds)
@@ -527,7 +573,13 @@ def _dry_run(model: nn.Module, loader: Batches, report: Report, goal: Target, re
     trainings = len(_steps(chosen[-1][1], recipe.structure))
     epochs = rounds * trainings * recipe.admm_epochs + (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
     epochs += recipe.purify_rounds * recipe.purify_epochs
-    return DryRun(report, tuple(chosen), epochs, epochs * _epoch_seconds(model, loader, recipe))
+    seconds = epochs * _epoch_seconds(model, loader, recipe)
+    if recipe.search:
+        score = _search_score(model, report, loader, validation, recipe)
+        begun = time.monotonic()
+        score(chosen[0][1])
+        seconds += rounds * recipe.search * (time.monotonic() - begun)
+    return DryRun(report, tuple(chosen), epochs, seconds)
 
 
 def _epoch_seconds(model: nn.Module, loader: Batches, recipe: Recipe) -> float:

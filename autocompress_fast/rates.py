@@ -8,8 +8,10 @@ are filters and how many columns is then chosen by the energy (squared norm) tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from autocompress_fast.graph import Counts, Layer, Report, Set
 from autocompress_fast.plan import Plan
 from autocompress_fast.unused import unused_paths
 
-__all__ = ["STRUCTURES", "Target", "allocate", "fill", "smallest"]
+__all__ = ["STRUCTURES", "Action", "Target", "allocate", "fill", "smallest"]
 
 STRUCTURES = ("filter+column", "filter-then-column", "filter", "column", "element")
 
@@ -28,7 +30,11 @@ _ALPHA = 0.55
 # the linear layers limit LeNet-5: at 89x CONV, 35x instead of 85x of all weights gave 0.4 points more (validation set).
 _UNCOUNTED = 0.75
 _FILTER_CHOICES = 16  # candidate filter counts of a layer, spaced geometrically
+_ROUNDED = 2  # steps in which a search rounds budgets, to a factor of two, for the choice among those
 _MOST_GROWTH, _GROWTH_STEPS = 64.0, 16  # of `fill`: factors up to the first, found to a relative 64^(2^-16)
+
+
+_CHOSEN: WeakKeyDictionary[Report, dict[tuple[Any, ...], int]] = WeakKeyDictionary()  # filters of sets, by budgets
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,29 @@ class Target:
         return ", ".join(f"{name} {rate:g}x" for name, rate in self.rates().items())
 
 
+@dataclass(frozen=True)
+class Action:
+    """How the rates of a network depart from experience: what a search moves.
+
+    Args:
+        weights: per layer, the logarithm of the factor by which its share of the budget is larger; the budget of the
+            network is met whatever it is.
+        filters: per set of tied filters, named by its first layer, the logarithm of the factor by which more of them
+            are kept than have the most energy; columns make up for it. Of "filter+column" alone.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    filters: Mapping[str, float] = field(default_factory=dict)
+
+
 def allocate(
-    report: Report, target: Target, dense: Counts, structure: str = "filter+column", *, alpha: float = _ALPHA
+    report: Report,
+    target: Target,
+    dense: Counts,
+    structure: str = "filter+column",
+    *,
+    alpha: float = _ALPHA,
+    action: Action | None = None,
 ) -> dict[str, Constraint]:
     """A constraint for every layer, so that the network meets the target.
 
@@ -111,6 +138,7 @@ def allocate(
         dense: sizes of the network that the target counts from.
         structure: one of `STRUCTURES`.
         alpha: how much more larger layers lose; 0 for the same rate everywhere.
+        action: how the layers depart from that.
 
     Raises:
         ValueError: the target cannot be met: even one weight per filter of every layer is too much; or there is no
@@ -132,7 +160,7 @@ def allocate(
         raise ValueError(f"{report.model_name} has no layer that can be pruned; left out: {report.skipped or 'none'}")
     if target.conv is not None and dense.conv == 0:
         raise ValueError(f"the target {target} is for convolutions, and {report.model_name} has none")
-    budget = _budget(report, target, dense, structure, alpha)
+    budget = _budget(report, target, dense, structure, alpha, action or Action())
     if structure == "element":
         return {
             name: Constraint("element", weights, report[name].groups)
@@ -152,7 +180,7 @@ def allocate(
             for layer in report.layers
             if layer.columns_prunable
         }
-    return _filters_and_columns(report, budget)
+    return _filters_and_columns(report, budget, action)
 
 
 def fill(
@@ -217,19 +245,25 @@ def smallest(report: Report, structure: str = "filter+column") -> Counts:
     return _counts(report, {layer.name: _least(layer, structure) for layer in report.layers}, structure)
 
 
-def _budget(report: Report, target: Target, dense: Counts, structure: str, alpha: float) -> dict[str, int]:
+def _budget(
+    report: Report, target: Target, dense: Counts, structure: str, alpha: float, action: Action
+) -> dict[str, int]:
     """Weights that each layer may keep: s * n^(1 - alpha), with the largest s that meet the target, by bisection.
 
     A target for convolutions alone leaves the linear layers a rate of their own: what `params` asks for when it is
     given, otherwise a gentler one than the convolutions'.
     """
-    everything = float(max(layer.weights for layer in report.layers))
+    wanted = {
+        layer.name: math.exp(action.weights.get(layer.name, 0.0)) * layer.weights ** (1 - alpha)
+        for layer in report.layers
+    }
+    everything = max(layer.weights / wanted[layer.name] for layer in report.layers)
     scales = {True: everything, False: everything}  # of convolutions; of linear layers
 
     def budget(factors: dict[bool, float]) -> dict[str, int]:
         return {
             layer.name: max(
-                _least(layer, structure), min(layer.weights, int(factors[layer.is_conv] * layer.weights ** (1 - alpha)))
+                _least(layer, structure), min(layer.weights, int(factors[layer.is_conv] * wanted[layer.name]))
             )
             for layer in report.layers
         }
@@ -314,7 +348,7 @@ def _filters(report: Report, budget: dict[str, int]) -> dict[str, int]:
     return filters
 
 
-def _filters_and_columns(report: Report, budget: dict[str, int]) -> dict[str, Constraint]:
+def _filters_and_columns(report: Report, budget: dict[str, int], action: Action | None) -> dict[str, Constraint]:
     """Split every layer's weights into filters x columns, from the output backwards.
 
     A filter that nobody reads is wasted, and a column without its filter as well: a layer keeps at least as many
@@ -328,7 +362,7 @@ def _filters_and_columns(report: Report, budget: dict[str, int]) -> dict[str, Co
         rows, width = layer.shape[0], layer.weights // layer.shape[0]
         tied = report.set_of.get(layer.name)
         if tied is not None and tied not in groups:
-            groups[tied] = _groups(report, tied, budget, sizes)
+            groups[tied] = _groups(report, tied, budget, sizes, action)
         filters = rows if tied is None else tied.filters(layer.name, groups[tied])
         if layer.columns_prunable:
             sizes[layer.name] = filters, min(width, max(1, budget[layer.name] // filters))
@@ -338,7 +372,9 @@ def _filters_and_columns(report: Report, budget: dict[str, int]) -> dict[str, Co
     return {layer.name: constraints[layer.name] for layer in report.layers if layer.name in constraints}
 
 
-def _groups(report: Report, tied: Set, budget: dict[str, int], sizes: dict[str, tuple[int, int]]) -> int:
+def _groups(
+    report: Report, tied: Set, budget: dict[str, int], sizes: dict[str, tuple[int, int]], action: Action | None
+) -> int:
     """Number of groups of tied filters: what readers need, or those with which the layers keep most energy."""
     least = 1
     for reader, positions in tied.readers.items():
@@ -356,15 +392,28 @@ def _groups(report: Report, tied: Set, budget: dict[str, int], sizes: dict[str, 
     fewest = max(math.ceil(budget[m.name] / (m.weights // m.shape[0]) * tied.size / m.shape[0]) for m in members)
     most = min(tied.size, *(budget[m.name] for m in members))
     low = max(1, min(tied.size, max(least, fewest)))
-    candidates = sorted({round(n) for n in np.geomspace(low, max(low, most), _FILTER_CHOICES)})
-    weights = {m.name: report.weight(m.name) for m in members}
+    if action is None:
+        return _with_most_energy(report, tied, {m.name: budget[m.name] for m in members}, low, max(low, most))
+    # A search asks thousands of times, for budgets that differ little.
+    rounded = {m.name: max(1, round(2 ** (round(math.log2(budget[m.name]) * _ROUNDED) / _ROUNDED))) for m in members}
+    known, key = _CHOSEN.setdefault(report, {}), (tied.layers[0], *rounded.values())
+    if key not in known:
+        known[key] = _with_most_energy(report, tied, rounded, 1, min(tied.size, *rounded.values()))
+    departure = math.exp(action.filters.get(tied.layers[0], 0.0))
+    return max(low, min(max(low, most), round(known[key] * departure)))
+
+
+def _with_most_energy(report: Report, tied: Set, budget: dict[str, int], low: int, high: int) -> int:
+    """The number of groups of tied filters with which layers of these budgets keep the most energy."""
+    candidates = sorted({round(n) for n in np.geomspace(low, high, _FILTER_CHOICES)})
+    weights = {name: report.weight(name) for name in budget}
 
     def energy(groups: int) -> float:
         total = 0.0
-        for member in members:
-            filters, width = tied.filters(member.name, groups), member.weights // member.shape[0]
-            columns = min(width, max(1, budget[member.name] // filters))
-            kept = ops.project_filters_and_columns(weights[member.name], filters=filters, columns=columns)
+        for name, weight in weights.items():
+            filters, width = tied.filters(name, groups), report[name].weights // report[name].shape[0]
+            columns = min(width, max(1, budget[name] // filters))
+            kept = ops.project_filters_and_columns(weight, filters=filters, columns=columns)
             total += float((kept**2).sum())
         return total
 

@@ -383,6 +383,45 @@ def test_a_run_killed_while_it_purifies_ends_as_one_that_was_not(trained, purifi
     assert without_seconds(result.history) == without_seconds(expected.history)
 
 
+SEARCHING = variant(rounds=2, search=12, final_epochs=3)
+
+
+@pytest.fixture(scope="module")
+def searched(trained, tmp_path_factory) -> tuple[Result, Path]:
+    folder = tmp_path_factory.mktemp("searched")
+    return run(trained, target="4x", recipe=SEARCHING, workdir=folder), folder
+
+
+def test_rates_are_searched_for_in_every_round(trained, searched):
+    result, folder = searched
+    assert result.rates["params"] >= 4
+    for number in (1, 2):
+        head, *trials = [json.loads(line) for line in (folder / f"round{number}.search.jsonl").read_text().splitlines()]
+        assert len(trials) == 12
+        assert trials[-1]["best"] >= trials[0]["score"]
+        assert head["seed"] == 1000 * number
+    assert result.plan != run(trained, target="4x", recipe=variant(rounds=2, final_epochs=3)).plan
+
+
+@pytest.mark.parametrize("kill", [{"steps": 7}, {"steps": 40}])
+def test_a_run_killed_while_it_searches_ends_as_one_that_was_not(trained, searched, tmp_path, kill):
+    expected, _ = searched
+    with pytest.raises(StopError):
+        run(trained, target="4x", recipe=SEARCHING, workdir=tmp_path, progress=Watcher(**kill))
+    result = run(trained, target="4x", recipe=SEARCHING, workdir=tmp_path)
+    assert_same(state(result.model), state(expected.model))
+    assert result.plan == expected.plan
+
+
+def test_a_dry_run_counts_the_search(trained):
+    def outlook(search):
+        options = {"target": "4x", "recipe": variant(search=search), "progress": Progress(), "dry_run": True}
+        return compress(trained, SPLITS, **options)
+
+    assert outlook(10**6).epochs == outlook(0).epochs
+    assert outlook(10**6).seconds > outlook(0).seconds
+
+
 def test_the_same_call_in_a_finished_directory_trains_nothing(trained, whole):
     expected, folder = whole
     before = (folder / "result.json").read_bytes()

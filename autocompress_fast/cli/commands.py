@@ -126,6 +126,10 @@ def compress(
     as_json: Json = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; train and write nothing.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="How many times to prune and compact.")] = None,
+    search: Annotated[
+        int | None,
+        typer.Option(min=0, help="Candidates to try, every round, for the rates of the layers; none by default."),
+    ] = None,
     admm_epochs: Annotated[int | None, typer.Option(min=1, help="Of ADMM training, every round.")] = None,
     retrain_epochs: Annotated[int | None, typer.Option(min=0, help="After pruning, every round but the last.")] = None,
     final_epochs: Annotated[int | None, typer.Option(min=1, help="After the last pruning.")] = None,
@@ -175,6 +179,7 @@ def compress(
     recipe = {
         "structure": structure,
         "rounds": rounds,
+        "search": search,
         "admm_epochs": admm_epochs,
         "retrain_epochs": retrain_epochs,
         "final_epochs": final_epochs,
