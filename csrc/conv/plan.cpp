@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "conv/cost.h"
 #include "conv/packed.h"
@@ -79,21 +80,23 @@ double pixels_cycles(const Plan& plan, const Kernels& table) {
 
 // The share of the kernel rows that an output row needs on the average; the others meet nothing but padding.
 double kernel_row_share(const Shape& s) {
+  const std::int64_t out_height = s.out_height();
   std::int64_t needed = 0;
-  for (std::int64_t y = 0; y < s.out_height(); ++y) {
-    for (std::int64_t kh = 0; kh < s.kernel_h; ++kh) {
-      const std::int64_t from = y * s.stride_h - s.padding.top + kh * s.dilation_h;
-      if (from >= 0 && from < s.height) ++needed;
-    }
+  for (std::int64_t kh = 0; kh < s.kernel_h; ++kh) {
+    // Output row y reads input row y * stride + from.
+    const std::int64_t from = kh * s.dilation_h - s.padding.top, last = s.height - 1 - from;
+    if (last < 0) break;
+    const std::int64_t first = from < 0 ? ceil_div(-from, s.stride_h) : 0;
+    needed += std::max<std::int64_t>(0, std::min(out_height, last / s.stride_h + 1) - first);
   }
-  return static_cast<double>(needed) / static_cast<double>(s.out_height() * s.kernel_h);
+  return static_cast<double>(needed) / static_cast<double>(out_height * s.kernel_h);
 }
 
-double filters_cycles(const Plan& plan, const Kernels& table) {
+double filters_cycles(const Plan& plan, const Kernels& table, double row_share) {
   const std::int64_t pixels = plan.images * plan.shape.out_height() * plan.shape.out_width();
   const bool in_row = plan.shape.out_width() % plan.tile_pixels == 0;
-  const double columns = static_cast<double>(plan.columns) / static_cast<double>(plan.shape.groups) *
-                         (in_row ? kernel_row_share(plan.shape) : 1);
+  const double columns =
+      static_cast<double>(plan.columns) / static_cast<double>(plan.shape.groups) * (in_row ? row_share : 1);
   const int parts = kBlock / table.lanes;
   const double cycles = over_parts(pixels, pixel_tiles(plan, plan.images), [&](std::int64_t m) {
     const std::int64_t blocks = blocks_per_group(plan);
@@ -139,11 +142,12 @@ Plan best_pixels(Plan plan) {
 
 Plan best_filters(Plan plan) {
   const Kernels& table = kernels(plan.isa);
+  const double row_share = kernel_row_share(plan.shape);
   plan.method = Method::filters_in_lanes;
   Plan best = plan;
   for (plan.tile_pixels = 1; plan.tile_pixels <= kMaxPixels && max_blocks(table, plan.tile_pixels) > 0;
        ++plan.tile_pixels) {
-    plan.cycles = filters_cycles(plan, table);
+    plan.cycles = filters_cycles(plan, table, row_share);
     consider(best, plan);
   }
   return best;
@@ -377,6 +381,7 @@ void pack(const Plan& plan, const std::int64_t* columns, const float* weights, c
   const std::int64_t tiles = blocks ? blocks_per_group(plan) : plan.filter_tiles;
   const std::int64_t padded_filters = blocks ? tiles * kBlock : group_filters;
   const std::int64_t *next = columns, *last = columns + plan.columns;
+  std::vector<const std::int64_t*> order;  // of the columns of a piece
   std::int64_t pieces = 0;
   for (std::int64_t g = 0; g < s.groups; ++g) {
     const std::int64_t *first = next, *group_last = std::lower_bound(first, last, (g + 1) * group_columns);
@@ -387,26 +392,27 @@ void pack(const Plan& plan, const std::int64_t* columns, const float* weights, c
     do {
       const std::int64_t* piece_last = end_of_piece(next, group_last, taps);
       std::int32_t* row = rows + pieces++ * (s.kernel_h + 1);
-      for (std::int64_t tap = 0; tap < taps; ++tap) {
-        const std::int64_t kh = tap / s.kernel_w, kw = tap % s.kernel_w;
-        if (kw == 0) row[kh] = static_cast<std::int32_t>(k);
-        for (const std::int64_t* column = next; column != piece_last; ++column) {
-          if (*column % taps != tap) continue;
-          offsets[begin + k] = static_cast<std::int32_t>(4 * (*column / taps * plan.in.plane +
-                                                              (kh * s.dilation_h - s.padding.top) * plan.in.row +
-                                                              kw * s.dilation_w - s.padding.left));
-          for (std::int64_t tile = 0; tile < tiles; ++tile) {
-            const Part part = blocks
-                                  ? Part{tile * kBlock, std::min<std::int64_t>(kBlock, group_filters - tile * kBlock)}
-                                  : Parts(group_filters, tiles)[tile];
-            const std::int64_t width = blocks ? kBlock : part.size;
-            float* step = packed_weights + begin * padded_filters + part.begin * count + k * width;
-            for (std::int64_t f = 0; f < part.size; ++f) step[f] = weights[(part.begin + f) * count + (column - first)];
-          }
-          ++k;
+      order.clear();
+      for (const std::int64_t* column = next; column != piece_last; ++column) order.push_back(column);
+      std::stable_sort(order.begin(), order.end(),
+                       [taps](const std::int64_t* a, const std::int64_t* b) { return *a % taps < *b % taps; });
+      std::int64_t begun = 0;  // kernel rows
+      for (const std::int64_t* column : order) {
+        const std::int64_t tap = *column % taps, kh = tap / s.kernel_w, kw = tap % s.kernel_w;
+        while (begun <= kh) row[begun++] = static_cast<std::int32_t>(k);
+        offsets[begin + k] = static_cast<std::int32_t>(4 * (*column / taps * plan.in.plane +
+                                                            (kh * s.dilation_h - s.padding.top) * plan.in.row +
+                                                            kw * s.dilation_w - s.padding.left));
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+          const Part part = blocks ? Part{tile * kBlock, std::min<std::int64_t>(kBlock, group_filters - tile * kBlock)}
+                                   : Parts(group_filters, tiles)[tile];
+          const std::int64_t width = blocks ? kBlock : part.size;
+          float* step = packed_weights + begin * padded_filters + part.begin * count + k * width;
+          for (std::int64_t f = 0; f < part.size; ++f) step[f] = weights[(part.begin + f) * count + (column - first)];
         }
+        ++k;
       }
-      row[s.kernel_h] = static_cast<std::int32_t>(k);
+      while (begun <= s.kernel_h) row[begun++] = static_cast<std::int32_t>(k);
       next = piece_last;
     } while (next != group_last);
     if (bias != nullptr) {
