@@ -74,31 +74,50 @@ void copy(const Rows<2>& rows, const float* source, float* target) {
   });
 }
 
-Runs::Runs(const Layout& layout) {
-  const Rows<1> rows(all_dims(layout), {all_strides(layout)});
-  const bool together = rows.step[0] == 1;
-  length = together ? rows.count : 1;
-  rows.each(0, rows.rows, [&](const auto& at) {
-    for (std::int64_t i = 0; i < (together ? 1 : rows.count); ++i) starts.push_back(at[0] + i * rows.step[0]);
-  });
-}
+namespace {
 
-void copy_in_order(const Runs& from, const float* source, const Runs& to, float* target) {
-  std::int64_t read = 0, written = 0;  // of the runs under way
-  std::size_t i = 0, j = 0;
-  while (i < from.starts.size() && j < to.starts.size()) {
-    const std::int64_t length = std::min(from.length - read, to.length - written);
-    std::copy_n(source + from.starts[i] + read, length, target + to.starts[j] + written);
-    read += length;
-    written += length;
-    if (read == from.length) {
-      read = 0;
-      ++i;
+// Through the runs of neighbouring floats of a value. There may be as many as elements: none is written down.
+class Walk {
+ public:
+  explicit Walk(const Rows<1>& rows)
+      : place_(rows, 0), step_(rows.step[0]), length_(step_ == 1 ? rows.count : 1), runs_(rows.count / length_) {
+    begin_run();
+  }
+
+  std::int64_t at() const { return at_; }
+  std::int64_t left() const { return left_; }  // of the run under way
+  void skip(std::int64_t count) {
+    at_ += count;
+    left_ -= count;
+    if (left_ > 0) return;
+    if (++run_ == runs_) {
+      run_ = 0;
+      place_.next();
     }
-    if (written == to.length) {
-      written = 0;
-      ++j;
-    }
+    begin_run();
+  }
+
+ private:
+  void begin_run() {
+    at_ = place_.offsets()[0] + run_ * step_;
+    left_ = length_;
+  }
+
+  Rows<1>::Place place_;
+  std::int64_t step_, length_, runs_;  // runs: of a row
+  std::int64_t run_ = 0, at_ = 0, left_ = 0;
+};
+
+}  // namespace
+
+void copy_in_order(const Rows<1>& from, const float* source, const Rows<1>& to, float* target) {
+  Walk read(from), written(to);
+  for (std::int64_t left = from.rows * from.count; left > 0;) {
+    const std::int64_t length = std::min(read.left(), written.left());
+    std::copy_n(source + read.at(), length, target + written.at());
+    read.skip(length);
+    written.skip(length);
+    left -= length;
   }
 }
 

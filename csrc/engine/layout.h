@@ -58,28 +58,39 @@ class Rows {
     for (std::size_t d = 1; d < dims_.size(); ++d) rows *= dims_[d];
   }
 
+  // Where a row begins; moves from one to the next.
+  class Place {
+   public:
+    Place(const Rows& rows, std::int64_t row) : rows_(rows) {
+      for (std::size_t d = 1; d < rows_.dims_.size(); ++d) {
+        at_[d] = row % rows_.dims_[d];
+        row /= rows_.dims_[d];
+        for (std::size_t i = 0; i < kCount; ++i) offsets_[i] += at_[d] * rows_.strides_[d][i];
+      }
+    }
+
+    const Offsets& offsets() const { return offsets_; }
+    void next() {
+      for (std::size_t d = 1; d < rows_.dims_.size(); ++d) {
+        ++at_[d];
+        for (std::size_t i = 0; i < kCount; ++i) offsets_[i] += rows_.strides_[d][i];
+        if (at_[d] < rows_.dims_[d]) break;
+        for (std::size_t i = 0; i < kCount; ++i) offsets_[i] -= at_[d] * rows_.strides_[d][i];
+        at_[d] = 0;
+      }
+    }
+
+   private:
+    const Rows& rows_;
+    std::array<std::int64_t, kMaxDims> at_{};
+    Offsets offsets_{};
+  };
+
   // body(offsets) for rows [begin, end).
   template <class Body>
   void each(std::int64_t begin, std::int64_t end, const Body& body) const {
-    if (begin >= end) return;
-    std::array<std::int64_t, kMaxDims> at{};
-    Offsets offsets{};
-    std::int64_t rest = begin;
-    for (std::size_t d = 1; d < dims_.size(); ++d) {
-      at[d] = rest % dims_[d];
-      rest /= dims_[d];
-      for (std::size_t i = 0; i < kCount; ++i) offsets[i] += at[d] * strides_[d][i];
-    }
-    for (std::int64_t row = begin; row < end; ++row) {
-      body(offsets);
-      for (std::size_t d = 1; d < dims_.size(); ++d) {
-        ++at[d];
-        for (std::size_t i = 0; i < kCount; ++i) offsets[i] += strides_[d][i];
-        if (at[d] < dims_[d]) break;
-        for (std::size_t i = 0; i < kCount; ++i) offsets[i] -= at[d] * strides_[d][i];
-        at[d] = 0;
-      }
-    }
+    Place place(*this, begin);
+    for (std::int64_t row = begin; row < end; ++row, place.next()) body(place.offsets());
   }
 
   std::int64_t rows = 1, count = 1;
@@ -105,14 +116,7 @@ Shape all_dims(const Layout& layout);
 // Element by element, for rows of two values of the same dimensions.
 void copy(const Rows<2>& rows, const float* source, float* target);
 
-// Two values of as many elements, in order: where their runs of neighbouring floats begin.
-class Runs {
- public:
-  explicit Runs(const Layout& layout);
-
-  std::vector<std::int64_t> starts;
-  std::int64_t length;
-};
-void copy_in_order(const Runs& from, const float* source, const Runs& to, float* target);
+// Two values of as many elements in other dimensions, in order.
+void copy_in_order(const Rows<1>& from, const float* source, const Rows<1>& to, float* target);
 
 }  // namespace acf::engine

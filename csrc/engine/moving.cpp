@@ -83,11 +83,12 @@ class Concat : public Operation {
 
 class ReshapeTask : public Task {
  public:
-  ReshapeTask(const Layout& input, const Layout& output) : from_(input), to_(output) {}
+  ReshapeTask(const Layout& input, const Layout& output)
+      : from_(all_dims(input), {all_strides(input)}), to_(all_dims(output), {all_strides(output)}) {}
   void run(float* const* operands, float*, int) const override { copy_in_order(from_, operands[0], to_, operands[1]); }
 
  private:
-  Runs from_, to_;
+  Rows<1> from_, to_;
 };
 
 class Reshape : public Operation {
