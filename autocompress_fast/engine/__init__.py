@@ -278,8 +278,12 @@ def load(path: str | Path, *, threads: int | None = None) -> Engine:
         FileFormatError: the file is not a valid program; the message names the file and the fault.
         OSError: the file cannot be opened.
     """
+    threads = _thread_count(threads)
     program, _, info = read(path)
-    return Engine(program, threads=threads, info=info)
+    try:
+        return Engine(program, threads=threads, info=info)
+    except ValueError as error:  # what the kernels cannot compute, or not in the memory allowed
+        raise FileFormatError(f"{path}: {error}") from error
 
 
 def _thread_count(threads: int | None) -> int:

@@ -19,6 +19,7 @@ import safetensors.numpy
 
 from autocompress_fast._files import write_atomically
 from autocompress_fast.engine.program import (
+    MAX_FLOAT,
     Program,
     StepInfo,
     program_from_json,
@@ -181,7 +182,7 @@ def _check_json(value: object, what: str, depth: int) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
 
 
 def _check_normalisation(key: str, value: object, shape: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from autocompress_fast import _core
-from autocompress_fast.engine.program import Program, Shape, Step, StepInfo, sparse_block
+from autocompress_fast.engine.program import MAX_LIVE, Program, ProgramError, Shape, Step, StepInfo, sparse_block
 
 __all__ = ["NativeExecutor"]
 
@@ -26,6 +26,10 @@ MOST_WORKSPACE: Final = 3 * 2**23
 
 More samples make better use of weights that are read once, but their values leave the caches.
 """
+
+MOST_SAMPLE: Final = 8 * MAX_LIVE
+"""Bytes that the values of one sample may take: twice those that `validate` counts, because values keep the padding of
+their readers for as long as they live, and do not fill all the gaps between them."""
 
 LEAST_EXPANSION: Final = 3 << 18
 """Bytes of a sample from which on the result of a 1x1 convolution is made and used some channels at a time."""
@@ -49,7 +53,9 @@ class NativeExecutor:
         builder = _Builder(program, infos)
         self.network, self.steps = builder.build(), tuple(builder.made)
         one = self.network.workspace_bytes(1)
-        self.part = program.batch or max(1, _workspace(program) // one)
+        if one > MOST_SAMPLE:
+            raise ProgramError(f"one sample needs {one} bytes at once; at most {MOST_SAMPLE} are allowed")
+        self.part = max(1, _workspace(program) // one)
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Outputs for float32 inputs of the declared shapes, each with the same number of samples first."""

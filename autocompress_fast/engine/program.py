@@ -41,17 +41,25 @@ STORAGES: Final = ("dense", "columns", "sparse")
 
 MAX_RANK: Final = 8
 MAX_INT: Final = 2**31 - 1
+MAX_FLOAT: Final = float(np.finfo(np.float32).max)
+"""A float of Python: one of numpy cannot be compared with every integer."""
 MAX_VALUE: Final = 2**26
 """Elements of one value of one sample (256 MiB of float32)."""
 MAX_LIVE: Final = 2**28
 """Elements of one sample alive at once, paddings included (1 GiB of float32)."""
 MAX_WEIGHT: Final = 2**28
 """Elements of one weight written out in full; values and indices stored are bounded by the file itself."""
+MAX_VALUES: Final = 2**14
+"""Inputs and steps: finding a place in memory for each takes time that grows with the square of their number."""
 
 SPARSE_FILTER: Final = 256
 """Elements that the plan of one filter with columns of its own takes."""
+FREE_PREPARED: Final = 2**24
+"""Elements that weights may be unpacked to however few are stored; from there on, `SPARSE_FILTER` for each of them."""
 FILTER_BLOCK: Final = 16
 """Filters are unpacked in blocks of so many."""
+PIECE_COLUMNS: Final = 24
+"""Columns are unpacked in pieces of more than so many, on the average."""
 MAX_SIDE: Final = 2**16
 """Height or width of an image."""
 
@@ -152,6 +160,9 @@ def validate(program: Program) -> tuple[StepInfo, ...]:
     """
     if not program.inputs:
         raise ProgramError("a program needs at least one input")
+    count = len(program.inputs) + len(program.steps)
+    if count > MAX_VALUES:
+        raise ProgramError(f"a program has at most {MAX_VALUES} inputs and steps, not {count}")
     if program.batch is not None:
         _integer(program.batch, "batch", low=1)
     shapes: list[Shape] = []
@@ -163,6 +174,11 @@ def validate(program: Program) -> tuple[StepInfo, ...]:
             raise ProgramError(f"tensor {name!r} must be float32, uint16 or uint32, not {found}")
         if tensor.dtype == np.float32 and not np.isfinite(tensor).all():
             raise ProgramError(f"tensor {name!r} holds NaN or infinity")
+    # Once each: a small file cannot have the same tensor unpacked, or checked, again and again.
+    uses = Counter(name for step in program.steps for name in step.tensors.values())
+    for name, count in uses.items():
+        if count > 1:
+            raise ProgramError(f"tensor {name!r:.80} is used by {count} steps; it must be by one")
     infos: list[StepInfo] = []
     for i, step in enumerate(program.steps):
         label = f"step {i} ({step.op!r} {step.name!r})"
@@ -173,21 +189,24 @@ def validate(program: Program) -> tuple[StepInfo, ...]:
             raise ProgramError(f"{label}: {error}") from None
         infos.append(info)
         shapes.append(info.shape)
+    for name in program.tensors:
+        if name not in uses:
+            raise ProgramError(f"tensor {name!r:.80} is used by 0 steps; it must be by one")
     if not program.outputs:
         raise ProgramError("a program needs at least one output")
     for output in program.outputs:
         _integer(output, "output number", low=0, high=len(shapes) - 1)
     prepared = sum(info.prepared for info in infos)
-    if prepared > MAX_WEIGHT:
-        raise ProgramError(f"the weights take {prepared} elements to run; at most {MAX_WEIGHT} are allowed")
+    stored = sum(tensor.size for tensor in program.tensors.values())
+    most = min(MAX_WEIGHT, FREE_PREPARED + SPARSE_FILTER * stored)  # a small file cannot ask for a large allocation
+    if prepared > most:
+        raise ProgramError(f"the weights take {prepared} elements to run; at most {most} are allowed")
     live = peak_live(program, infos)
     if live > MAX_LIVE:
         raise ProgramError(f"one sample needs {live} elements at once; at most {MAX_LIVE} are allowed")
-    # Once each: a small file cannot have the same tensor unpacked, or checked, again and again.
-    uses = Counter(name for step in program.steps for name in step.tensors.values())
-    for name in (*program.tensors, *uses):
-        if uses[name] != 1:
-            raise ProgramError(f"tensor {name!r:.80} is used by {uses[name]} steps; it must be by one")
+    returned = sum(math.prod(shapes[output]) for output in program.outputs)
+    if returned > MAX_LIVE:
+        raise ProgramError(f"the outputs of one sample have {returned} elements; at most {MAX_LIVE} are allowed")
     return tuple(infos)
 
 
@@ -256,7 +275,7 @@ def _shape(value: object, what: str) -> Shape:
 
 
 def _number(value: object, what: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= np.finfo(np.float32).max:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MAX_FLOAT:
         raise ProgramError(f"{what} must be a finite float32, not {value!r:.80}")
     return float(value)
 
@@ -387,7 +406,10 @@ def _weights(call: _Call, columns: int) -> StepInfo:
         values, indices, offsets = call.tensors["values"], call.tensors["indices"], call.tensors["offsets"]
         _check_sparse(values, indices, offsets, filters, columns)
         _, block_columns, dense = sparse_block(indices, offsets)
-        prepared = _padded(call) * len(block_columns) if dense else len(values) + SPARSE_FILTER * filters
+        if dense and call.attributes.get("groups", 1) == 1:
+            prepared = _prepared(call, len(block_columns))
+        else:
+            prepared = len(values) + SPARSE_FILTER * filters + _kernel_rows(call, filters, len(values))
         return StepInfo((), storage, len(values), filters * columns, len(values), prepared=prepared)
     stored = call.tensors["filters"].size if "filters" in call.tensors else filters
     used = call.tensors["columns"].size if "columns" in call.tensors else columns
@@ -397,14 +419,21 @@ def _weights(call: _Call, columns: int) -> StepInfo:
         _rising(call.tensors["filters"], filters, "filters")
     if "columns" in call.tensors:
         _rising(call.tensors["columns"], columns, "columns")
-    return StepInfo((), storage, stored * used, filters * columns, stored * used, prepared=_padded(call) * used)
+    return StepInfo((), storage, stored * used, filters * columns, stored * used, prepared=_prepared(call, used))
 
 
-def _padded(call: _Call) -> int:
-    """Filters, with those of every group filled up to whole registers."""
+def _prepared(call: _Call, columns: int) -> int:
+    """Elements of a weight with so many columns, and its bias; a group's filters are filled up to whole registers."""
     filters: int = call.attributes["filters"]
     groups: int = call.attributes.get("groups", 1)
-    return groups * -(-filters // (groups * FILTER_BLOCK)) * FILTER_BLOCK
+    padded = groups * -(-filters // (groups * FILTER_BLOCK)) * FILTER_BLOCK
+    return padded * (columns + 1) + _kernel_rows(call, groups, groups * columns)
+
+
+def _kernel_rows(call: _Call, parts: int, columns: int) -> int:
+    """Numbers of columns with which the kernel's rows begin, in every piece of every part of a weight."""
+    height: int = call.attributes.get("kernel", (1, 1))[0]
+    return (parts + columns // PIECE_COLUMNS) * (height + 1)
 
 
 def _check_sparse(
