@@ -440,6 +440,14 @@ def test_small_files_cannot_ask_for_much(make, message, tmp_path):
         acf.load(written(tmp_path / "net.acf", make()))
 
 
+def test_a_large_file_is_not_read(tmp_path):
+    path = tmp_path / "net.acf"
+    path.touch()
+    os.truncate(path, 2**32 + 1)
+    with pytest.raises(FileFormatError, match="4294967297 bytes; a file has at most 4294967296"):
+        acf.load(path)
+
+
 def test_a_wrong_number_of_threads_is_no_fault_of_the_file(path):
     with pytest.raises(ValueError, match="threads must be") as raised:
         acf.load(path, threads=0)

@@ -32,6 +32,8 @@ __all__ = ["FORMAT_VERSION", "METADATA_KEY", "FileFormatError", "check_info", "r
 METADATA_KEY: Final = "autocompress_fast"
 FORMAT_VERSION: Final = 1
 
+MAX_BYTES: Final = 2**32
+"""Of a file: more than all weights and values that may be needed take."""
 MAX_INFO_BYTES: Final = 2**20
 _MAX_INFO_DEPTH: Final = 16
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
@@ -71,8 +73,11 @@ def read(path: str | Path) -> tuple[Program, tuple[StepInfo, ...], dict[str, Any
         OSError: the file cannot be opened.
     """
     path = Path(path)
-    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device might never end
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
         raise FileFormatError(f"{path}: not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise FileFormatError(f"{path}: {status.st_size} bytes; a file has at most {MAX_BYTES}")
     content = path.read_bytes()
     try:
         written, info = _metadata(content)
