@@ -76,6 +76,9 @@ def every_operation():
     x = b.add("slice", x, axis=1, start=0, stop=4, step=2)
     x = b.add("transpose", x, order=(1, 0, 2))
     x = b.add("take", x, arrays={"indices": np.array([4, 0, 0], np.uint16)}, axis=1)
+    x = b.add("matmul", b.add("matmul", x, b.add("transpose", x, order=(0, 2, 1))), x)
+    x = b.add("attention", x, x, x, scale=0.25)
+    x = b.add("mul", x, b.add("norm", x, axes=(1,), keep=True), activation="none")
     y = b.add("mean", x, axes=(0, 2), keep=False)
     x = b.add("reshape", x, shape=(24,))
     x = b.add("concat", x, y, axis=0)
@@ -302,11 +305,11 @@ def test_every_truncation_is_found(path):
 
 
 def dtype_f64(tensors):
-    tensors["22.weight"] = tensors["22.weight"].astype(np.float64)
+    tensors["28.weight"] = tensors["28.weight"].astype(np.float64)
 
 
 def nan(tensors):
-    tensors["22.weight"] = tensors["22.weight"] * np.float32(np.nan)
+    tensors["28.weight"] = tensors["28.weight"] * np.float32(np.nan)
 
 
 @pytest.mark.parametrize(
@@ -320,9 +323,9 @@ def nan(tensors):
         (lambda m: m.update(program=[]), None, "program must have the fields batch, inputs, steps, outputs"),
         (lambda m: m.update(info=3), None, "info must be a dict, not int"),
         (lambda m: m.update(info={"accuracy": 2}), None, "must be a number from 0 to 1"),
-        (None, dtype_f64, r"tensor '22\.weight' has dtype F64; allowed are F32, U16, U32"),
-        (None, nan, r"tensor '22\.weight' holds NaN or infinity"),
-        (None, lambda t: t.pop("22.weight"), r"its weight '22\.weight' is not in the file"),
+        (None, dtype_f64, r"tensor '28\.weight' has dtype F64; allowed are F32, U16, U32"),
+        (None, nan, r"tensor '28\.weight' holds NaN or infinity"),
+        (None, lambda t: t.pop("28.weight"), r"its weight '28\.weight' is not in the file"),
         (None, lambda t: t.update(more=np.zeros(1, np.float32)), "tensor 'more' is used by 0 steps"),
     ],
 )

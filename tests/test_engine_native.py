@@ -37,6 +37,7 @@ class Drawn:
             self.pool,
             self.concat,
             self.flat,
+            self.attention,
         ]
         for _ in range(self.draw.randint(4, 20)):
             self.draw.choice(makers)()
@@ -123,6 +124,14 @@ class Drawn:
         x = self.image()
         others = [i for i, shape in enumerate(self.shapes) if len(shape) == 3 and shape[1:] == self.shapes[x][1:]]
         self.step("concat", self.draw.choices(others, k=self.draw.randint(1, 3)), {"axis": 0})
+
+    def attention(self) -> None:
+        x = self.image()
+        self.step("activation", [x], {"activation": "tanh"})
+        x = len(self.shapes) - 1
+        values = [i for i, shape in enumerate(self.shapes) if shape[:2] == self.shapes[x][:2] and len(shape) == 3]
+        self.step("attention", [x, x, self.draw.choice(values)], {"scale": self.draw.uniform(-1, 1)})
+        self.step("norm", [x], {"axes": (1,), "keep": True})
 
     def flat(self) -> None:
         x = self.image()

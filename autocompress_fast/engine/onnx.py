@@ -188,6 +188,10 @@ class _Exporter:
         keep = int(step.attributes.get("keep", True))
         self.done(step, self.node("ReduceMean", [*inputs, self.integers(*(axis + 1 for axis in axes))], keepdims=keep))
 
+    def norm(self, step: Step, inputs: list[str]) -> None:
+        axes = self.integers(*(axis + 1 for axis in step.attributes["axes"]))
+        self.done(step, self.node("ReduceL2", [*inputs, axes], keepdims=int(step.attributes["keep"])))
+
     # ---- elementwise
 
     def binary(self, step: Step, inputs: list[str]) -> None:
@@ -210,6 +214,17 @@ class _Exporter:
     def softmax(self, step: Step, inputs: list[str]) -> None:
         op = "Softmax" if step.op == "softmax" else "LogSoftmax"
         self.done(step, self.node(op, inputs, axis=step.attributes["axis"] + 1))
+
+    def matmul(self, step: Step, inputs: list[str]) -> None:
+        self.done(step, self.node("MatMul", inputs))
+
+    def attention(self, step: Step, inputs: list[str]) -> None:
+        query, key, value = inputs
+        rank = len(self.shapes[step.inputs[1]]) + 1
+        keys = self.node("Transpose", [key], perm=[*range(rank - 2), rank - 1, rank - 2])
+        scale = self.constant(np.float32(step.attributes["scale"]))
+        scores = self.node("Mul", [self.node("MatMul", [query, keys]), scale])
+        self.done(step, self.node("MatMul", [self.node("Softmax", [scores], axis=-1), value]))
 
     def layer_norm(self, step: Step, inputs: list[str]) -> None:
         a, tensors = step.attributes, self.tensors(step)
@@ -273,11 +288,14 @@ _STEPS: Final[Mapping[str, Callable[[_Exporter, Step, list[str]], None]]] = {
     **dict.fromkeys(("max_pool", "avg_pool"), _Exporter.pool),
     "adaptive_avg_pool": _Exporter.adaptive_pool,
     **dict.fromkeys(("global_avg_pool", "mean"), _Exporter.mean),
+    "norm": _Exporter.norm,
     **dict.fromkeys(("add", "sub", "mul", "div"), _Exporter.binary),
     "activation": _Exporter.activation,
     "leaky_relu": _Exporter.leaky,
     "clip": _Exporter.clip,
     **dict.fromkeys(("softmax", "log_softmax"), _Exporter.softmax),
+    "matmul": _Exporter.matmul,
+    "attention": _Exporter.attention,
     "layer_norm": _Exporter.layer_norm,
     "concat": _Exporter.concat,
     "reshape": _Exporter.reshape,

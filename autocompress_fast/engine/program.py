@@ -60,6 +60,11 @@ FILTER_BLOCK: Final = 16
 """Filters are unpacked in blocks of so many."""
 PIECE_COLUMNS: Final = 24
 """Columns are unpacked in pieces of more than so many, on the average."""
+MATRICES_AT_ONCE: Final = 64
+ROWS_AT_ONCE: Final = 32
+"""Products of values are computed for so many matrices at once, and so many rows of each."""
+MAX_STRIDE: Final = 2**28
+"""Stride and dilation of a convolution."""
 MAX_SIDE: Final = 2**16
 """Height or width of an image."""
 
@@ -133,9 +138,10 @@ class StepInfo:
         storage: "dense", "columns" or "sparse" for a step with weights, else "".
         weights: weights stored, biases not counted.
         dense_weights: weights of the same layer written out in full.
-        macs: multiply-accumulates: weights stored times the positions each is used at.
+        macs: multiply-accumulates: weights stored times the positions each is used at, and products of values.
         bytes: of all its tensors, indices and biases included.
-        workspace: elements needed besides inputs and output while it runs: the padding around an image.
+        workspace: elements needed besides inputs and output while it runs: the padding around an image, or packed
+            matrices.
         prepared: elements that the weight is unpacked to before it runs.
     """
 
@@ -257,12 +263,14 @@ def _integer(value: object, what: str, low: int = 0, high: int = MAX_INT) -> int
     return value
 
 
-def _integers(value: object, what: str, low: int = 0, length: int | None = None) -> tuple[int, ...]:
+def _integers(
+    value: object, what: str, low: int = 0, length: int | None = None, high: int = MAX_INT
+) -> tuple[int, ...]:
     if not isinstance(value, tuple) or (len(value) > MAX_RANK if length is None else len(value) != length):
         count = f"at most {MAX_RANK}" if length is None else str(length)
         raise ProgramError(f"{what} must be a tuple of {count} integers, not {value!r:.80}")
     for item in value:
-        _integer(item, what, low)
+        _integer(item, what, low, high)
     return value
 
 
@@ -289,8 +297,8 @@ def _one_of(*allowed: object) -> Check:
     return check
 
 
-def _pair(low: int) -> Check:
-    return lambda value, what: _integers(value, what, low, length=2)
+def _pair(low: int, high: int = MAX_INT) -> Check:
+    return lambda value, what: _integers(value, what, low, length=2, high=high)
 
 
 def _four(value: object, what: str) -> object:
@@ -538,6 +546,40 @@ def _infer_layer_norm(call: _Call) -> StepInfo:
     return StepInfo(call.input)
 
 
+def _infer_matmul(call: _Call) -> StepInfo:
+    (rows, depth), (inner, columns) = _matrices(call)
+    if depth != inner:
+        raise ProgramError(f"matrices of {call.shapes[0]} and {call.shapes[1]} cannot be multiplied")
+    count = math.prod(call.input[:-2])
+    workspace = min(count, MATRICES_AT_ONCE) * _product_room(depth, columns)
+    shape = (*call.input[:-1], columns)
+    return StepInfo(shape, macs=count * rows * depth * columns, workspace=workspace)
+
+
+def _infer_attention(call: _Call) -> StepInfo:
+    (queries, width), (keys, inner), (values, columns) = _matrices(call)
+    if width != inner or keys != values:
+        raise ProgramError(f"queries {call.shapes[0]}, keys {call.shapes[1]} and values {call.shapes[2]} do not match")
+    count = math.prod(call.input[:-2])
+    workspace = min(count, MATRICES_AT_ONCE) * (_product_room(width, keys) + _product_room(keys, columns))
+    macs = count * queries * keys * (width + columns)
+    return StepInfo((*call.input[:-1], columns), macs=macs, workspace=workspace)
+
+
+def _matrices(call: _Call) -> list[tuple[int, int]]:
+    """Rows and columns of the inputs: of each as many matrices, in the same order."""
+    if len(call.input) < 2 or any(
+        shape[:-2] != call.input[:-2] or len(shape) != len(call.input) for shape in call.shapes
+    ):
+        raise ProgramError(f"takes as many matrices from every input, not {', '.join(map(str, call.shapes))}")
+    return [(shape[-2], shape[-1]) for shape in call.shapes]
+
+
+def _product_room(depth: int, columns: int) -> int:
+    """Elements for a matrix (depth, columns) as it is multiplied by, and for some rows of the product."""
+    return (depth + ROWS_AT_ONCE) * -(-columns // FILTER_BLOCK) * FILTER_BLOCK
+
+
 def _infer_reshape(call: _Call) -> StepInfo:
     shape = call.attributes["shape"]
     if math.prod(shape) != math.prod(call.input):
@@ -606,7 +648,8 @@ def _image(shape: Shape) -> Shape:
 _ACTIVATION = {"activation": _one_of(*ACTIVATIONS)}
 _MATRIX: dict[str, Check] = {"filters": _positive, "storage": _one_of(*STORAGES), **_ACTIVATION}
 _CONV: dict[str, Check] = {
-    "kernel": _pair(1), "stride": _pair(1), "padding": _four, "dilation": _pair(1), "groups": _positive, **_MATRIX
+    "kernel": _pair(1), "stride": _pair(1, MAX_STRIDE), "padding": _four, "dilation": _pair(1, MAX_STRIDE),
+    "groups": _positive, **_MATRIX,
 }  # fmt: skip
 _POOL: dict[str, Check] = {"kernel": _pair(1), "stride": _pair(1), "padding": _pair(0), "ceil": _one_of(False, True)}
 _AXIS: dict[str, Check] = {"axis": _integer}
@@ -629,7 +672,10 @@ _OPERATIONS: Final[dict[str, _Operation]] = {
     "softmax": _Operation((1, 1), _AXIS, (), _infer_same),
     "log_softmax": _Operation((1, 1), _AXIS, (), _infer_same),
     "layer_norm": _Operation((1, 1), {"dims": _positive, "epsilon": _number}, ("scale", "shift"), _infer_layer_norm),
+    "matmul": _Operation((2, 2), {}, (), _infer_matmul),
+    "attention": _Operation((3, 3), {"scale": _number}, (), _infer_attention),
     "mean": _Operation((1, 1), {"axes": _integers, "keep": _one_of(False, True)}, (), _infer_mean),
+    "norm": _Operation((1, 1), {"axes": _integers, "keep": _one_of(False, True)}, (), _infer_mean),
     "concat": _Operation((1, 4096), _AXIS, (), _infer_concat),
     "reshape": _Operation((1, 1), {"shape": _shape}, (), _infer_reshape),
     "transpose": _Operation((1, 1), {"order": _integers}, (), _infer_transpose),

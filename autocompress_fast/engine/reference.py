@@ -359,6 +359,23 @@ def _softmax(s: _Prepared) -> Kernel:
     return run
 
 
+def _matmul(_: _Prepared) -> Kernel:
+    return lambda inputs: np.matmul(inputs[0], inputs[1])
+
+
+def _attention(s: _Prepared) -> Kernel:
+    scale = np.float32(s.attributes["scale"])
+
+    def run(inputs: list[Array]) -> Array:
+        query, key, value = inputs
+        scores = np.matmul(query, key.swapaxes(-1, -2)) * scale
+        powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        y: Array = np.matmul(powers / powers.sum(axis=-1, keepdims=True), value)
+        return y
+
+    return run
+
+
 def _layer_norm(s: _Prepared) -> Kernel:
     dims, epsilon = s.attributes["dims"], s.attributes["epsilon"]
     axes, form = tuple(range(-dims, 0)), s.given[len(s.given) - dims :]
@@ -379,6 +396,11 @@ def _mean(s: _Prepared) -> Kernel:
     axes = tuple(axis + 1 for axis in s.attributes.get("axes", (1, 2)))
     keep = s.attributes.get("keep", True)  # without attributes: the global pool
     return lambda inputs: inputs[0].mean(axis=axes, keepdims=keep)
+
+
+def _norm(s: _Prepared) -> Kernel:
+    axes, keep = tuple(axis + 1 for axis in s.attributes["axes"]), s.attributes["keep"]
+    return lambda inputs: np.sqrt(np.square(inputs[0], dtype=np.float64).sum(axes, keepdims=keep)).astype(np.float32)
 
 
 def _concat(s: _Prepared) -> Kernel:
@@ -426,7 +448,10 @@ _KERNELS: Final[Mapping[str, Callable[[_Prepared], Kernel]]] = {
     "softmax": _softmax,
     "log_softmax": _softmax,
     "layer_norm": _layer_norm,
+    "matmul": _matmul,
+    "attention": _attention,
     "mean": _mean,
+    "norm": _norm,
     "concat": _concat,
     "reshape": _reshape,
     "transpose": _transpose,

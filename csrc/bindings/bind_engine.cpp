@@ -231,6 +231,12 @@ void register_engine(py::module_& module) {
           },
           py::arg("inputs"), py::arg("axes"), py::arg("keep"))
       .def(
+          "norm",
+          [](Network& network, const Inputs& inputs, Integers axes, bool keep) {
+            return network.add(engine::norm(std::move(axes), keep), inputs);
+          },
+          py::arg("inputs"), py::arg("axes"), py::arg("keep"))
+      .def(
           "combine",
           [](Network& network, const Inputs& inputs, const std::string& op, const std::string& activation) {
             return network.add(engine::combine(combine_named(op), {}, {}, activated(activation, 0)), inputs);
@@ -264,6 +270,15 @@ void register_engine(py::module_& module) {
             return network.add(engine::softmax(axis, logarithm), inputs);
           },
           py::arg("inputs"), py::arg("axis"), py::arg("logarithm"))
+      .def(
+          "matmul", [](Network& network, const Inputs& inputs) { return network.add(engine::matmul(), inputs); },
+          py::arg("inputs"))
+      .def(
+          "attention",
+          [](Network& network, const Inputs& inputs, float scale) {
+            return network.add(engine::attention(scale), inputs);
+          },
+          py::arg("inputs"), py::arg("scale"))
       .def(
           "layer_norm",
           [](Network& network, const Inputs& inputs, std::int64_t dims, float epsilon, const Floats& scale,

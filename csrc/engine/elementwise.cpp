@@ -6,6 +6,7 @@
 #include "core/check.h"
 #include "core/parallel.h"
 #include "engine/operation.h"
+#include "engine/powers.h"
 
 namespace acf::engine {
 namespace {
@@ -111,19 +112,37 @@ class Elementwise : public Operation {
 
 class SoftmaxTask : public Task {
  public:
-  SoftmaxTask(Rows<2> others, std::int64_t count, std::int64_t from, std::int64_t to, bool logarithm)
-      : others_(std::move(others)), count_(count), from_(from), to_(to), logarithm_(logarithm) {}
+  SoftmaxTask(Rows<2> others, std::int64_t count, std::int64_t from, std::int64_t to, bool logarithm, Isa isa)
+      : others_(std::move(others)),
+        count_(count),
+        from_(from),
+        to_(to),
+        logarithm_(logarithm),
+        kernels_(conv::kernels(isa)) {}
 
-  void run(float* const* operands, float*, int) const override {
-    others_.each(0, others_.rows, [&](const auto& at) {
-      for (std::int64_t i = 0; i < others_.count; ++i) {
-        line(operands[0] + at[0] + i * others_.step[0], operands[1] + at[1] + i * others_.step[1]);
+  void run(float* const* operands, float*, int threads) const override {
+    const std::int64_t lines = others_.rows * others_.count,
+                       tasks =
+                           std::min(lines, std::clamp<std::int64_t>(lines * count_ / kTaskElements, 1, 4 * threads));
+    parallel_for(tasks, tasks == 1 ? 1 : threads, [&](std::int64_t task) {
+      for (std::int64_t i = lines * task / tasks; i < lines * (task + 1) / tasks; ++i) {
+        others_.each(i / others_.count, i / others_.count + 1, [&](const auto& at) {
+          const std::int64_t within = i % others_.count;
+          line(operands[0] + at[0] + within * others_.step[0], operands[1] + at[1] + within * others_.step[1]);
+        });
       }
     });
   }
 
  private:
   void line(const float* x, float* y) const {
+    if (!logarithm_ && from_ == 1 && to_ == 1) {
+      std::copy_n(x, count_, y);
+      to_powers(y, count_, 1.0f);
+      const float share = 1.0f / kernels_.sum(y, count_);
+      for (std::int64_t i = 0; i < count_; ++i) y[i] *= share;
+      return;
+    }
     float most = x[0];
     for (std::int64_t i = 1; i < count_; ++i) most = std::max(most, x[i * from_]);
     double total = 0;
@@ -141,6 +160,7 @@ class SoftmaxTask : public Task {
   Rows<2> others_;
   std::int64_t count_, from_, to_;
   bool logarithm_;
+  const conv::Kernels& kernels_;
 };
 
 class Softmax : public Operation {
@@ -152,14 +172,14 @@ class Softmax : public Operation {
     return inputs[0];
   }
 
-  std::unique_ptr<Task> prepare(const Machine&, const std::vector<const Layout*>& inputs,
+  std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
                                 const Layout& output) override {
     const auto axis = static_cast<std::size_t>(axis_);
     Shape dims = all_dims(output);
     dims[axis + 1] = 1;
     return std::make_unique<SoftmaxTask>(Rows<2>(dims, {all_strides(*inputs[0]), all_strides(output)}),
-                                         output.shape[axis], inputs[0]->strides[axis], output.strides[axis],
-                                         logarithm_);
+                                         output.shape[axis], inputs[0]->strides[axis], output.strides[axis], logarithm_,
+                                         machine.isa);
   }
 
  private:

@@ -85,6 +85,7 @@ std::unique_ptr<Operation> sparse_linear(SparseWeights weights, std::int64_t fea
 std::unique_ptr<Operation> pool(const Pooling& pooling);
 std::unique_ptr<Operation> adaptive_average(std::int64_t height, std::int64_t width);
 std::unique_ptr<Operation> mean(std::vector<std::int64_t> axes, bool keep);
+std::unique_ptr<Operation> norm(std::vector<std::int64_t> axes, bool keep);  // the root of the sum of squares
 // With one input the second operand is the constant, whose dimensions are the last ones of the input.
 std::unique_ptr<Operation> combine(conv::Combine combine, Shape constant_shape, std::vector<float> constant,
                                    const Activated& activated);
@@ -94,6 +95,11 @@ std::unique_ptr<Operation> softmax(std::int64_t axis, bool logarithm);
 // Over the last `dims` dimensions, in the order of which scale and shift are given; either may be empty.
 std::unique_ptr<Operation> layer_norm(std::int64_t dims, float epsilon, std::vector<float> scale,
                                       std::vector<float> shift);
+// Matrices are the last two dimensions of a value. Two inputs: (rows, depth) times (depth, columns).
+std::unique_ptr<Operation> matmul();
+// Three inputs: queries (rows, features), keys (keys, features) and values (keys, columns). For every query the mean of
+// the values, weighted by the softmax of its products with the keys, times scale.
+std::unique_ptr<Operation> attention(float scale);
 std::unique_ptr<Operation> concat(std::int64_t axis);
 std::unique_ptr<Operation> reshape(Shape shape);
 std::unique_ptr<Operation> transpose(std::vector<std::int64_t> order);

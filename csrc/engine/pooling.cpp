@@ -1,5 +1,6 @@
-// Pooling and means.
+// Pooling, means and norms.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "core/check.h"
@@ -200,9 +201,9 @@ class Adaptive : public Operation {
 
 class MeanTask : public Task {
  public:
-  // outer: what is kept, (input, output); inner: what the mean is taken over.
-  MeanTask(Rows<2> outer, Rows<1> inner, Isa isa)
-      : outer_(std::move(outer)), inner_(std::move(inner)), kernels_(conv::kernels(isa)) {}
+  // outer: what is kept, (input, output); inner: what the mean is taken over. Or the root of the sum of squares.
+  MeanTask(Rows<2> outer, Rows<1> inner, bool root, Isa isa)
+      : outer_(std::move(outer)), inner_(std::move(inner)), root_(root), kernels_(conv::kernels(isa)) {}
 
   void run(float* const* operands, float*, int) const override {
     const auto count = static_cast<double>(inner_.rows * inner_.count);
@@ -212,29 +213,34 @@ class MeanTask : public Task {
         double total = 0;
         inner_.each(0, inner_.rows, [&](const auto& offset) {
           const float* row = from + offset[0];
-          if (inner_.step[0] == 1) {
+          if (root_) {
+            for (std::int64_t j = 0; j < inner_.count; ++j) total += square(row[j * inner_.step[0]]);
+          } else if (inner_.step[0] == 1) {
             total += static_cast<double>(kernels_.sum(row, inner_.count));
           } else {
             for (std::int64_t j = 0; j < inner_.count; ++j) total += static_cast<double>(row[j * inner_.step[0]]);
           }
         });
-        operands[1][at[1] + i * outer_.step[1]] = static_cast<float>(total / count);
+        operands[1][at[1] + i * outer_.step[1]] = static_cast<float>(root_ ? std::sqrt(total) : total / count);
       }
     });
   }
 
  private:
+  static double square(float x) { return static_cast<double>(x) * static_cast<double>(x); }
+
   Rows<2> outer_;
   Rows<1> inner_;
+  bool root_;
   const conv::Kernels& kernels_;
 };
 
 class Mean : public Operation {
  public:
-  Mean(std::vector<std::int64_t> axes, bool keep) : axes_(std::move(axes)), keep_(keep) {
+  Mean(std::vector<std::int64_t> axes, bool keep, bool root) : axes_(std::move(axes)), keep_(keep), root_(root) {
     std::sort(axes_.begin(), axes_.end());
     ACF_CHECK(!axes_.empty() && axes_[0] >= 0 && std::adjacent_find(axes_.begin(), axes_.end()) == axes_.end(),
-              "the axes of a mean must be different, at least one");
+              "the axes of a mean or norm must be different, at least one");
   }
 
   Shape infer(const std::vector<Shape>& inputs) const override {
@@ -266,7 +272,8 @@ class Mean : public Operation {
         kept_out.push_back(output.strides[made++]);
       }
     }
-    return std::make_unique<MeanTask>(Rows<2>(kept, {kept_in, kept_out}), Rows<1>(reduced, {reduced_in}), machine.isa);
+    return std::make_unique<MeanTask>(Rows<2>(kept, {kept_in, kept_out}), Rows<1>(reduced, {reduced_in}), root_,
+                                      machine.isa);
   }
 
  private:
@@ -275,7 +282,7 @@ class Mean : public Operation {
   }
 
   std::vector<std::int64_t> axes_;
-  bool keep_;
+  bool keep_, root_;
 };
 
 }  // namespace
@@ -285,7 +292,10 @@ std::unique_ptr<Operation> adaptive_average(std::int64_t height, std::int64_t wi
   return std::make_unique<Adaptive>(height, width);
 }
 std::unique_ptr<Operation> mean(std::vector<std::int64_t> axes, bool keep) {
-  return std::make_unique<Mean>(std::move(axes), keep);
+  return std::make_unique<Mean>(std::move(axes), keep, false);
+}
+std::unique_ptr<Operation> norm(std::vector<std::int64_t> axes, bool keep) {
+  return std::make_unique<Mean>(std::move(axes), keep, true);
 }
 
 }  // namespace acf::engine

@@ -244,6 +244,90 @@ ACF_TEST(pools_are_those_of_their_definition) {
   }
 }
 
+// (rows, depth) times (depth, columns), of every image, in float64.
+std::vector<double> product(const std::vector<double>& left, const std::vector<double>& right, std::size_t images,
+                            std::size_t rows, std::size_t depth, std::size_t columns) {
+  std::vector<double> result(images * rows * columns);
+  for (std::size_t i = 0; i < images * rows * columns; ++i) {
+    const std::size_t n = i / (rows * columns), r = i / columns % rows, c = i % columns;
+    for (std::size_t d = 0; d < depth; ++d) {
+      result[i] += left[(n * rows + r) * depth + d] * right[(n * depth + d) * columns + c];
+    }
+  }
+  return result;
+}
+
+bool close(const Values& found, const std::vector<double>& wanted) {
+  return close(found, Values(wanted.begin(), wanted.end()));
+}
+
+std::vector<double> exactly(const Values& values) { return {values.begin(), values.end()}; }
+
+// The input is cut into what is multiplied, so that matrices do not lie one behind the other.
+ACF_TEST(products_are_those_of_their_definition) {
+  struct Sizes {
+    std::int64_t rows, depth, columns;
+  };
+  for (const Sizes& sizes : {Sizes{1, 1, 1}, Sizes{3, 17, 5}, Sizes{33, 7, 50}, Sizes{5, 64, 64}, Sizes{70, 3, 197},
+                             Sizes{8, 100, 16}, Sizes{40, 33, 129}}) {
+    const auto [rows, depth, columns] = sizes;
+    const auto r = static_cast<std::size_t>(rows), d = static_cast<std::size_t>(depth),
+               c = static_cast<std::size_t>(columns);
+    const std::size_t images = 2 * 3;
+    const Values left = numbers(images * r * d, 31), right = numbers(images * d * c, 33);
+    const std::vector<double> wanted = product(exactly(left), exactly(right), images, r, d, c);
+    // Queries are the rows of the left, keys and values those of what is drawn here.
+    const Values keys = numbers(images * c * d, 35), values = numbers(images * c * r, 37);
+    std::vector<double> turned(images * d * c);
+    for (std::size_t i = 0; i < turned.size(); ++i) {
+      turned[i] = static_cast<double>(keys[(i / (d * c) * c + i % c) * d + i / c % d]);
+    }
+    std::vector<double> weights = product(exactly(left), turned, images, r, d, c);
+    for (std::size_t i = 0; i < images * r; ++i) {
+      double total = 0;
+      for (std::size_t j = 0; j < c; ++j) total += weights[i * c + j] = std::exp(0.3 * weights[i * c + j]);
+      for (std::size_t j = 0; j < c; ++j) weights[i * c + j] /= total;
+    }
+    const std::vector<double> mixed = product(weights, exactly(values), images, r, c, r);
+    for (const Isa isa : supported_isas()) {
+      Network network(isa);
+      const int a = network.add_input({3, rows, depth}), b = network.add_input({3, depth, columns}),
+                k = network.add_input({3, columns, depth}), v = network.add_input({3, columns, rows});
+      network.finish({network.add(matmul(), {a, b}), network.add(attention(0.3f), {a, k, v})});
+      const float* in[] = {left.data(), right.data(), keys.data(), values.data()};
+      Values first;
+      for (const int threads : {1, 3}) {
+        Values multiplied(wanted.size()), attended(mixed.size());
+        float* out[] = {multiplied.data(), attended.data()};
+        network.run(2, in, out, threads);
+        EXPECT(close(multiplied, wanted));
+        EXPECT(close(attended, mixed));
+        multiplied.insert(multiplied.end(), attended.begin(), attended.end());
+        if (first.empty()) first = multiplied;
+        EXPECT(multiplied == first);
+      }
+    }
+  }
+}
+
+ACF_TEST(attention_keeps_nan_and_survives_large_scores) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const Isa isa : supported_isas()) {
+    Network network(isa);
+    const int x = network.add_input({20, 1}), v = network.add_input({20, 2});
+    network.finish({network.add(attention(1), {x, x, v})});
+    Values scores(20, 0), values = numbers(40, 39), found(40);
+    scores[3] = 1000;
+    const float* in[] = {scores.data(), values.data()};
+    float* out = found.data();
+    network.run(1, in, &out, 1);
+    EXPECT_EQ(found[6], values[6]);  // the fourth query sees the fourth value alone
+    scores[19] = nan;
+    network.run(1, in, &out, 1);
+    for (const float y : found) EXPECT(y != y);
+  }
+}
+
 ACF_TEST(steps_that_do_not_fit_are_refused) {
   Network network(Isa::generic);
   const int x = network.add_input({3, 4, 4});
@@ -257,6 +341,14 @@ ACF_TEST(steps_that_do_not_fit_are_refused) {
                 std::invalid_argument, "a complete depthwise convolution of all its filters");
   EXPECT_THROWS(network.add(slice(0, 1, 4, 1), {x}), std::invalid_argument, "within its axis");
   EXPECT_THROWS(network.add(take(0, {3}), {x}), std::invalid_argument, "there is no index 3");
+  EXPECT_THROWS(network.add(matmul(), {x}), std::invalid_argument, "there must be 2 inputs, got 1");
+  EXPECT_THROWS(network.add(matmul(), {x, network.add(reshape({48}), {x})}), std::invalid_argument, "as many matrices");
+  EXPECT_THROWS(network.add(matmul(), {x, network.add(slice(1, 0, 3, 1), {x})}), std::invalid_argument,
+                "cannot be multiplied by one of 3 rows");
+  EXPECT_THROWS(network.add(attention(1), {x, network.add(slice(2, 0, 3, 1), {x}), x}), std::invalid_argument,
+                "queries of 4 features do not match keys of 3");
+  EXPECT_THROWS(network.add(attention(1), {x, network.add(slice(1, 0, 3, 1), {x}), x}), std::invalid_argument,
+                "there are 3 keys for 4 values");
   network.finish({network.add(activate({conv::Activation::relu}), {x})});
   EXPECT_THROWS(run(network, 0, {}), std::invalid_argument, "at least 1");
 }
