@@ -143,6 +143,8 @@ class Function(nn.Module):
 
 COLUMN = torch.tensor([0.5, -2.0, 3.0]).view(3, 1, 1)
 
+ROW = torch.arange(14.0).view(1, 2, 7)
+
 
 FUNCTIONS = {
     "relu": lambda x: F.relu(x),
@@ -208,8 +210,61 @@ FUNCTIONS = {
     "adaptive pool, even": lambda x: F.adaptive_avg_pool2d(x, (5, 1)),
     "adaptive pool, uneven": lambda x: F.adaptive_avg_pool2d(x, (3, 4)),
     "adaptive pool, larger": lambda x: F.adaptive_avg_pool2d(x, (8, 9)),
+    "norm": lambda x: torch.linalg.vector_norm(x, dim=(1, -1)),
+    "normalise": lambda x: F.normalize(x, dim=2),
+    "matmul": lambda x: x @ x.transpose(-1, -2),
+    "matmul with a constant": lambda x: x @ torch.arange(14.0).view(7, 2).to(x),
+    "bmm": lambda x: torch.bmm(x.reshape(-1, 5, 7), x.reshape(-1, 7, 5)).reshape(-1, 3, 5, 5),
+    "einsum": lambda x: torch.einsum("b c i d, b c j d -> b c i j", x, x * 2),
+    "einsum, turned": lambda x: torch.einsum("bcdi, bcdj -> bcij", x, x * 2),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x[:, :, 1:] * 2, x[:, :, 1:, :4]),
+    "attention, scaled": lambda x: F.scaled_dot_product_attention(x, x, x, scale=-0.1),
+    "attention, causal": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "attention, shifted": lambda x: F.scaled_dot_product_attention(x, x, x, torch.arange(25.0).view(5, 5).to(x)),
+    "attention, masked": lambda x: F.scaled_dot_product_attention(x, x, x, torch.arange(25).view(5, 5) % 3 > 0),
+    "roll": lambda x: torch.roll(x, (1, -2), (2, 3)),
+    "expand": lambda x: x[:, :, :1].expand(-1, -1, 4, -1) + 0.5,
+    "concat a constant": lambda x: torch.cat([COLUMN.to(x).expand(x.shape[0], 3, 5, 1), x], 3),
+    "concat constants": lambda x: torch.cat(
+        [x, ROW.to(x).expand(x.shape[0], 3, 2, 7), x * 2, ROW.to(x).expand(x.shape[0], 3, 2, 7)], 2
+    ),
+    "batch behind": lambda x: F.softmax(x.transpose(0, 2) + 1, 1).transpose(0, 2),
+    "batch behind, constant": lambda x: (x.permute(2, 3, 0, 1) * COLUMN[:, 0, 0].to(x)).permute(2, 3, 0, 1),
+    "batch of parts": lambda x: (x.reshape(-1, 7).softmax(-1) + torch.ones(1, 7).to(x)).view(-1, 3, 5, 7),
+    "parts of a batch": lambda x: x.transpose(0, 1).reshape(-1, 5, 7)[:, 1:].mean(-1).view(3, -1, 4).transpose(0, 1),
+    "new tensors": lambda x: x + x.new_full((5, 1), 2.0) + x.new_zeros(7),
     "constants": lambda x: x + torch.arange(7.0) * torch.full((5, 1), 2.0),
 }
+
+
+class Attention(nn.Module):
+    """A block of a transformer, whose attention reads queries of its own length."""
+
+    def __init__(self, features, heads, batch_first, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(features, heads, batch_first=batch_first, **options)
+        self.norm, self.linear = nn.LayerNorm(features), nn.Linear(features, 2 * features)
+        self.batch_first = batch_first
+        nn.init.normal_(self.attention.in_proj_bias)
+
+    def forward(self, x):
+        y = self.norm(x) if self.batch_first else self.norm(x).transpose(0, 1)
+        y, _ = self.attention(y, y, y, need_weights=False)
+        y = y if self.batch_first else y.transpose(0, 1)
+        return F.gelu(self.linear(x + y))[:, 0]
+
+
+@every_isa
+@pytest.mark.parametrize(("heads", "features"), [(1, 5), (2, 34), (3, 21), (4, 64), (7, 7)])
+@pytest.mark.parametrize("tokens", [1, 5, 50])
+def test_attention_of_several_heads(tokens, heads, features):
+    engine = check(Attention(features, heads, batch_first=heads % 2 == 0), tokens, features, rounding=64)
+    assert [s.op for s in engine.program.steps].count("attention") == 1
+
+
+def test_attention_counts_its_products():
+    step = acf.compile(Function(lambda x: F.scaled_dot_product_attention(x, x, x[..., :3])), torch.zeros(1, 2, 5, 4))
+    assert step.summary().macs == 2 * 5 * 5 * (4 + 3)
 
 
 @every_isa
@@ -588,7 +643,7 @@ def test_all_unsupported_operators_are_listed_with_their_places():
     [
         (lambda x: x.reshape(-1, 7), r"mixes the batch with other dimensions"),
         (lambda x: x.transpose(0, 1), r"does not have the batch first"),
-        (lambda x: x.mean(0, keepdim=True) + x, r"does not have the batch first"),
+        (lambda x: x.mean(0, keepdim=True) + x, r"does not have the batch"),
         (lambda x: F.softmax(x, 0), "works across the batch"),
         (lambda x: torch.cat([x, x], 0), "mixes the batch|does not have the batch first|works across the batch"),
         (lambda x: (x > 0).float(), "gt.Scalar .*unsupported operator"),
@@ -602,6 +657,13 @@ def test_all_unsupported_operators_are_listed_with_their_places():
         (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "divisor_override is not supported"),
         (lambda x: F.batch_norm(x, None, None, training=True), "only running statistics are supported"),
         (lambda x: x / (COLUMN * 0), "inf|NaN|differs"),
+        (lambda x: F.avg_pool2d(x.transpose(0, 1), 2), "does not have the batch first"),
+        (lambda x: F.linear(x.transpose(0, 3), torch.ones(2, 2)), "works across the batch|does not have the batch"),
+        (lambda x: x.reshape(-1, 5, 7) + x.transpose(0, 1).reshape(-1, 5, 7), "batch in different places"),
+        (lambda x: x @ x[:, :1].transpose(-1, -2), "are not as many"),
+        (lambda x: torch.einsum("bcij, bcij -> bc", x, x), "is not a product of matrices"),
+        (lambda x: F.scaled_dot_product_attention(x, x, x, x @ x.transpose(-1, -2)), "its mask depends on the input"),
+        (lambda x: torch.linalg.vector_norm(x, 1, dim=1), "only 2 over some dimensions is supported"),
         (lambda x: torch.div(x, 2, rounding_mode="floor"), "rounding mode 'floor' is not supported"),
     ],
 )
@@ -707,6 +769,7 @@ BROKEN = {
     "an unknown attribute": (lambda p: with_step(p, 1, {"color": 3}), "attribute 'color' is unknown"),
     "a missing attribute": (lambda p: with_step(p, 3, op="softmax"), "attribute 'axis' is missing"),
     "a stride of none": (lambda p: with_step(p, 0, {"stride": (0, 1)}), "stride must be an integer from 1"),
+    "a huge stride": (lambda p: with_step(p, 0, {"stride": (2**30, 1)}), "stride must be an integer from 1 to 2684"),
     "a stride of three": (lambda p: with_step(p, 0, {"stride": (1, 1, 1)}), "stride must be a tuple of 2 integers"),
     "negative padding": (lambda p: with_step(p, 0, {"padding": (0, 0, -1, 0)}), "padding must be an integer from 0"),
     "a huge padding": (lambda p: with_step(p, 0, {"padding": (0, 2**30, 0, 2**30)}), "at most 67108864"),
@@ -766,6 +829,34 @@ def test_broken_programs_are_refused(fault):
     damage, message = BROKEN[fault]
     with pytest.raises(ProgramError, match=message):
         validate(damage(small_program()))
+
+
+def matrices(*shapes, op="attention", **attributes):
+    inputs = tuple(Input(f"x{i}", shape) for i, shape in enumerate(shapes))
+    return Program(inputs, (Step(op, tuple(range(len(shapes))), len(shapes), attributes),), (len(shapes),), {})
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (matrices((2, 3, 4), (2, 5, 4), scale=1.0), "takes 3 to 3 inputs, not 2"),
+        (matrices((4,), (4,), (4,), scale=1.0), "takes as many matrices from every input"),
+        (matrices((2, 3, 4), (5, 4), (2, 5, 6), scale=1.0), "takes as many matrices from every input"),
+        (matrices((2, 3, 4), (3, 5, 4), (2, 5, 6), scale=1.0), "takes as many matrices from every input"),
+        (matrices((2, 3, 4), (2, 5, 3), (2, 5, 6), scale=1.0), r"queries \(2, 3, 4\), keys .* do not match"),
+        (matrices((2, 3, 4), (2, 5, 4), (2, 4, 6), scale=1.0), r"values \(2, 4, 6\) do not match"),
+        (matrices((2, 3, 4), (2, 5, 4), (2, 5, 6)), "attribute 'scale' is missing"),
+        (matrices((2, 3, 4), (2, 5, 4), (2, 5, 6), scale=math.nan), "scale must be a finite float32"),
+        (matrices((1, 1), (2**23, 1), (2**23, 1), scale=1.0), "one sample needs .* elements at once"),
+        (matrices((2**14, 1), (1, 2**14), op="matmul"), "268435456 elements; at most 67108864 are allowed"),
+        (matrices((2, 3), (4, 2), op="matmul"), "cannot be multiplied"),
+        (matrices((3,), (3,), op="matmul"), "takes as many matrices from every input"),
+        (matrices((2, 3), op="norm", axes=(2,), keep=True), "axes must be different axes"),
+    ],
+)
+def test_products_that_do_not_fit_are_refused(program, message):
+    with pytest.raises(ProgramError, match=message):
+        validate(program)
 
 
 def test_programs_that_need_too_much_memory_are_refused():

@@ -31,6 +31,9 @@ Array = np.ndarray[Any, Any]
 TOLERANCE: Final = 1e-4
 """Largest difference allowed between engine and model, relative to the largest output."""
 
+LOWEST: Final = np.float32(-1e38)
+"""Stands for -infinity where a mask hides a score."""
+
 
 def lower(model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch.Tensor]) -> Program:
     """Turn `model` into a program for any batch size, or for that of the example where the model holds for no other.
@@ -89,6 +92,32 @@ class _NotLoweredError(Exception):
     """Why a node cannot be lowered."""
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of the model has its samples: `dim` holds all of them `outer` times, each in `inner` parts.
+
+    The value that stands for the tensor has its samples first; outer and inner are axes of a sample where above 1.
+    """
+
+    dim: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        return tuple(n for n in (self.outer, self.inner) if n > 1)
+
+    def sample(self, shape: Sequence[Any]) -> tuple[Any, ...]:
+        """The shape of one sample of a tensor of `shape`."""
+        return (*shape[: self.dim], *self.parts, *shape[self.dim + 1 :])
+
+    def axes(self, rank: int) -> list[tuple[int, ...]]:
+        """For every dimension of a tensor of `rank` the axes of one sample that it is."""
+        behind = range(self.dim + len(self.parts), rank - 1 + len(self.parts))
+        parts = tuple(range(self.dim, self.dim + len(self.parts)))
+        return [*((d,) for d in range(self.dim)), parts, *((d,) for d in behind)]
+
+
 class _Lowering:
     """Turns the live nodes of a trace into operations; values keep the names of their nodes."""
 
@@ -98,6 +127,7 @@ class _Lowering:
         self.operations: list[_Operation] = []
         self.names: dict[str, str] = {}  # node -> the value it stands for; differs where a node changes nothing
         self.shapes: dict[str, tuple[int, ...]] = {}  # value -> shape of one sample
+        self.places: dict[str, _Place] = {}  # node -> where it has its samples
         self.constants: dict[str, Any] = {}
         self.per_sample: set[str] = set()  # constants that the model repeats for every sample; kept for one
 
@@ -110,9 +140,15 @@ class _Lowering:
                     f"input {given.name!r} is {given.dtype} {given.shape}; all must be float32 and (N, ...)"
                 )
             self.names[given.name], self.shapes[given.name] = given.name, given.shape[1:]
+            self.places[given.name] = _Place()
         problems.extend(filter(None, map(self._problem, _live(self.trace))))
-        free = [output.name for output in self.trace.outputs if output.name not in self.names]
-        problems.extend(f"output {name!r} does not depend on the input" for name in free)
+        for output in self.trace.outputs:
+            if output.name not in self.names:
+                problems.append(f"output {output.name!r} does not depend on the input")
+            elif self.places[output.name].dim != 0:
+                problems.append(f"output {output.name!r} does not have the batch first")
+            elif self.places[output.name].parts:
+                problems.append(f"output {output.name!r} mixes the batch with other dimensions")
         if problems:
             raise UnsupportedError("the engine cannot run this model: " + "; ".join(problems))
         return [self.names[output.name] for output in self.trace.outputs]
@@ -122,7 +158,9 @@ class _Lowering:
         try:
             self._lower(node)
         except _NotLoweredError as error:
-            self.names[node.name], self.shapes[node.name] = node.name, node.shape[1:]
+            self.names[node.name] = node.name
+            self.places[node.name] = place = self.places.get(node.name, _Place())
+            self.shapes[node.name] = tuple(1 if type(n) is type(BATCH) else n for n in place.sample(node.shape))
             return f"{node.where}: {error}"
         return ""
 
@@ -137,14 +175,35 @@ class _Lowering:
             return  # "getitem" nodes do the work
         if node.dtype != "float32":
             raise _NotLoweredError(f"the result is {node.dtype}; only float32 is supported")
-        if not node.shape or node.shape[0] != self.batch or type(node.shape[0]) is not type(self.batch):
-            raise _NotLoweredError(f"the result {node.shape} does not have the batch first")
-        if any(type(n) is type(BATCH) for n in node.shape[1:]):
-            raise _NotLoweredError(f"the result {node.shape} mixes the batch with other dimensions")
+        self.places[node.name] = self._place(node)
         value = handler(self, node)
         self.names[node.name] = value
-        if self.shapes[value] != node.shape[1:]:
-            raise _NotLoweredError(f"gives {node.shape}, but {(BATCH, *self.shapes[value])} was expected")
+        if self.shapes[value] != self.made(node):
+            raise _NotLoweredError(f"gives samples of {self.made(node)}, but {self.shapes[value]} was expected")
+
+    def _place(self, node: Node) -> _Place:
+        """Where `node` has its samples: where its first operand has them, but for operators that reorder dimensions."""
+        if self.trace.dynamic_batch:
+            dims = [d for d, n in enumerate(node.shape) if type(n) is type(BATCH)]
+        else:  # a number among others says nothing about where the samples are
+            dims = [0] if node.shape[:1] == (self.batch,) else []
+        if not dims:
+            raise _NotLoweredError(f"the result {node.shape} does not have the batch")
+        if len(dims) > 1:
+            raise _NotLoweredError(f"the result {node.shape} has the batch more than once")
+        source = self.trace.node(node.args[0].name) if node.op == "getitem" else node
+        given = next((o for o in (source or node).operands if self.is_value(o)), None)
+        if given is None or not self.trace.dynamic_batch:
+            return _Place(dims[0])
+        place, shape = self.places[given.name], self.shapes[self.names[given.name]]
+        if _HANDLERS[node.op] is not _Lowering.reshape:
+            return _Place(dims[0], place.outer, place.inner)
+        ahead = place.dim + (place.outer > 1)
+        outer, above = divmod(math.prod(shape[:ahead]), math.prod(node.shape[: dims[0]]))
+        inner, below = divmod(math.prod(shape[ahead:]), math.prod(node.shape[dims[0] + 1 :]))
+        if above or below:
+            raise _NotLoweredError(f"the result {node.shape} mixes the batch with other dimensions")
+        return _Place(dims[0], outer, inner)
 
     # --- constants
 
@@ -153,7 +212,7 @@ class _Lowering:
 
         What is the same for every sample (an expanded bias) is kept for one of them, as the batch dimension is 1 then.
         """
-        known = all(isinstance(o, Tensor) or o.name in self.constants for o in node.operands)
+        known = node.op in _FILLED or all(isinstance(o, Tensor) or o.name in self.constants for o in node.operands)
         if not known or any(type(n) is type(BATCH) for n in _numbers(node.shape[1:])):
             return False
         sized = any(type(n) is type(BATCH) for n in _numbers((node.args, *node.kwargs.values())))
@@ -173,7 +232,11 @@ class _Lowering:
         target = operator.attrgetter(node.target)(torch.ops)
         if torch.Tag.nondeterministic_seeded in target.tags:
             raise _NotLoweredError("random numbers are not supported")
-        args, kwargs = self._constant(node.args), {k: self._constant(v) for k, v in node.kwargs.items()}
+        if node.op in _FILLED:  # reads no more than a dtype
+            args = [torch.empty(0, dtype=getattr(torch, node.dtype)), *self._constant(node.args[1:])]
+        else:
+            args = self._constant(node.args)
+        kwargs = {k: self._constant(v) for k, v in node.kwargs.items()}
         if node.op == "expand":
             args[1] = [1 if type(n) is type(BATCH) else n for n in args[1]]
         if target._schema.is_mutable:  # the values belong to the model
@@ -214,6 +277,25 @@ class _Lowering:
             raise _NotLoweredError("an operand does not depend on the input")
         return self.names[argument.name]
 
+    def place(self, argument: Any) -> _Place:
+        """Where a computed argument has its samples."""
+        return self.places[argument.name]
+
+    def batch_first(self, argument: Any) -> str:
+        """The value that an argument stands for, if its first dimension is the batch and nothing else."""
+        value = self.value(argument)
+        if self.place(argument) != _Place():
+            raise _NotLoweredError("its input does not have the batch first, or mixes it with other dimensions")
+        return value
+
+    def made(self, node: Node) -> tuple[int, ...]:
+        """The shape of one sample of what `node` makes."""
+        return self.places[node.name].sample(node.shape)
+
+    def rank(self, argument: Any) -> int:
+        """Dimensions of a computed argument."""
+        return len(self.shapes[self.value(argument)]) - len(self.place(argument).parts) + 1
+
     def emit(
         self,
         node: Node,
@@ -235,17 +317,20 @@ class _Lowering:
 
     def axis(self, node: Node, dim: Any) -> int:
         """A dimension of the node's first operand as an axis of one sample."""
-        rank = len(self.shapes[self.value(node.args[0])]) + 1
-        axis = dim % rank
-        if axis == 0:
+        return self.axis_of(node.args[0], dim)
+
+    def axis_of(self, argument: Any, dim: Any) -> int:
+        """A dimension of a computed argument as an axis of one sample."""
+        rank, place = self.rank(argument), self.place(argument)
+        if dim % rank == place.dim:
             raise _NotLoweredError("works across the batch")
-        return int(axis) - 1
+        return place.axes(rank)[int(dim) % rank][0]
 
     # --- operators
 
     def conv2d(self, node: Node) -> str:
         given, weight, bias, stride, padding, dilation, groups = node.args
-        x = self.value(given)
+        x = self.batch_first(given)
         arrays = {"weight": self.array(weight, "weight")}
         if bias is not None:
             arrays["bias"] = self.array(bias, "bias")
@@ -259,14 +344,15 @@ class _Lowering:
             "groups": groups,
             "activation": "none",
         }
-        return self.emit(node, "conv", [x], node.shape[1:], attributes, arrays)
+        return self.emit(node, "conv", [x], self.made(node), attributes, arrays)
 
     def linear(self, node: Node) -> str:
         given, weight, bias = node.args
+        self.axis(node, -1)
         arrays = {"weight": self.array(weight, "weight")}
         if bias is not None:
             arrays["bias"] = self.array(bias, "bias")
-        return self.emit(node, "linear", [self.value(given)], node.shape[1:], {"activation": "none"}, arrays)
+        return self.emit(node, "linear", [self.value(given)], self.made(node), {"activation": "none"}, arrays)
 
     def batch_norm(self, node: Node) -> str:
         given, weight, bias, mean, variance, training, _, epsilon, _ = node.args
@@ -277,14 +363,14 @@ class _Lowering:
         shift = -self.array(mean, "mean").astype(np.float64) * scale
         if bias is not None:
             shift += self.array(bias, "bias")
-        x = self.value(given)
+        x = self.batch_first(given)
         attributes = {"rank": len(self.shapes[x])}
-        return self.emit(node, "batch_norm", [x], node.shape[1:], attributes, {"scale": scale, "shift": shift})
+        return self.emit(node, "batch_norm", [x], self.made(node), attributes, {"scale": scale, "shift": shift})
 
     def layer_norm(self, node: Node) -> str:
         given, shape, weight, bias, epsilon, *_ = node.args
         x = self.value(given)
-        if len(shape) > len(self.shapes[x]):
+        if len(shape) >= self.rank(given) - self.place(given).dim:
             raise _NotLoweredError("normalises across the batch")
         arrays = {
             role: self.array(value, role).reshape(-1)
@@ -325,7 +411,7 @@ class _Lowering:
         given, kernel, stride, padding, dilation, ceil = node.args
         attributes = _pool(kernel, stride, padding, ceil)
         attributes["dilation"] = _pair(dilation)
-        return self.emit(node, "max_pool", [self.value(given)], node.shape[1:], attributes)
+        return self.emit(node, "max_pool", [self.batch_first(given)], self.made(node), attributes)
 
     def avg_pool2d(self, node: Node) -> str:
         given, kernel, stride, padding, ceil, count_padding, divisor = node.args
@@ -333,20 +419,20 @@ class _Lowering:
             raise _NotLoweredError("divisor_override is not supported")
         attributes = _pool(kernel, stride, padding, ceil)
         attributes["count_padding"] = count_padding
-        return self.emit(node, "avg_pool", [self.value(given)], node.shape[1:], attributes)
+        return self.emit(node, "avg_pool", [self.batch_first(given)], self.made(node), attributes)
 
     def adaptive_avg_pool2d(self, node: Node) -> str:
-        x = self.value(node.args[0])
+        x = self.batch_first(node.args[0])
         (height, width), (rows, columns) = self.shapes[x][-2:], node.shape[-2:]
         if (rows, columns) == (height, width):
             return x
         if rows == columns == 1:
-            return self.emit(node, "global_avg_pool", [x], node.shape[1:])
+            return self.emit(node, "global_avg_pool", [x], self.made(node))
         if height % rows == width % columns == 0:
             kernel = (height // rows, width // columns)
             attributes = {**_pool(kernel, kernel, 0, ceil=False), "count_padding": False}
-            return self.emit(node, "avg_pool", [x], node.shape[1:], attributes)
-        return self.emit(node, "adaptive_avg_pool", [x], node.shape[1:], {"output": (rows, columns)})
+            return self.emit(node, "avg_pool", [x], self.made(node), attributes)
+        return self.emit(node, "adaptive_avg_pool", [x], self.made(node), {"output": (rows, columns)})
 
     def mean(self, node: Node) -> str:
         x = self.value(node.args[0])
@@ -356,7 +442,14 @@ class _Lowering:
         if axes == (1, 2) and len(self.shapes[x]) == 3:
             pooled = self.emit(node, "global_avg_pool", [x], (self.shapes[x][0], 1, 1))
             return pooled if keep else self._reshape(node, pooled)
-        return self.emit(node, "mean", [x], node.shape[1:], {"axes": axes, "keep": keep})
+        return self.emit(node, "mean", [x], self.made(node), {"axes": axes, "keep": keep})
+
+    def norm(self, node: Node) -> str:
+        given, order, dims, keep, *_ = node.args
+        if order != 2 or not dims:
+            raise _NotLoweredError(f"order {order} over {dims}; only 2 over some dimensions is supported")
+        axes = tuple(sorted(self.axis(node, d) for d in dims))
+        return self.emit(node, "norm", [self.value(given)], self.made(node), {"axes": axes, "keep": keep})
 
     def binary(self, node: Node) -> str:
         left, right = node.args[:2]
@@ -366,7 +459,7 @@ class _Lowering:
         if not self.is_value(left) and node.op in ("add", "mul") and alpha == 1:
             left, right = right, left
         elif not self.is_value(left) and node.op == "sub":
-            return self._from_constant(node, self.value(right), self.array(left, "first operand"), alpha)
+            return self._from_constant(node, right, self.array(left, "first operand"), alpha)
         x = self.value(left)
         plain = {"activation": "none"}
         if self.is_value(right):
@@ -375,28 +468,40 @@ class _Lowering:
                 y = self._with_constant(node, "mul", y, np.asarray(alpha, np.float32))
             if len(self.shapes[x]) != len(self.shapes[y]):
                 raise _NotLoweredError(f"operands {self.shapes[x]} and {self.shapes[y]} of one sample differ in rank")
-            return self.emit(node, node.op, [x, y], node.shape[1:], plain)
+            self._check_places(left, right)
+            return self.emit(node, node.op, [x, y], self.made(node), plain)
         constant = self.array(right, "second operand") * np.float32(alpha)
-        return self._with_constant(node, node.op, x, constant)
+        return self._with_constant(node, node.op, x, self._of_sample(left, constant))
+
+    def _check_places(self, *arguments: Any) -> None:
+        if len({self.place(argument) for argument in arguments}) > 1:
+            raise _NotLoweredError("its operands have the batch in different places")
+
+    def _of_sample(self, argument: Any, constant: Array) -> Array:
+        """What of a constant that is broadcast with a computed argument meets one sample."""
+        rank, place = self.rank(argument), self.place(argument)
+        if constant.ndim < rank - place.dim:
+            return constant
+        whole = constant.reshape((1,) * (rank - constant.ndim) + constant.shape)
+        one: Array = whole.take([0], axis=place.dim)
+        if whole.ndim > rank or (whole != one).any():
+            raise _NotLoweredError(f"a constant of shape {constant.shape} reaches into the batch")
+        shape = (*one.shape[: place.dim], *(1 for _ in place.parts), *one.shape[place.dim + 1 :])
+        return np.reshape(one, shape)
 
     def _with_constant(self, node: Node, op: str, x: str, constant: Array) -> str:
-        rank = len(self.shapes[x])
-        if constant.ndim == rank + 1 and constant.shape[0] == 1:
-            constant = constant[0]
-        if constant.ndim > rank:
-            raise _NotLoweredError(f"a constant of shape {constant.shape} reaches into the batch")
         shape = np.broadcast_shapes(self.shapes[x], constant.shape)
         return self.emit(node, op, [x], shape, {"activation": "none"}, {"constant": constant})
 
-    def _from_constant(self, node: Node, x: str, constant: Array, alpha: Any) -> str:
-        """Constant - alpha * x."""
-        negative = self._with_constant(node, "mul", x, np.asarray(-alpha, np.float32))
-        return self._with_constant(node, "add", negative, constant)
+    def _from_constant(self, node: Node, given: Any, constant: Array, alpha: Any) -> str:
+        """Constant - alpha * given."""
+        negative = self._with_constant(node, "mul", self.value(given), np.asarray(-alpha, np.float32))
+        return self._with_constant(node, "add", negative, self._of_sample(given, constant))
 
     def rsub(self, node: Node) -> str:
         left, right, *rest = node.args
         alpha = rest[0] if rest else node.kwargs.get("alpha", 1)
-        return self._from_constant(node, self.value(left), self.array(right, "second operand"), alpha)
+        return self._from_constant(node, left, self.array(right, "second operand"), alpha)
 
     def zeros_like(self, node: Node) -> str:
         x = self.value(node.args[0])
@@ -404,17 +509,49 @@ class _Lowering:
 
     def cat(self, node: Node) -> str:
         tensors, dim = node.args
-        values = [self.value(t) for t in tensors]
-        axis = dim % (len(self.shapes[values[0]]) + 1) - 1
-        if axis < 0:
-            raise _NotLoweredError("works across the batch")
-        return self.emit(node, "concat", values, node.shape[1:], {"axis": axis})
+        given = [t for t in tensors if self.is_value(t)]
+        axis = self.axis_of(given[0], dim)
+        self._check_places(*given)
+        ahead: list[Array] = []  # constants in front of the first value
+        parts: list[tuple[str, list[Array]]] = []  # values, each with the constants behind it
+        for tensor in tensors:
+            if self.is_value(tensor):
+                parts.append((self.value(tensor), []))
+            else:
+                (parts[-1][1] if parts else ahead).append(self._of_sample(given[0], self.array(tensor, "operand")))
+        values = []
+        for x, behind in parts:
+            values.append(self._between(node, ahead, x, behind, axis))
+            ahead = []
+        return values[0] if len(values) == 1 else self.emit(node, "concat", values, self.made(node), {"axis": axis})
+
+    def _between(self, node: Node, ahead: Sequence[Array], x: str, behind: Sequence[Array], axis: int) -> str:
+        """A value with constants around it along an axis: zeros, to which they are added."""
+        if not ahead and not behind:
+            return x
+        shape = self.shapes[x]
+        constant = np.concatenate([*ahead, np.zeros(shape, np.float32), *behind], axis)
+        before, after = (
+            tuple(sum(part.shape[axis] for part in side) if d == axis else 0 for d in range(len(shape)))
+            for side in (ahead, behind)
+        )
+        padded = self.emit(node, "pad", [x], constant.shape, {"before": before, "after": after, "value": 0.0})
+        return self._with_constant(node, "add", padded, constant)
+
+    def expand(self, node: Node) -> str:
+        x, shape = self.value(node.args[0]), self.made(node)
+        if self.shapes[x] == shape:
+            return x
+        if len(self.shapes[x]) != len(shape):
+            raise _NotLoweredError("adds dimensions")
+        grown = next(axis for axis, (n, m) in enumerate(zip(self.shapes[x], shape, strict=True)) if n != m)
+        return self._with_constant(node, "add", x, np.zeros(shape[grown:], np.float32))
 
     def reshape(self, node: Node) -> str:
         return self._reshape(node, self.value(node.args[0]))
 
     def _reshape(self, node: Node, x: str) -> str:
-        shape = node.shape[1:]
+        shape = self.made(node)
         if math.prod(shape) != math.prod(self.shapes[x]):
             raise _NotLoweredError(
                 f"turns samples of {self.shapes[x]} into {shape}: mixes the batch with other dimensions"
@@ -422,33 +559,38 @@ class _Lowering:
         return x if shape == self.shapes[x] else self.emit(node, "reshape", [x], shape, {"shape": shape})
 
     def permute(self, node: Node) -> str:
-        rank = len(self.shapes[self.value(node.args[0])]) + 1
+        rank = self.rank(node.args[0])
         order = list(range(rank))
         if node.op == "permute":
             order = [d % rank for d in node.args[1]]
         else:
             a, b = (d % rank for d in node.args[1:3])
             order[a], order[b] = order[b], order[a]
-        if order[0] != 0:
+        if order.index(self.place(node.args[0]).dim) != self.place(node).dim:
             raise _NotLoweredError("moves the batch dimension")
-        x = self.value(node.args[0])
-        return self.emit(node, "transpose", [x], node.shape[1:], {"order": tuple(d - 1 for d in order[1:])})
+        axes = self.place(node.args[0]).axes(rank)
+        return self._transpose(node, self.value(node.args[0]), [axis for d in order for axis in axes[d]])
+
+    def _transpose(self, node: Node, x: str, order: Sequence[int]) -> str:
+        if list(order) == sorted(order):
+            return x
+        made = tuple(self.shapes[x][axis] for axis in order)
+        return self.emit(node, "transpose", [x], made, {"order": tuple(order)})
 
     def pad(self, node: Node) -> str:
         x, widths = self.value(node.args[0]), node.args[1]
         mode, value = node.args[2:4] if node.op == "pad" else ("constant", node.args[2])
         if mode != "constant" or min(widths, default=0) < 0:
             raise _NotLoweredError(f"mode {mode!r} with widths {widths}; only constant padding is supported")
-        rank = len(self.shapes[x])
-        before, after = [0] * (rank + 1), [0] * (rank + 1)
+        before, after = [0] * len(self.shapes[x]), [0] * len(self.shapes[x])
         for i in range(len(widths) // 2):  # torch counts from the last dimension
-            before[rank - i], after[rank - i] = widths[2 * i], widths[2 * i + 1]
-        if before[0] or after[0]:
-            raise _NotLoweredError("pads the batch dimension")
+            if widths[2 * i] or widths[2 * i + 1]:
+                axis = self.axis(node, -1 - i)
+                before[axis], after[axis] = widths[2 * i], widths[2 * i + 1]
         if not any(widths):
             return x
-        attributes = {"before": tuple(before[1:]), "after": tuple(after[1:]), "value": float(value or 0)}
-        return self.emit(node, "pad", [x], node.shape[1:], attributes)
+        attributes = {"before": tuple(before), "after": tuple(after), "value": float(value or 0)}
+        return self.emit(node, "pad", [x], self.made(node), attributes)
 
     def slice_(self, node: Node) -> str:
         _, dim, start, stop, step = node.args
@@ -491,7 +633,7 @@ class _Lowering:
         else:
             start = index * (parts if source.op == "split" else -(-size // parts))
         x = self.value(source.args[0])
-        length = node.shape[axis + 1]
+        length = self.made(node)[axis]
         return x if length == size else self._slice(_reading(node, source), axis, start, start + length)
 
     def index_select(self, node: Node) -> str:
@@ -510,15 +652,97 @@ class _Lowering:
         picked = self._constant(index).cpu().numpy()
         if picked.ndim != 1 or not picked.size or picked.dtype.kind not in "iu":
             raise _NotLoweredError(f"an index of {picked.dtype} {picked.shape} is not supported")
-        picked = np.where(picked < 0, picked + self.shapes[x][axis], picked)
-        shape = (*self.shapes[x][:axis], len(picked), *self.shapes[x][axis + 1 :])
+        return self._pick(node, x, axis, np.where(picked < 0, picked + self.shapes[x][axis], picked))
+
+    def _pick(self, node: Node, x: str, axis: int, picked: Array) -> str:
         given = self.shapes[x]
+        shape = (*given[:axis], len(picked), *given[axis + 1 :])
         attributes = {"axis": axis, "last": len(given) - 1, "size": given[axis]}
         return self.emit(node, "take", [x], shape, attributes, {"indices": picked})
+
+    def roll(self, node: Node) -> str:
+        given, shifts, dims = node.args
+        x = self.value(given)
+        if not dims:
+            raise _NotLoweredError("works across the batch")
+        for shift, dim in zip(shifts, dims, strict=True):
+            axis = self.axis(node, dim)
+            x = self._pick(node, x, axis, np.roll(np.arange(self.shapes[x][axis]), shift))
+        return x
 
     def softmax(self, node: Node) -> str:
         x = self.value(node.args[0])
         return self.emit(node, node.op.lstrip("_"), [x], self.shapes[x], {"axis": self.axis(node, node.args[1])})
+
+    def attention(self, node: Node) -> str:
+        query, key, value, mask, dropout, causal = node.args
+        if dropout:
+            raise _NotLoweredError("drops some of its weights")
+        self._check_places(query, key, value)
+        if self.rank(query) - self.place(query).dim < 3:
+            raise _NotLoweredError("works across the batch")
+        q, k, v = map(self.value, (query, key, value))
+        if len({self.shapes[x][:-2] for x in (q, k, v)}) != 1:
+            raise _NotLoweredError(f"heads of {self.shapes[q]}, {self.shapes[k]} and {self.shapes[v]} are not the same")
+        scale = node.kwargs.get("scale")
+        scale = self.shapes[q][-1] ** -0.5 if scale is None else float(scale)
+        if mask is None and not causal:
+            return self.emit(node, "attention", [q, k, v], self.made(node), {"scale": scale})
+        shown = np.tri(self.shapes[q][-2], self.shapes[k][-2], dtype=bool) if causal else self._mask(mask)
+        shift = np.maximum(np.where(shown, 0, LOWEST) if shown.dtype == bool else shown, LOWEST, dtype=np.float32)
+        scores = self._matmul(node, q, self._turned(node, k))
+        scores = self._with_constant(node, "mul", scores, np.asarray(scale, np.float32))
+        scores = self._with_constant(node, "add", scores, self._of_sample(query, shift))
+        axis = {"axis": len(self.shapes[scores]) - 1}
+        return self._matmul(node, self.emit(node, "softmax", [scores], self.shapes[scores], axis), v)
+
+    def _mask(self, mask: Any) -> Array:
+        if isinstance(mask, Ref) and mask.name not in self.constants:
+            raise _NotLoweredError("its mask depends on the input")
+        given: Array = self._constant(mask).detach().cpu().numpy()
+        return given
+
+    def _turned(self, node: Node, x: str) -> str:
+        """Matrices with rows and columns exchanged."""
+        *front, rows, columns = range(len(self.shapes[x]))
+        return self._transpose(node, x, [*front, columns, rows])
+
+    def matmul(self, node: Node) -> str:
+        left, right = node.args
+        x = self.value(left)
+        if not self.is_value(right):
+            weight = self.array(right, "second operand")
+            if weight.ndim != 2:
+                raise _NotLoweredError(f"a constant of shape {weight.shape} is not a matrix")
+            self.axis(node, -1)
+            return self.emit(node, "linear", [x], self.made(node), {"activation": "none"}, {"weight": weight.T})
+        self._check_places(left, right)
+        for dim in (-1, -2):
+            self.axis(node, dim)
+        return self._matmul(node, x, self.value(right))
+
+    def _matmul(self, node: Node, x: str, y: str) -> str:
+        a, b = self.shapes[x], self.shapes[y]
+        if len(a) < 2 or a[:-2] != b[:-2]:
+            raise _NotLoweredError(f"matrices of {a} and {b} are not as many")
+        return self.emit(node, "matmul", [x, y], (*a[:-1], b[-1]))
+
+    def einsum(self, node: Node) -> str:
+        """Products of matrices: the letters in front are the same, the last two in any order."""
+        equation, operands = node.args[0].replace(" ", ""), node.args[1]
+        terms, _, result = equation.partition("->")
+        names = [*terms.split(","), result]
+        front = result[:-2]
+        if len(names) != 3 or len(operands) != 2 or any(name[:-2] != front for name in names):
+            raise _NotLoweredError(f"{node.args[0]!r} is not a product of matrices")
+        self._check_places(*operands)
+        (x, y), (row, column) = map(self.value, operands), result[-2:]
+        (summed,) = set(names[0][-2:]) - {row}
+        if {column, summed} != set(names[1][-2:]) or self.place(operands[0]).dim >= len(front):
+            raise _NotLoweredError(f"{node.args[0]!r} is not a product of matrices")
+        x = self._turned(node, x) if names[0][-1] == row else x
+        y = self._turned(node, y) if names[1][-1] == summed else y
+        return self._matmul(node, x, y)
 
     def dropout(self, node: Node) -> str:
         if node.args[2]:
@@ -538,7 +762,7 @@ _HANDLERS: Final[Mapping[str, _Handler]] = {
     **dict.fromkeys(
         ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view"), _Lowering.reshape
     ),
-    **dict.fromkeys(("permute", "transpose"), _Lowering.permute),
+    **dict.fromkeys(("permute", "transpose", "swapaxes"), _Lowering.permute),
     **dict.fromkeys(("pad", "constant_pad_nd"), _Lowering.pad),
     **dict.fromkeys(("getitem", "split", "split_with_sizes", "chunk"), _Lowering.getitem),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax"), _Lowering.softmax),
@@ -556,6 +780,7 @@ _HANDLERS: Final[Mapping[str, _Handler]] = {
     "avg_pool2d": _Lowering.avg_pool2d,
     "adaptive_avg_pool2d": _Lowering.adaptive_avg_pool2d,
     "mean": _Lowering.mean,
+    "linalg_vector_norm": _Lowering.norm,
     "rsub": _Lowering.rsub,
     "zeros_like": _Lowering.zeros_like,
     "cat": _Lowering.cat,
@@ -564,7 +789,14 @@ _HANDLERS: Final[Mapping[str, _Handler]] = {
     "narrow": _Lowering.narrow,
     "index_select": _Lowering.index_select,
     "index": _Lowering.index,
+    **dict.fromkeys(("expand", "expand_as"), _Lowering.expand),
+    "roll": _Lowering.roll,
+    "scaled_dot_product_attention": _Lowering.attention,
+    **dict.fromkeys(("matmul", "bmm"), _Lowering.matmul),
+    "einsum": _Lowering.einsum,
 }
+
+_FILLED: Final = ("new_zeros", "new_ones", "new_full")
 
 
 def _live(traced: Trace) -> list[Node]:
