@@ -191,6 +191,8 @@ class _Lowering:
             raise _NotLoweredError(f"the result {node.shape} does not have the batch")
         if len(dims) > 1:
             raise _NotLoweredError(f"the result {node.shape} has the batch more than once")
+        if 0 in node.shape:
+            raise _NotLoweredError(f"the result {node.shape} is empty")
         source = self.trace.node(node.args[0].name) if node.op == "getitem" else node
         given = next((o for o in (source or node).operands if self.is_value(o)), None)
         if given is None or not self.trace.dynamic_batch:
@@ -509,7 +511,7 @@ class _Lowering:
 
     def cat(self, node: Node) -> str:
         tensors, dim = node.args
-        given = [t for t in tensors if self.is_value(t)]
+        given = [t for t in tensors if self.is_value(t)] or tensors
         axis = self.axis_of(given[0], dim)
         self._check_places(*given)
         ahead: list[Array] = []  # constants in front of the first value
