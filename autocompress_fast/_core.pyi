@@ -36,6 +36,17 @@ def conv2d(
     method: str,
     threads: int,
 ) -> NDArray[np.float32]: ...
+def conv_estimate(
+    shape: Sequence[int],
+    filters: int,
+    columns: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    images: int,
+) -> tuple[str, float, float, int]: ...
 def group_norms(weight: Array, structure: str, groups: int, threads: int) -> NDArray[np.float64]: ...
 def project(
     weight: Array, out: Array, structure: str, keep: int | tuple[int, int], groups: int, threads: int

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -90,6 +92,36 @@ class Planes {
   std::vector<float> memory_;
 };
 
+conv::Shape shape_of(const std::array<std::int64_t, 3>& input, std::int64_t filters,
+                     const std::array<std::int64_t, 2>& kernel, const std::array<std::int64_t, 2>& stride,
+                     const std::array<std::int64_t, 2>& dilation, const std::array<std::int64_t, 4>& padding,
+                     std::int64_t groups) {
+  conv::Shape shape;
+  std::tie(shape.channels, shape.height, shape.width) = std::tie(input[0], input[1], input[2]);
+  shape.filters = filters;
+  shape.groups = groups;
+  std::tie(shape.kernel_h, shape.kernel_w) = std::tie(kernel[0], kernel[1]);
+  std::tie(shape.stride_h, shape.stride_w) = std::tie(stride[0], stride[1]);
+  std::tie(shape.dilation_h, shape.dilation_w) = std::tie(dilation[0], dilation[1]);
+  shape.padding = {padding[0], padding[1], padding[2], padding[3]};
+  conv::check(shape);
+  return shape;
+}
+
+// What the cost model chooses for so many kept columns: the method, its cycles, those of them in which the weights
+// arrive, and the bytes of the packed weights.
+py::tuple conv_estimate(const std::array<std::int64_t, 3>& input, std::int64_t filters, std::int64_t columns,
+                        const std::array<std::int64_t, 2>& kernel, const std::array<std::int64_t, 2>& stride,
+                        const std::array<std::int64_t, 2>& dilation, const std::array<std::int64_t, 4>& padding,
+                        std::int64_t groups, std::int64_t images) {
+  const conv::Shape shape = shape_of(input, filters, kernel, stride, dilation, padding, groups);
+  const Layout in = conv::layout(images, shape.channels, shape.height, shape.width, shape.padding);
+  const conv::Plan plan = conv::plan(shape, in.pitch, images, columns, active_isa());
+  const auto* const method = std::find_if(std::begin(kMethods), std::end(kMethods),
+                                          [&](const auto& one) { return one.second == plan.method; });
+  return py::make_tuple(method->first, plan.cycles, conv::arrival_cycles(plan), conv::packed_size(plan));
+}
+
 // input (images, channels, height, width); weight: for every filter one number per column of `columns` that its group
 // reads. Packs, runs once and unpacks: for tests, not for speed.
 py::array_t<float> conv2d(py::handle input, py::handle weight, const std::vector<std::int64_t>& columns,
@@ -103,20 +135,8 @@ py::array_t<float> conv2d(py::handle input, py::handle weight, const std::vector
   ACF_CHECK(x.shape.size() == 4 && x.size() > 0,
             "input must have the shape (images, channels, height, width) without zeros, got ", shape_text(x.shape));
   const std::int64_t images = x.shape[0];
-  conv::Shape shape;
-  shape.channels = x.shape[1];
-  shape.height = x.shape[2];
-  shape.width = x.shape[3];
-  shape.filters = filters;
-  shape.groups = groups;
-  shape.kernel_h = kernel[0];
-  shape.kernel_w = kernel[1];
-  shape.stride_h = stride[0];
-  shape.stride_w = stride[1];
-  shape.dilation_h = dilation[0];
-  shape.dilation_w = dilation[1];
-  shape.padding = {padding[0], padding[1], padding[2], padding[3]};
-  conv::check(shape);
+  const conv::Shape shape =
+      shape_of({x.shape[1], x.shape[2], x.shape[3]}, filters, kernel, stride, dilation, padding, groups);
   check_columns(columns, shape.columns());
   const auto count = static_cast<std::int64_t>(columns.size());
   const float* weights = floats(weight, "weight", {filters / groups * count});
@@ -159,6 +179,9 @@ void register_conv(py::module_& module) {
              py::arg("filters"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
              py::arg("groups"), py::arg("activation"), py::arg("slope"), py::arg("residual"), py::arg("method"),
              py::arg("threads"));
+  module.def("conv_estimate", &conv_estimate, py::arg("shape"), py::arg("filters"), py::arg("columns"),
+             py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"), py::arg("groups"),
+             py::arg("images"));
 }
 
 }  // namespace acf::bindings

@@ -117,6 +117,9 @@ struct Plan {
 Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa);
 Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa, Method method);
 
+// Of the cycles of a plan() of all methods: those in which its weights come from beyond the second-level cache.
+double arrival_cycles(const Plan& plan);
+
 // Weights and the place of every column, as the kernels read them. `packed` has packed_size() bytes and begins at a
 // multiple of kAlignment. weights: for every filter the weights of the columns kept in its group, (filters, columns)
 // when there is one group; bias: (filters,) or null for zeros.

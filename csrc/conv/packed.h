@@ -65,6 +65,7 @@ bool winograd_fits(const Plan& plan);
 bool winograd_is_few(const Plan& plan);  // fewer tiles than lanes
 Plan best_winograd_tiles(Plan plan);
 Plan best_winograd_filters(Plan plan);  // of few tiles
+double winograd_arrival_cycles(const Plan& plan);
 std::size_t winograd_packed_size(const Plan& plan);
 void pack_winograd(const Plan& plan, const std::int64_t* columns, const float* weights, const float* bias,
                    void* packed);  // all but the header

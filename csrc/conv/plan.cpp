@@ -305,11 +305,15 @@ Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t
   const Plan empty = start(shape, in, images, columns, isa);
   Plan best = best_filters(empty);
   if (shape.stride_w <= 2) consider(best, best_pixels(empty));
-  const std::int64_t weights = columns * (shape.filters / shape.groups);
-  best.cycles += streaming_cycles(static_cast<double>(weights));
+  best.cycles += arrival_cycles(best);
   if (winograd_fits(empty)) consider(best, best_winograd_tiles(empty));
   if (winograd_fits(empty) && winograd_is_few(empty)) consider(best, best_winograd_filters(empty));
   return best;
+}
+
+double arrival_cycles(const Plan& plan) {
+  if (is_winograd(plan.method)) return winograd_arrival_cycles(plan);
+  return streaming_cycles(static_cast<double>(plan.columns * (plan.shape.filters / plan.shape.groups)));
 }
 
 // ---- packing --------------------------------------------------------------------------------------------------------

@@ -117,10 +117,6 @@ double transformed(const double (&g)[9], std::int64_t element) {
 // Cycles, measured: a vector of tiles of one channel into 36 elements, and 36 of one filter into outputs.
 constexpr double kInputCycles = 190, kOutputCycles = 150, kFewOutputCycles = 250;
 
-double arrival_cycles(const Plan& plan) {
-  return streaming_cycles(static_cast<double>(kTileElements * channels_of(plan) * padded_filters(plan)));
-}
-
 // Of `vectors` vectors of tiles: their inputs transformed once, their products and outputs.
 double input_cycles(const Plan& plan, std::int64_t vectors) {
   return static_cast<double>(vectors * channels_of(plan)) * kInputCycles;
@@ -152,7 +148,7 @@ double output_cycles(const Plan& plan, const Kernels& table, std::int64_t vector
 
 double winograd_cycles(const Plan& plan, const Kernels& table) {
   const std::int64_t vectors = Tiling(plan, table.lanes, plan.images).vectors;
-  return input_cycles(plan, vectors) + output_cycles(plan, table, vectors) + arrival_cycles(plan);
+  return input_cycles(plan, vectors) + output_cycles(plan, table, vectors) + winograd_arrival_cycles(plan);
 }
 
 // One run: what all blocks share.
@@ -220,7 +216,7 @@ class Run {
   double apart_cycles(const Parts& blocks, std::int64_t filter_shares, int threads) const {
     const std::int64_t vectors = blocks.largest();
     const double own =
-        (output_cycles(plan_, table_, vectors) + arrival_cycles(plan_)) / static_cast<double>(filter_shares);
+        (output_cycles(plan_, table_, vectors) + winograd_arrival_cycles(plan_)) / static_cast<double>(filter_shares);
     const double crossing =
         filter_shares > 1 ? 2 * sharing_cycles(value_count(plan_) * static_cast<double>(images_)) : 0;
     return static_cast<double>(ceil_div(blocks.count * filter_shares, threads)) * (input_cycles(plan_, vectors) + own) +
@@ -463,6 +459,10 @@ Plan best_winograd_tiles(Plan plan) {
     }
   }
   return best;
+}
+
+double winograd_arrival_cycles(const Plan& plan) {
+  return streaming_cycles(static_cast<double>(kTileElements * channels_of(plan) * padded_filters(plan)));
 }
 
 std::size_t winograd_packed_size(const Plan& plan) { return WinogradLayout(plan).size; }
