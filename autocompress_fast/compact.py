@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from autocompress_fast._baked import baked, computed, copied
-from autocompress_fast.graph import DATA, Layer, Report, inspect
+from autocompress_fast.graph import Layer, Report, inspect
 from autocompress_fast.graph.rebuild import as_graph
 from autocompress_fast.plan import LayerPlan, Plan, apply_masks, mask
-from autocompress_fast.unused import check_something_left, read_labels, settled, whole
+from autocompress_fast.unused import check_something_left, kept_labels, read_labels, settled, whole
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -401,7 +401,7 @@ def _cut(
     """
     alive = _fold_constants(small, plan, report, arriving)
     apply_masks(small, alive)
-    keep = _kept_labels(alive, report)
+    keep = kept_labels(alive, report)
     kept = {}
     for layer in report.layers:
         rows = np.flatnonzero(keep[report.labels(layer.name)])
@@ -533,35 +533,6 @@ def _add_to_bias(module: nn.Module, shift: torch.Tensor) -> None:
     old = 0.0 if bias is None else bias.detach().double()
     trained = module.get_parameter("weight" if bias is None else "bias").requires_grad
     module.register_parameter("bias", nn.Parameter((old + shift).to(weight.dtype), trained))
-
-
-def _kept_labels(alive: Plan, report: Report) -> npt.NDArray[np.bool_]:
-    """(labels,) whether the group of each stays: one filter or one column of it is kept, or it cannot be cut.
-
-    Every tensor keeps at least one entry along every dimension.
-    """
-    channels = report.channels
-    stays = channels.frozen > 0
-    stays[DATA] = True
-    for layer in report.layers:
-        stays[report.labels(layer.name)[alive[layer.name].filters]] = True
-    stays[read_labels(dict(alive), report)] = True
-    groups = np.zeros(stays.size, bool)
-    groups[channels.group[stays]] = True
-    # Groups of parameters and paddings alone are no channels of a layer: they stay.
-    made = np.zeros(stays.size, bool)
-    for layer in report.layers:
-        made[channels.group[report.labels(layer.name)]] = True
-    groups |= ~made
-    along = [*channels.slices.values(), *channels.inputs.values()]
-    while True:
-        before = int(groups.sum())
-        for labels in along:
-            if not groups[channels.group[labels]].any():
-                groups[channels.group[labels[0]]] = True
-        if int(groups.sum()) == before:
-            kept: npt.NDArray[np.bool_] = groups[channels.group]
-            return kept
 
 
 def _shrink(model: nn.Module, report: Report, keep: npt.NDArray[np.bool_]) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from autocompress_fast.graph import Layer, Report
-from autocompress_fast.graph.channels import OUTPUT
+from autocompress_fast.graph.channels import DATA, OUTPUT
 from autocompress_fast.plan import LayerPlan, Plan
 
-__all__ = ["check_something_left", "read_labels", "settled", "unused_paths", "whole"]
+__all__ = ["check_something_left", "kept_labels", "read_labels", "settled", "unused_paths", "whole"]
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -113,6 +113,35 @@ def read_labels(layers: dict[str, LayerPlan], report: Report) -> BoolArray:
         inputs = layers[layer.name].used()[1].reshape(layer.inputs, -1).any(axis=1)
         read[report.channels.inputs[layer.name][inputs]] = True
     return read
+
+
+def kept_labels(alive: Plan, report: Report) -> BoolArray:
+    """(labels,) whether the group of each stays in `compact`: one filter or column of it is kept, or it cannot be cut.
+
+    Every tensor keeps at least one entry along every dimension.
+    """
+    channels = report.channels
+    stays = channels.frozen > 0
+    stays[DATA] = True
+    for layer in report.layers:
+        stays[report.labels(layer.name)[alive[layer.name].filters]] = True
+    stays[read_labels(dict(alive), report)] = True
+    groups = np.zeros(stays.size, bool)
+    groups[channels.group[stays]] = True
+    # Groups of parameters and paddings alone are no channels of a layer: they stay.
+    made = np.zeros(stays.size, bool)
+    for layer in report.layers:
+        made[channels.group[report.labels(layer.name)]] = True
+    groups |= ~made
+    along = [*channels.slices.values(), *channels.inputs.values()]
+    while True:
+        before = int(groups.sum())
+        for labels in along:
+            if not groups[channels.group[labels]].any():
+                groups[channels.group[labels[0]]] = True
+        if int(groups.sum()) == before:
+            kept: BoolArray = groups[channels.group]
+            return kept
 
 
 def _without_empty(report: Report, layer: Layer, kept: LayerPlan) -> LayerPlan:

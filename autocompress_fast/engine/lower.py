@@ -24,7 +24,7 @@ from autocompress_fast.trace import BATCH, Node, Ref, Tensor, Trace, trace
 if TYPE_CHECKING:
     from autocompress_fast.engine import Engine
 
-__all__ = ["lower", "verify"]
+__all__ = ["lower", "lower_trace", "verify"]
 
 Array = np.ndarray[Any, Any]
 
@@ -42,10 +42,22 @@ def lower(model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch.T
         TraceError: the model cannot be read as a graph of operators.
         UnsupportedError: an operator, dtype or use of the batch dimension has no counterpart; all are listed.
     """
-    traced = trace(model, example_input)
+    return lower_trace(trace(model, example_input))[0]
+
+
+def lower_trace(traced: Trace) -> tuple[Program, tuple[str, ...]]:
+    """The program of a trace, and for each of its values the name of the node whose result it is.
+
+    Values that an operator makes on the way have its name with quotation marks behind it.
+
+    Raises:
+        UnsupportedError: as `lower`.
+    """
     lowering = _Lowering(traced)
     outputs = lowering.run()
-    return _assemble(traced, _merge(lowering.operations, outputs), outputs)
+    operations = _merge(lowering.operations, outputs)
+    names = [given.name for given in traced.inputs] + [operation.output for operation in operations]
+    return _assemble(traced, operations, outputs), tuple(names)
 
 
 def verify(engine: Engine, model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch.Tensor]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from autocompress_fast import _core
 from autocompress_fast.engine.program import MAX_LIVE, Program, ProgramError, Shape, Step, StepInfo, sparse_block
 
-__all__ = ["NativeExecutor"]
+__all__ = ["NativeExecutor", "fused_steps"]
 
 Array = np.ndarray[Any, Any]
 
@@ -74,8 +74,6 @@ class _Builder:
         self.program = program
         self.shapes: list[Shape] = [given.shape for given in program.inputs] + [info.shape for info in infos]
         self.network = _core.Network()
-        self.readers = Counter(value for step in program.steps for value in step.inputs)
-        self.readers.update(program.outputs)
         self.numbers: dict[int, int] = {}  # of the program's values in the network
         self.made: list[tuple[Step, ...]] = []
 
@@ -83,8 +81,7 @@ class _Builder:
         for i, given in enumerate(self.program.inputs):
             self.numbers[i] = self.network.input(list(given.shape))
         steps = {step.output: step for step in self.program.steps}
-        residuals = self._residuals(steps)
-        fused = {**residuals, **self._expansions(steps, residuals)}
+        fused = fused_steps(self.program, self.shapes)
         for step in self.program.steps:
             if step.output in fused.values():
                 continue  # computed with what reads its result
@@ -103,41 +100,6 @@ class _Builder:
             self.made.append((conv, step))
         self.network.finish([self.numbers[value] for value in self.program.outputs])
         return self.network
-
-    def _residuals(self, steps: Mapping[int, Step]) -> dict[int, int]:
-        """Value of an addition -> value of a convolution that does it, of which nothing else reads the result."""
-        found: dict[int, int] = {}
-        for add in self.program.steps:
-            if add.op != "add" or "constant" in add.tensors or add.inputs[0] == add.inputs[1]:
-                continue
-            if self.shapes[add.inputs[0]] != self.shapes[add.inputs[1]]:
-                continue
-            for value in sorted(add.inputs, reverse=True):
-                conv = steps.get(value)
-                if conv is None or conv.op != "conv" or conv.attributes["storage"] == "sparse":
-                    continue
-                if conv.attributes["activation"] == "none" and self.readers[value] == 1:
-                    found[add.output] = value
-                    break
-        return found
-
-    def _expansions(self, steps: Mapping[int, Step], residuals: Mapping[int, int]) -> dict[int, int]:
-        """Value of a depthwise convolution -> that of the 1x1 convolution it alone reads, if that is large."""
-        found: dict[int, int] = {}
-        for step in self.program.steps:
-            if step.op != "conv" or step.output in residuals.values():
-                continue
-            a, (value, *_) = step.attributes, step.inputs
-            expand, shape = steps.get(value), self.shapes[value]
-            if a["storage"] != "dense" or not 1 < a["groups"] == shape[0] == a["filters"]:
-                continue
-            if expand is None or expand.op != "conv" or self.readers[value] != 1 or value in residuals:
-                continue
-            b = expand.attributes
-            is_plain = b["kernel"] == b["stride"] == (1, 1) and not any(b["padding"]) and b["groups"] == 1
-            if is_plain and b["storage"] != "sparse" and 4 * math.prod(shape) > LEAST_EXPANSION:
-                found[step.output] = value
-        return found
 
     def _tensors(self, step: Step) -> dict[str, Array]:
         return {role: self.program.tensors[name] for role, name in step.tensors.items()}
@@ -213,6 +175,66 @@ class _Builder:
 
     def _take(self, step: Step, inputs: list[int]) -> int:
         return self.network.take(inputs, step.attributes["axis"], self._tensors(step)["indices"])
+
+
+def fused_steps(program: Program, shapes: Sequence[Shape]) -> dict[int, int]:
+    """Value of a step -> value of the convolution before it that is computed with it, of which nothing else reads it.
+
+    Such are an addition of the convolution's result, and a depthwise convolution of that of a 1x1 one, if it is large.
+
+    Args:
+        shapes: of all values of the program, for one sample.
+    """
+    steps = {step.output: step for step in program.steps}
+    readers = Counter(value for step in program.steps for value in step.inputs)
+    readers.update(program.outputs)
+    residuals = _residuals(program, shapes, steps, readers)
+    return {**residuals, **_expansions(program, shapes, steps, readers, residuals)}
+
+
+def _residuals(
+    program: Program, shapes: Sequence[Shape], steps: Mapping[int, Step], readers: Mapping[int, int]
+) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for add in program.steps:
+        if add.op != "add" or "constant" in add.tensors or add.inputs[0] == add.inputs[1]:
+            continue
+        if shapes[add.inputs[0]] != shapes[add.inputs[1]]:
+            continue
+        for value in sorted(add.inputs, reverse=True):
+            conv = steps.get(value)
+            if conv is None or conv.op != "conv" or conv.attributes["storage"] == "sparse":
+                continue
+            if conv.attributes["activation"] == "none" and readers[value] == 1:
+                found[add.output] = value
+                break
+    return found
+
+
+def _expansions(
+    program: Program,
+    shapes: Sequence[Shape],
+    steps: Mapping[int, Step],
+    readers: Mapping[int, int],
+    residuals: Mapping[int, int],
+) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for step in program.steps:
+        if step.op != "conv" or step.output in residuals.values():
+            continue
+        a, (value, *_) = step.attributes, step.inputs
+        expand, shape = steps.get(value), shapes[value]
+        if a["storage"] != "dense" or a["groups"] == 1 or a["groups"] != a["filters"]:
+            continue
+        if expand is None or expand.op != "conv" or readers[value] != 1 or value in residuals:
+            continue
+        b = expand.attributes
+        is_plain = b["kernel"] == b["stride"] == (1, 1) and not any(b["padding"]) and b["groups"] == 1
+        if b["filters"] != a["groups"] or not is_plain or b["storage"] == "sparse":
+            continue
+        if 4 * math.prod(shape) > LEAST_EXPANSION:
+            found[step.output] = value
+    return found
 
 
 def _workspace(program: Program) -> int:
