@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from autocompress_fast.engine import compile as compile  # noqa: A004  acf.compile
     from autocompress_fast.engine import load as load
     from autocompress_fast.graph import inspect as inspect
+    from autocompress_fast.latency import LatencyModel as LatencyModel
     from autocompress_fast.pipeline import Recipe as Recipe
     from autocompress_fast.pipeline import compress as compress
     from autocompress_fast.pipeline import train as train
@@ -58,6 +59,7 @@ _LAZY = {
     "Constraint": "admm",
     "Engine": "engine",
     "FileFormatError": "engine",
+    "LatencyModel": "latency",
     "MaskedParameters": "plan",
     "Plan": "plan",
     "Recipe": "pipeline",
@@ -88,6 +90,7 @@ __all__ = [
     "Constraint",
     "Engine",
     "FileFormatError",
+    "LatencyModel",
     "MaskedParameters",
     "Plan",
     "Recipe",
