@@ -390,7 +390,7 @@ def timed(program: Program, samples: int, threads: int) -> Timing:
         found = []
         for _ in range(count):
             begin = time.perf_counter()
-            steps = executor.network.profile(arrays, threads, 1)[0]
+            steps = executor.network.profile(arrays, threads, len(arrays[0]), 1)[0]
             found.append([*steps, time.perf_counter() - begin - steps.sum()])
         return np.array(found)
 

@@ -25,10 +25,10 @@ class TaskRef {
 };
 
 // Calls body(task) once for each task in [0, tasks) on at most `threads` threads, of which the caller is one, and
-// returns when all are done. Every thread begins with a stretch of neighbouring tasks of its own, the same one from call
-// to call, so that it finds what it has written in its cache; a thread that is done takes tasks of the others. So which
-// thread runs a task, and in what order, is open: a body writes only what belongs to its task, and then results do not
-// depend on the number of threads.
+// returns when all are done. Every thread begins with a stretch of neighbouring tasks of its own, the same one from
+// call to call, so that it finds what it has written in its cache; a thread that is done takes tasks of the others. So
+// which thread runs a task, and in what order, is open: a body writes only what belongs to its task, and then results
+// do not depend on the number of threads.
 //
 // The first exception of a body is rethrown to the caller, and tasks not yet begun are skipped. A call from inside a
 // body, or while another caller has the threads, runs its tasks one after the other. Throws std::invalid_argument for
