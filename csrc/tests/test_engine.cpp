@@ -299,7 +299,7 @@ ACF_TEST(products_are_those_of_their_definition) {
       for (const int threads : {1, 3}) {
         Values multiplied(wanted.size()), attended(mixed.size());
         float* out[] = {multiplied.data(), attended.data()};
-        network.run(2, in, out, threads);
+        network.run(2, 2, in, out, threads);
         EXPECT(close(multiplied, wanted));
         EXPECT(close(attended, mixed));
         multiplied.insert(multiplied.end(), attended.begin(), attended.end());
@@ -320,10 +320,10 @@ ACF_TEST(attention_keeps_nan_and_survives_large_scores) {
     scores[3] = 1000;
     const float* in[] = {scores.data(), values.data()};
     float* out = found.data();
-    network.run(1, in, &out, 1);
+    network.run(1, 1, in, &out, 1);
     EXPECT_EQ(found[6], values[6]);  // the fourth query sees the fourth value alone
     scores[19] = nan;
-    network.run(1, in, &out, 1);
+    network.run(1, 1, in, &out, 1);
     for (const float y : found) EXPECT(y != y);
   }
 }
