@@ -5,17 +5,21 @@
 
 All compute in float32; OpenVINO is told so, as its default on some CPUs is bfloat16. torch is taken at its best of
 eager, channels_last and frozen (torch.jit, oneDNN). The runtimes that are installed take part (`pip install onnx
-onnxruntime openvino`). Every result is compared with torch's.
+onnxruntime openvino litert-torch`); LiteRT, which is XNNPACK here, is given images as NHWC. Every result is compared
+with torch's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
+import importlib.util
 import io
 import itertools
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,12 +145,41 @@ def other(name: str, model: nn.Module, x: torch.Tensor, threads: int) -> Run:
     return lambda: run(given)[0]
 
 
+@functools.cache
+def as_tflite(model: nn.Module, shape: Shape) -> bytes:
+    """Converted from torch, with images as NHWC."""
+    import litert_torch
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        path = Path(folder) / "model.tflite"
+        litert_torch.convert(litert_torch.to_channel_last_io(model, args=[0]), (torch.zeros(shape),)).export(str(path))
+        return path.read_bytes()
+
+
+def litert(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
+    """With XNNPACK, its default."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    array = x.permute(0, 2, 3, 1).contiguous().numpy()
+    interpreter = Interpreter(model_content=as_tflite(model, array.shape), num_threads=threads)
+    interpreter.allocate_tensors()
+    (given,), (made,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def run() -> np.ndarray:
+        interpreter.set_tensor(given["index"], array)
+        interpreter.invoke()
+        return interpreter.get_tensor(made["index"])
+
+    return run
+
+
 TORCH = {"torch eager": torch_eager, "torch channels_last": torch_channels_last, "torch frozen": torch_frozen}
 
 
 def runtimes() -> dict[str, Callable[[nn.Module, torch.Tensor, int], Run]]:
     """Ours and those that are installed."""
-    return {"ours": ours, **TORCH, **{name: functools.partial(other, name) for name in installed()}}
+    more = {"litert": litert} if all(map(importlib.util.find_spec, ("litert_torch", "ai_edge_litert"))) else {}
+    return {"ours": ours, **TORCH, **{name: functools.partial(other, name) for name in installed()}, **more}
 
 
 def prepared(name: str, batch: int, threads: int) -> dict[str, Run]:
