@@ -131,7 +131,7 @@ def test_less_takes_less() -> None:
 @pytest.mark.usefixtures("clock")
 def test_weights_come_from_where_there_is_room() -> None:
     assert latency._shares(2**10).tolist() == [1, 0, 0]
-    assert latency._shares(2**23).tolist() == [0, 1, 0]
+    assert latency._shares(2**24).tolist() == [0, 1, 0]
     assert latency._shares(2**30).tolist() == [0, 0, 1]
     for size in (2**21, 2**22 - 1, 3 * 2**23):
         shares = latency._shares(size)

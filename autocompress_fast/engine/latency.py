@@ -26,7 +26,16 @@ import numpy as np
 from autocompress_fast import _core
 from autocompress_fast._files import write_atomically
 from autocompress_fast.engine.native import NativeExecutor, fused_steps
-from autocompress_fast.engine.program import Input, Program, ProgramError, Shape, Step, StepInfo, validate
+from autocompress_fast.engine.program import (
+    Input,
+    Program,
+    ProgramError,
+    Shape,
+    Step,
+    StepInfo,
+    pool_output_size,
+    validate,
+)
 from autocompress_fast.progress import Progress
 
 __all__ = ["Costs", "Kind", "Outline", "Work", "cache_directory", "timed"]
@@ -43,9 +52,11 @@ COLUMNS: Final = (0.5, 0.25, 0.1)
 TIME: Final = 0.05
 """Seconds that the rounds of one program take, at least `LEAST_ROUNDS`."""
 LEAST_ROUNDS: Final = 9
-MOST_ROUNDS: Final = 60
+MOST_ROUNDS: Final = 400
 FOOTPRINTS: Final = (2**24, 2**26)
 """Bytes of weights of a network in which they come from the third-level cache, and from memory where that is small."""
+LARGE: Final = 2**17
+"""Bytes of weights of a layer from which on they are also timed as they come from far beyond."""
 VALUES: Final = (3, 32, 32)
 """Shape of what a convolution reads of which the results are written to where the caches do not have it."""
 
@@ -342,6 +353,41 @@ def _example(work: Work, size: Size, number: int, values: Sequence[int], rng: np
     return _Made([replace(step, inputs=tuple(values), output=number)], tensors)
 
 
+def _result(work: Work, size: Size, given: Sequence[Shape]) -> Shape:
+    """The shape of what the work makes of inputs of these shapes, where a convolution usually reads it; else ()."""
+    if work.kind.op in ("max_pool", "avg_pool"):
+        a = work.steps[0].attributes
+        windows = (a["kernel"], a["stride"], a["padding"], a.get("dilation", (1, 1)))
+        axes = zip(given[0][1:], *windows, strict=True)
+        return (size[0], *(pool_output_size(n, k, s, p, d, a["ceil"]) for n, k, s, p, d in axes))
+    if work.kind.op in ("add", "sub", "mul", "div", "activation", "clip", "leaky_relu"):
+        return given[0]
+    if work.kind.op not in ("conv", "expansion"):
+        return ()
+    window = work.steps[-1 if work.kind.op == "expansion" else 0].attributes
+    top, bottom, left, right = window["padding"]
+    height, width = (
+        (n + pads - d * (k - 1) - 1) // s + 1
+        for n, pads, k, s, d in zip(
+            given[0][1:],
+            (top + bottom, left + right),
+            window["kernel"],
+            window["stride"],
+            window["dilation"],
+            strict=True,
+        )
+    )
+    return (size[1], height, width)
+
+
+def _reader(value: int, made: int, tensors: dict[str, Array]) -> Step:
+    """A convolution that does next to nothing: what one reads, as most values of a network, lies in padded planes."""
+    window = {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1, 1, 1), "dilation": (1, 1), "groups": 1}
+    attributes = {**window, "filters": 1, "storage": "columns", "activation": "none"}
+    tensors[f"{made}.weight"], tensors[f"{made}.columns"] = np.ones((1, 1), np.float32), np.array([4], np.uint16)
+    return Step("conv", (value,), made, attributes, {"weight": f"{made}.weight", "columns": f"{made}.columns"})
+
+
 @dataclass(frozen=True)
 class _Made:
     steps: list[Step]
@@ -356,12 +402,7 @@ def _given(work: Work, size: Size) -> list[Shape]:
     if kind.op not in ("conv", "expansion"):
         return [(n, *plane) if shape else () for n, plane, shape in zip(size, kind.planes, work.shapes, strict=True)]
     shape = (size[0], *kind.planes[0])
-    if kind.op == "conv" and kind["residual"]:
-        a = work.steps[0].attributes
-        pads = (sum(a["padding"][:2]), sum(a["padding"][2:]))
-        rest = zip(kind.planes[0], pads, a["kernel"], a["stride"], a["dilation"], strict=True)
-        return [shape, (size[1], *((n + p - d * (k - 1) - 1) // s + 1 for n, p, k, s, d in rest))]
-    return [shape]
+    return [shape, _result(work, size, [shape])] if kind.op == "conv" and kind["residual"] else [shape]
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------
@@ -417,7 +458,7 @@ def _together(works: Sequence[tuple[Work, Size]], *, evict: int) -> tuple[Progra
     tensors: dict[str, Array] = {}
     found: dict[int, int] = {}
     number = len(inputs)
-    if evict:
+    if evict >= 4096:
         steps.append(_eviction(0, number, evict, tensors))
         number += 1
     for index, (work, size) in enumerate(works):
@@ -431,6 +472,11 @@ def _together(works: Sequence[tuple[Work, Size]], *, evict: int) -> tuple[Progra
         steps += made.steps
         tensors |= made.tensors
         found[number - 1] = index
+        result = _result(work, size, _given(work, size))
+        for value, shape in [*zip(values, _given(work, size), strict=True), (number - 1, result)]:
+            if len(shape) == 3 and shape[1:] != (1, 1):
+                steps.append(_reader(value, number, tensors))
+                number += 1
     given = tuple(Input(str(i), shape) for i, shape in enumerate(inputs))
     return Program(given, tuple(steps), (number - 1,), tensors), found
 
@@ -563,23 +609,25 @@ class Costs:
             return dict.fromkeys(sizes, (found[0], found[1], found[2]))
         possible = [size for size in sizes if _is_possible(work, size)]
         if not _has_weights(work):
-            near = self._timed(work, possible, FOOTPRINTS[1], evict=0)
-            beyond = near
+            near = beyond = far = self._timed(work, possible, FOOTPRINTS[0])
         else:
-            beyond = self._timed(work, possible, FOOTPRINTS[1], evict=FOOTPRINTS[0])
             cache = second_level_cache() // 2  # more than that is read anew each time
-            small = [size for size in possible if self._weights(work, size) <= cache]
-            near = beyond | self._timed(work, small, cache, evict=0)
-        measured = {size: (near[size], beyond[size], beyond[size]) for size in possible}
+            beyond = self._timed(work, possible, FOOTPRINTS[0], fill=True)
+            near = beyond | self._timed(work, [size for size in possible if self._weights(work, size) <= cache], cache)
+            large = [size for size in possible if self._weights(work, size) >= LARGE]
+            far = beyond | self._timed(work, large, FOOTPRINTS[1], fill=True)
+        measured = {size: (near[size], beyond[size], max(beyond[size], far[size])) for size in possible}
         return {size: measured.get(size, (-1.0, -1.0, -1.0)) for size in sizes}
 
     def _weights(self, work: Work, size: Size) -> int:
         return _estimate(replace(work, size=size), self.samples).weights
 
-    def _timed(self, work: Work, sizes: Sequence[Size], most: int, *, evict: int) -> dict[Size, float]:
-        """Seconds for each, in programs of which the weights take at most so many bytes, if it can be."""
+    def _timed(self, work: Work, sizes: Sequence[Size], most: int, *, fill: bool = False) -> dict[Size, float]:
+        """Seconds for each, in programs whose weights take at most so many bytes, if it can be; as many with `fill`."""
         found: dict[Size, float] = {}
-        for part in _parts(sizes, [self._weights(work, size) for size in sizes], most):
+        weights = {size: self._weights(work, size) for size in sizes}
+        for part in _parts(sizes, list(weights.values()), most):
+            evict = max(0, most - sum(weights[size] for size in part)) if fill else 0
             program, values = _together([(work, size) for size in part], evict=evict)
             steps = timed(program, self.samples, self.threads).steps
             found |= {part[index]: steps[value] for value, index in values.items()}
@@ -676,9 +724,9 @@ def _features(work: Work) -> list[float]:
 def _shares(weights: int) -> Array:
     """(3,) how much the seconds of every level count in a network with so many bytes of weights."""
     cache = second_level_cache()
-    levels = np.log2([0.75 * cache, 2 * cache, *(max(size, 3 * cache) for size in FOOTPRINTS)])
+    levels = np.log2([cache, max(FOOTPRINTS[0], 4 * cache), max(FOOTPRINTS[1], 16 * cache)])
     at = math.log2(max(weights, 1))
-    beyond, far = np.interp(at, levels[:2], [0, 1]), np.interp(at, levels[2:], [0, 1])
+    beyond, far = np.interp(at, levels[:2], [0, 1]), np.interp(at, levels[1:], [0, 1])
     return np.array([1 - beyond, beyond - far, far])
 
 
