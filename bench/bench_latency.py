@@ -2,8 +2,8 @@
 
     python bench/bench_latency.py --report docs/latency.md [--threads 1] [--only NAME ...]
 
-The model times single layers of the kinds that a network has, in programs of its own, never a network of the table. The
-layers of dense networks, and of those without 50, 75 or 87.5% of the filters, mostly have sizes that are timed; those of
+The model times single layers of the kinds that a network has, in programs of its own, never a network of the table.
+The layers of dense networks, and of those without 50, 75 or 87.5% of the filters, mostly have sizes that are timed; those of
 the other rows are interpolated.
 """
 
@@ -99,15 +99,11 @@ def rows(name: str, threads: int, samples: int, directory: Path) -> Iterator[tup
         error = predicted / measured - 1
         figures = [f"{1e3 * value:.3g}" for value in (predicted, measured, steps)]
         speed = [f"{1e3 * first:.1f}", f"{1e3 * statistics.median(again):.1f}"]
-        row = [
-            f"{name}, {title}",
-            *figures,
-            f"{100 * error:+.1f}%",
-            *speed,
-            f"{timing:.1f}" if title == "dense" else "",
-        ]
+        of_steps = predicted / steps - 1
+        row = [f"{name}, {title}", *figures, f"{100 * error:+.1f}%", f"{100 * of_steps:+.1f}%", *speed]
+        row.append(f"{timing:.1f}" if title == "dense" else "")
         print(" ".join(row), file=sys.stderr, flush=True)
-        yield row, (error, predicted / steps - 1)
+        yield row, (error, of_steps)
 
 
 def page(chosen: list[str], threads: int, samples: int, command: str) -> Iterator[str]:
@@ -116,14 +112,14 @@ def page(chosen: list[str], threads: int, samples: int, command: str) -> Iterato
     yield (
         "Milliseconds a call, predicted from a plan by `acf.LatencyModel` and measured on the compacted network, with\n"
         f"{threads} thread{'s' if threads > 1 else ''} and {samples} sample{'s' if samples > 1 else ''}. *measured* is"
-        " the lower decile of 20 to 400 calls, *steps* the sum over the steps,\neach the mean of the third of its runs"
-        " that took least, which short disturbances do not reach: where a\ncall of some milliseconds is far above it,"
-        " other programs had the processor meanwhile. *first* and *again* are the milliseconds\n"
-        "of a prediction, of sizes that are new and once more, *timing* the seconds that the model took to time layers,"
-        " once for each\nmachine; it started without any measurements, and networks share what they have in common."
-        " The random plans keep other\nshares of filters and columns in every layer. Layers of dense networks, and of those without 50, 75 or 87.5% of"
-        " the filters,\nmostly have sizes that are timed; those of the other rows are interpolated. Constants of the model were"
-        " chosen with earlier\nruns on these networks.\n"
+        " the lower decile of 20 to 400 calls, *steps* the sum over the steps,\n"
+        "each the mean of the third of its runs that took least, which short disturbances do not reach: where a\n"
+        "call of some milliseconds is far above it, other programs had the processor meanwhile. *first* and *again* are\n"
+        "the milliseconds of a prediction, of sizes that are new and once more, *timing* the seconds that the model took\n"
+        "to time layers, once for each machine; it started without any measurements, and networks share what they have\n"
+        "in common. The random plans keep other shares of filters and columns in every layer. Layers of dense networks,\n"
+        "and of those without 50, 75 or 87.5% of the filters, mostly have sizes that are timed; those of the other rows\n"
+        "are interpolated. Constants of the model were chosen with earlier runs on these networks.\n"
     )
     yield f"```\n{command}\n```\n\n{conditions('Weights random.')}\n"
     found: list[list[str]] = []
