@@ -3,8 +3,8 @@
     python bench/bench_latency.py --report docs/latency.md [--threads 1] [--only NAME ...]
 
 The model times single layers of the kinds that a network has, in programs of its own, never a network of the table.
-The layers of dense networks, and of those without 50, 75 or 87.5% of the filters, mostly have sizes that are timed; those of
-the other rows are interpolated.
+The layers of dense networks, and of those without 50, 75 or 87.5% of the filters, mostly have sizes that are timed;
+those of the other rows are interpolated.
 """
 
 from __future__ import annotations
@@ -114,12 +114,13 @@ def page(chosen: list[str], threads: int, samples: int, command: str) -> Iterato
         f"{threads} thread{'s' if threads > 1 else ''} and {samples} sample{'s' if samples > 1 else ''}. *measured* is"
         " the lower decile of 20 to 400 calls, *steps* the sum over the steps,\n"
         "each the mean of the third of its runs that took least, which short disturbances do not reach: where a\n"
-        "call of some milliseconds is far above it, other programs had the processor meanwhile. *first* and *again* are\n"
-        "the milliseconds of a prediction, of sizes that are new and once more, *timing* the seconds that the model took\n"
-        "to time layers, once for each machine; it started without any measurements, and networks share what they have\n"
-        "in common. The random plans keep other shares of filters and columns in every layer. Layers of dense networks,\n"
-        "and of those without 50, 75 or 87.5% of the filters, mostly have sizes that are timed; those of the other rows\n"
-        "are interpolated. Constants of the model were chosen with earlier runs on these networks.\n"
+        "call of some milliseconds is far above it, other programs had the processor meanwhile. *first* and\n"
+        "*again* are the milliseconds of a prediction, of sizes that are new and once more, *timing* the seconds\n"
+        "that the model took to time layers, once for each machine; it started without any measurements, and\n"
+        "networks share what they have in common. The random plans keep other shares of filters and columns in\n"
+        "every layer. Layers of dense networks, and of those without 50, 75 or 87.5% of the filters, mostly have\n"
+        "sizes that are timed; those of the other rows are interpolated. Constants of the model were chosen with\n"
+        "earlier runs on these networks.\n"
     )
     yield f"```\n{command}\n```\n\n{conditions('Weights random.')}\n"
     found: list[list[str]] = []
