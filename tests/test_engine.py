@@ -873,6 +873,23 @@ def test_programs_that_need_too_much_memory_are_refused():
     validate(one)
 
 
+def test_weights_take_memory_in_proportion_to_what_is_stored(monkeypatch):
+    monkeypatch.setattr("autocompress_fast.engine.program.MAX_WEIGHT", 100)
+
+    def layers(*shapes):
+        tensors = {f"w{i}": np.ones(shape, np.float32) for i, shape in enumerate(shapes)}
+        attributes = {"storage": "dense", "activation": "none"}
+        steps = (
+            Step("linear", (i,), i + 1, {**attributes, "filters": shape[0]}, {"weight": f"w{i}"})
+            for i, shape in enumerate(shapes)
+        )
+        return Program((Input("x", (shapes[0][1],)),), tuple(steps), (len(shapes),), tensors)
+
+    validate(layers((16, 6), (6, 16)))  # more than the limit, in a file as large
+    with pytest.raises(ProgramError, match="the weights take 800 elements to run; at most 100 are allowed"):
+        validate(layers((1, 50)))
+
+
 def test_a_small_weight_cannot_unpack_to_a_large_one():
     """Single weights far apart are never written out in full: 2**14 of them on a diagonal would take 1 GiB."""
     n = 2**14

@@ -204,7 +204,8 @@ def validate(program: Program) -> tuple[StepInfo, ...]:
         _integer(output, "output number", low=0, high=len(shapes) - 1)
     prepared = sum(info.prepared for info in infos)
     stored = sum(tensor.size for tensor in program.tensors.values())
-    most = min(MAX_WEIGHT, FREE_PREPARED + SPARSE_FILTER * stored)  # a small file cannot ask for a large allocation
+    # In proportion to the file: a small one cannot ask for a large allocation.
+    most = max(2 * stored, min(MAX_WEIGHT, FREE_PREPARED + SPARSE_FILTER * stored))
     if prepared > most:
         raise ProgramError(f"the weights take {prepared} elements to run; at most {most} are allowed")
     live = peak_live(program, infos)
