@@ -337,8 +337,8 @@ void run_planes(const Run& run, const Part& planes) {
 // Threads that take the same rows of layer after layer find most of what they read in their own cache, but each of them
 // needs all weights. Threads that take filters share the weights, and read what the others have written.
 bool values_prevail(const Plan& plan) {
-  const auto weights = static_cast<double>(plan.columns * plan.shape.filters / plan.shape.groups);
-  return streaming_cycles(weights) < sharing_cycles(value_count(plan));
+  const std::int64_t weights = plan.columns * (plan.shape.filters / plan.shape.groups);
+  return streaming_cycles(static_cast<double>(weights)) < sharing_cycles(value_count(plan));
 }
 
 void run_depthwise(const Run& run, std::int64_t wanted, int threads) {

@@ -313,7 +313,8 @@ Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t
 
 double arrival_cycles(const Plan& plan) {
   if (is_winograd(plan.method)) return winograd_arrival_cycles(plan);
-  return streaming_cycles(static_cast<double>(plan.columns * (plan.shape.filters / plan.shape.groups)));
+  const std::int64_t weights = plan.columns * (plan.shape.filters / plan.shape.groups);
+  return streaming_cycles(static_cast<double>(weights));
 }
 
 // ---- packing --------------------------------------------------------------------------------------------------------
