@@ -26,8 +26,9 @@ class Panels {
     std::int64_t widest = 1;
     double best = 0;
     for (std::int64_t blocks = 1; blocks <= std::min<std::int64_t>(blocks_, conv::kMaxBlocks); ++blocks) {
+      const std::int64_t vectors_of_block = conv::kBlock / kernels_.lanes;
       const auto rows = static_cast<double>(most_rows(blocks)),
-                 vectors = static_cast<double>(blocks * conv::kBlock / kernels_.lanes);
+                 vectors = static_cast<double>(blocks * vectors_of_block);
       const double gain = rows * vectors / (rows + vectors);  // multiply-adds for every load
       if (gain > best) widest = blocks, best = gain;
     }
