@@ -230,9 +230,8 @@ def damage_json(draw: random.Random, value: Any) -> None:
             other, there = draw.choice(found)
             container[key] = copy.deepcopy(other[there])
         elif action < 0.75 and isinstance(old, int):
-            container[key] = draw.choice(
-                (old + 1, old - 1, old * 2, old // 2, -old, draw.choice(SMALL), draw.choice(NASTY))
-            )
+            nasty = copy.deepcopy(draw.choice(NASTY))
+            container[key] = draw.choice((old + 1, old - 1, old * 2, old // 2, -old, draw.choice(SMALL), nasty))
         elif action < 0.75 and isinstance(old, str):
             container[key] = draw.choice(WORDS)
         elif action < 0.75 and isinstance(old, list) and old and all(type(item) is int for item in old):
