@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from autocompress_fast._files import write_atomically
 from autocompress_fast.admm import ADMM, Constraint
 from autocompress_fast.graph import Counts, Report
 from autocompress_fast.plan import Plan, mask
@@ -220,7 +221,7 @@ class Search:
             found = lines[0] if lines and isinstance(lines[0], dict) else {}
             differing = ", ".join(key for key in head if found.get(key) != head[key])
             raise ValueError(f"{self.trace} is of a search with another {differing}; choose another file")
-        self.trace.write_text("\n".join(whole) + "\n")
+        write_atomically(self.trace, ("\n".join(whole) + "\n").encode())
         return known
 
     def _write(self, trial: Trial) -> None:
@@ -290,16 +291,19 @@ class _Annealing:
 
     def profiled(self, start: float) -> Iterator[Trial]:
         """Every layer at half its budget, then candidates that give more to those at which the score fell most."""
-        layers = [i for i, (kind, _) in enumerate(self.search.coordinates) if kind == "weights"]
+        layers: list[int] = []  # as many as the budget of a profile is enough for
         drops = np.zeros(len(self.search.coordinates))
-        for i in layers:
+        for i, (kind, _) in enumerate(self.search.coordinates):
+            if kind != "weights":
+                continue
             if self.used >= 0.25:
-                return
+                break
+            layers.append(i)
             halved = np.zeros(len(drops))
             halved[i] = _PROFILE_STEP
             yield self.scored("profile", halved)
             drops[i] = start - self.trace[-1].score
-        deviation = float(drops[layers].std())
+        deviation = float(drops[layers].std()) if layers else 0.0
         if deviation > 0:
             direction = np.zeros(len(drops))
             direction[layers] = np.clip((drops[layers] - drops[layers].mean()) / deviation, -2, 2)
