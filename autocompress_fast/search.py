@@ -252,6 +252,7 @@ class _Annealing:
     trace: list[Trial] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)  # of constraints seen before
     best: tuple[float, Floats] | None = None
+    chosen: tuple[Action, Constraints] | None = None  # what the best leads to
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.search.seed)
@@ -362,8 +363,9 @@ class _Annealing:
     def found(self) -> Found:
         assert self.best is not None
         action = self.action(self.best[1])
-        constraints = self.search.constraints(action)
-        return Found(constraints, action, self.best[0], self.trace[0].score, tuple(self.trace))
+        if self.chosen is None or self.chosen[0] != action:
+            self.chosen = (action, self.search.constraints(action))
+        return Found(self.chosen[1], action, self.best[0], self.trace[0].score, tuple(self.trace))
 
 
 def _accepts(gain: float, temperature: float, chance: float) -> bool:
