@@ -2,6 +2,7 @@
 
     round r of R:   rates  ->  ADMM training  ->  hard projection  ->  unused paths, compaction  ->  masked retraining
     at the end:     longer masked retraining with distillation
+    with max_drop:  a round that costs too much accuracy is taken back; the next one is gentler
     if asked for:   purification, unused paths, compaction  ->  masked retraining, in rounds of its own
     then:           columns cut out  ->  test set, read once
 
@@ -38,7 +39,7 @@ from autocompress_fast.graph import Counts, Pattern, Report, inspect
 from autocompress_fast.plan import Plan, apply_masks
 from autocompress_fast.progress import Progress, default_progress
 from autocompress_fast.purify import purify
-from autocompress_fast.rates import STRUCTURES, Target, allocate, fill
+from autocompress_fast.rates import STRUCTURES, Target, allocate, fill, smallest
 from autocompress_fast.search import Search, quick_score
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
 
@@ -54,6 +55,8 @@ _EVALUATION_BATCH = 1000
 _QUICK_BATCHES = 2  # of validation, on which searches and purification score networks
 _CALIBRATION_BATCHES = 8  # of training, before a search scores a network
 _TIMED_BATCHES = 8  # of a dry run
+_EACH_ROUND = 4.0  # rate, unless the recipe says how many rounds there are
+_MOST_REFUSED = 3  # rounds that cost too much accuracy, before a run ends with what it has
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Recipe:
     Args:
         structure: what is pruned: "filter+column" (both at once), "filter-then-column" (the papers' order, two ADMM
             trainings a round), "filter", "column" or "element".
-        rounds: how many times to prune and compact; each takes an equal part of the rate. None: about 6x a round.
+        rounds: how many times to prune and compact; the steps become smaller, from 2 to 1 in the logarithm of the
+            rate. None: as many as make it about 4x a round.
         search: how many candidates to try in every round for the rates of the layers (`acf.Search`), scored by the loss
             of the network pruned in one shot on some validation samples. 0 leaves them to experience: larger layers
             lose more.
@@ -148,8 +152,8 @@ class Recipe:
         )
 
     def rounds_for(self, target: Target) -> int:
-        """Number of rounds: as given, or so that each is about 6x."""
-        return self.rounds or max(1, round(math.log(max(target.rates().values())) / math.log(6)))
+        """Number of rounds: as given, or so that each is about 4x."""
+        return self.rounds or max(1, round(math.log(max(target.rates().values())) / math.log(_EACH_ROUND)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +185,7 @@ class Result:
         accuracy: "base" and "final" on the validation set, and on the test set as "base_test" and "final_test"
             when there is one; percent.
         history: a row of metrics for every epoch of every stage.
+        rounds: what each left: its target, whether it was accepted, validation accuracy in percent and sizes.
         purification: what every round of it removed and how the score fell, as `Purified.to_json` has it.
         max_difference: between the masked and the compacted network, relative to the largest output.
         target, recipe: what was asked for.
@@ -194,6 +199,7 @@ class Result:
     small: Counts
     accuracy: dict[str, float]
     history: list[dict[str, Any]]
+    rounds: list[dict[str, Any]]
     purification: list[dict[str, Any]]
     max_difference: float
     target: Target
@@ -228,6 +234,7 @@ class Result:
                 name: {"filters": int(p.filters.sum()), "columns": int(p.columns.sum()), "weights": p.weights}
                 for name, p in self.plan.items()
             },
+            "rounds": self.rounds,
             "purification": self.purification,
             "history": self.history,
         }
@@ -290,7 +297,8 @@ def compress(
     model: nn.Module,
     data: Splits | tuple[Any, Any] | tuple[Any, Any, Any],
     *,
-    target: Target | str | float,
+    target: Target | str | float | None = None,
+    max_drop: float | None = None,
     example_input: Example | None = None,
     recipe: Recipe | None = None,
     workdir: str | Path | None = None,
@@ -299,13 +307,17 @@ def compress(
     select: Pattern | Sequence[Pattern] | None = None,
     exclude: Pattern | Sequence[Pattern] | None = None,
 ) -> Result | DryRun:
-    """Compress a trained network until it meets the target.
+    """Compress a trained network until it meets the target, or as far as its accuracy holds.
 
     Args:
         model: trained; it is not changed.
         data: `acf.data.Splits`, or (train, validation) or (train, validation, test) of data sets or re-iterable
             batches (x, y). The validation part decides; the test part is read once, at the end.
-        target: "20x" (all weights), "conv=40", "macs=4", a number (all weights) or a `Target`.
+        target: "20x" (all weights), "conv=40", "macs=4", a number (all weights) or a `Target`. Not given: the smallest
+            network that `max_drop` allows, counted in all weights.
+        max_drop: points of validation accuracy that may be lost. A round that loses more is taken back, the next one
+            goes half as far, and after three such rounds the smallest network that held is the result, whether it meets
+            the target or not.
         example_input: what the model takes; the first validation images when not given.
         recipe: how to train.
         workdir: for checkpoints and the log; the same call continues a run that was stopped.
@@ -317,11 +329,15 @@ def compress(
         the `Result`, or a `DryRun`.
 
     Raises:
-        ValueError: a target that cannot be met, a model that cannot be read, a pattern that no layer matches, a work
-            directory of another run.
+        ValueError: neither target nor max_drop, a negative one, a target that cannot be met, a model that cannot be
+            read, a pattern that no layer matches, a work directory of another run.
     """
     recipe = recipe or Recipe()
-    goal = target if isinstance(target, Target) else Target.parse(str(target))
+    if target is None and max_drop is None:
+        raise ValueError("compress needs a target, such as target='20x', or max_drop, or both; got neither")
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise ValueError(f"max_drop is in points of accuracy, from 0 to 100, got {max_drop}")
+    goal = None if target is None else target if isinstance(target, Target) else Target.parse(str(target))
     train_part, validation_part, test_part = _three_parts(data)
     loader = _training_batches(
         train_part, recipe.batch_size, recipe.seed, augmentation=getattr(data, "augmentation", None)
@@ -330,26 +346,32 @@ def compress(
     example = _example(example_input, validation)
     report = inspect(model, example, select=select, exclude=exclude)  # classes are those of the model that was given
     model = baked(model)  # weights that are computed cannot be pulled towards zero
+    if goal is None:
+        goal = Target(params=report.counts().params / smallest(report, recipe.structure).params)
     rounds = recipe.rounds_for(goal)
     if dry_run:
         return _dry_run(model, loader, validation, report, goal, recipe, rounds)
     allocate(report, goal, report.counts(), recipe.structure)  # says now what cannot be met
-    folder = None if workdir is None else _claimed(Path(workdir), model, report, goal, recipe, train_part)
+    folder = None if workdir is None else _claimed(Path(workdir), model, report, goal, max_drop, recipe, train_part)
 
     told = progress or default_progress()
     with told:
         stages = _Stages(loader, validation, copy.deepcopy(model).eval(), folder, told)
         base = evaluate(model, validation)
         told.note(f"dense: {base.accuracy:.2f}% of {base.samples} validation samples, {report.params:,} weights")
-        state = _rounds(model, report, example, goal, recipe, rounds, stages)
-        small, masks, kept, steps = _purified(*state, report, example, recipe, stages)
-        final = compact(small, masks, example)
+        run = _Run(report, example, goal, recipe, stages)
+        kept = {n.name: Kept(np.arange(n.shape[0]), np.arange(n.weights // n.shape[0])) for n in report.layers}
+        state = _State(copy.deepcopy(model), None, kept, base.accuracy, polished=True)
+        floor = -math.inf if max_drop is None else base.accuracy - max_drop
+        state = _rounds(run, state, rounds) if max_drop is None else _rounds_within(run, state, rounds, floor)
+        state, steps = _purified(run, state, floor)
+        plan = Plan.dense(report) if state.masks is None else run.whole(state)
+        final = compact(state.small, plan if state.masks is None else state.masks, example)
         accuracy = {"base": base.accuracy, "final": evaluate(final.model, validation).accuracy}
         if test_part is not None:
             test = batches(test_part, _EVALUATION_BATCH)
             before, after = evaluate_together([model, final.model], test)
             accuracy |= {"base_test": before.accuracy, "final_test": after.accuracy}
-    plan = restore(masks, kept, report)
     result = Result(
         model=final.model.eval(),
         plan=plan,
@@ -357,6 +379,7 @@ def compress(
         small=report.counts(plan),
         accuracy=accuracy,
         history=stages.history,
+        rounds=run.rounds,
         purification=steps,
         max_difference=final.max_difference,
         target=goal,
@@ -371,45 +394,124 @@ def compress(
     return result
 
 
-def _rounds(
-    model: nn.Module,
-    report: Report,
-    example: tuple[torch.Tensor, ...],
-    goal: Target,
-    recipe: Recipe,
-    rounds: int,
-    stages: _Stages,
-) -> tuple[nn.Module, Plan, dict[str, Kept]]:
-    """Prune, compact and retrain round by round.
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What a round leaves: the small network, whose dropped columns are still zeros in it, and where that came from."""
 
-    Returns the small network, whose dropped columns are still zeros in it, their masks, and where its weights were.
-    """
-    small, masks = copy.deepcopy(model), None
-    kept = {n.name: Kept(np.arange(n.shape[0]), np.arange(n.weights // n.shape[0])) for n in report.layers}
+    small: nn.Module
+    masks: Plan | None  # of the small network; None before the first round
+    kept: dict[str, Kept]  # where its weights were in the network that was given
+    accuracy: float  # on the validation set
+    polished: bool  # by the long training of the end
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all rounds of a run share."""
+
+    report: Report
+    example: tuple[torch.Tensor, ...]
+    goal: Target
+    recipe: Recipe
+    stages: _Stages
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+    def whole(self, state: _State) -> Plan:
+        """What is kept, in the shapes of the network that was given."""
+        assert state.masks is not None
+        return restore(state.masks, state.kept, self.report)
+
+    def counts(self, state: _State) -> Counts:
+        """Sizes of what is kept."""
+        return self.report.counts(self.whole(state))
+
+    def tell(self, number: int, part: Target, state: _State, *, accepted: bool = True) -> None:
+        """Keep, and say, what a round left."""
+        counts = self.counts(state)
+        found = {"round": number, "target": str(part), "accepted": accepted, "validation": state.accuracy}
+        self.rounds.append(found | asdict(counts))
+        self.stages.progress.note(
+            f"round {number}: {_rates(self.report.counts(), counts)} at {state.accuracy:.2f}%"
+            + ("" if accepted else ", which is too little: taken back")
+        )
+
+
+def _rounds(run: _Run, state: _State, rounds: int) -> _State:
+    """Prune, compact and retrain round by round, until the target is met."""
     for number in range(1, rounds + 1):
-        part = goal.part(number / rounds)
-        now = report if number == 1 else inspect(small, example, exclude=sorted(report.held))
-        stages.progress.note(f"round {number} of {rounds}: to {part}")
-        allowed = _allowed(small, now, part, report.counts(), recipe, number, stages)
+        part = run.goal.part(_share(number, rounds))
+        run.stages.progress.note(f"round {number} of {rounds}: to {part}")
+        state = _round(run, state, number, part)
+        state = _trained(run, state, f"round{number}", number, "final" if number == rounds else "retrain")
+        run.tell(number, part, state)
+    return state
 
-        filled = functools.partial(fill, now, part, report.counts(), allowed)
-        constraints = filled(ADMM(small, allowed, report=now).plan)
-        for step, step_constraints in enumerate(_steps(constraints, recipe.structure)):
-            admm = ADMM(small, step_constraints, rho=recipe.rho, report=now)
-            name = f"round{number}.admm" + (f"{step + 1}" if step else "")
-            stages.run(small, name, recipe.training("admm", number), admm=admm, masks=masks)
-            masks = admm.plan(filled(admm.plan) if step_constraints == constraints else None).tied(now)
-            apply_masks(small, masks)
-        assert masks is not None
-        cut = compact(small, masks, example, columns=False, report=now)
-        small, masks = cut.model, cut.plan
-        kept |= {name: kept[name].then(inner) for name, inner in cut.kept.items()}
-        kind = "final" if number == rounds else "retrain"
-        stages.run(small, f"round{number}.{kind}", recipe.training(kind, number), masks=masks)
-        counts = report.counts(restore(masks, kept, report))
-        stages.progress.note(f"round {number} of {rounds}: {_rates(report.counts(), counts)}")
+
+def _rounds_within(run: _Run, state: _State, rounds: int, floor: float) -> _State:
+    """As far towards the target as the accuracy stays at `floor` or above.
+
+    A round that ends below is given the long training; when that does not bring it back, the round is taken back and
+    the next one goes half as far.
+    """
+    shares = [_share(number, rounds) for number in range(rounds + 1)]
+    reached, scale, refused, number = 0.0, 1.0, 0, 0
+    while reached < 1 and refused < _MOST_REFUSED:
+        number += 1
+        step = scale * (min(share for share in [*shares, 1.0] if share > reached + 1e-9) - reached)
+        share = min(1.0, reached + step) if 1 - reached - step > 1e-9 else 1.0
+        part = run.goal.part(share)
+        run.stages.progress.note(f"round {number}: to {part}")
+        trial = _trained(run, _round(run, state, number, part), f"round{number}", number, "retrain")
+        if trial.accuracy < floor:
+            trial = _trained(run, trial, f"round{number}", number, "final")
+        accepted = trial.accuracy >= floor
+        run.tell(number, part, trial, accepted=accepted)
+        if accepted:
+            state, reached = trial, share
+        else:
+            refused, scale = refused + 1, scale / 2
+    if state.masks is None or state.polished:
+        return state
+    polished = _trained(run, state, "final", number + 1, "final")
+    return polished if polished.accuracy >= floor else state
+
+
+def _share(number: int, rounds: int) -> float:
+    """How far of the way, in the logarithm of the rates, round `number` of `rounds` ends: steps that become smaller.
+
+    The first step is twice the last one.
+    """
+    steps = [1.0] if rounds == 1 else [2 - r / (rounds - 1) for r in range(rounds)]
+    return 1.0 if number == rounds else sum(steps[:number]) / sum(steps)
+
+
+def _round(run: _Run, state: _State, number: int, part: Target) -> _State:
+    """Prune until the target of the round is met, and compact."""
+    report, recipe, stages = run.report, run.recipe, run.stages
+    small, masks = copy.deepcopy(state.small), state.masks
+    now = report if masks is None else inspect(small, run.example, exclude=sorted(report.held))
+    allowed = _allowed(small, now, part, report.counts(), recipe, number, stages)
+    filled = functools.partial(fill, now, part, report.counts(), allowed)
+    constraints = filled(ADMM(small, allowed, report=now).plan)
+    for step, step_constraints in enumerate(_steps(constraints, recipe.structure)):
+        admm = ADMM(small, step_constraints, rho=recipe.rho, report=now)
+        name = f"round{number}.admm" + (f"{step + 1}" if step else "")
+        stages.run(small, name, recipe.training("admm", number), admm=admm, masks=masks)
+        masks = admm.plan(filled(admm.plan) if step_constraints == constraints else None).tied(now)
+        apply_masks(small, masks)
     assert masks is not None
-    return small, masks, kept
+    cut = compact(small, masks, run.example, columns=False, report=now)
+    kept = state.kept | {name: state.kept[name].then(inner) for name, inner in cut.kept.items()}
+    return _State(cut.model, cut.plan, kept, 0.0, polished=False)
+
+
+def _trained(run: _Run, state: _State, prefix: str, number: int, kind: str) -> _State:
+    """The network of a state, trained under its masks."""
+    small = copy.deepcopy(state.small)
+    name = prefix if prefix.startswith(kind) else f"{prefix}.{kind}"
+    rows = run.stages.run(small, name, run.recipe.training(kind, number), masks=state.masks)
+    accuracy = rows[-1]["validation"] if rows else evaluate(small, run.stages.validation).accuracy
+    return dataclasses.replace(state, small=small, accuracy=accuracy, polished=kind == "final")
 
 
 def _allowed(
@@ -442,19 +544,15 @@ def _search_score(
     )
 
 
-def _purified(
-    small: nn.Module,
-    masks: Plan,
-    kept: dict[str, Kept],
-    report: Report,
-    example: tuple[torch.Tensor, ...],
-    recipe: Recipe,
-    stages: _Stages,
-) -> tuple[nn.Module, Plan, dict[str, Kept], list[dict[str, Any]]]:
-    """Purify and retrain in rounds; what each decided is kept in the work directory, as it takes many evaluations."""
+def _purified(run: _Run, state: _State, least: float) -> tuple[_State, list[dict[str, Any]]]:
+    """Purify and retrain in rounds; what each decided is kept in the work directory, as it takes many evaluations.
+
+    A round after which the accuracy is below `least` is taken back, and the last.
+    """
     steps: list[dict[str, Any]] = []
-    if recipe.purify_rounds == 0:
-        return small, masks, kept, steps
+    recipe, stages = run.recipe, run.stages
+    if recipe.purify_rounds == 0 or state.masks is None:
+        return state, steps
 
     some = UserBatches(list(itertools.islice(stages.validation.epoch(0), _QUICK_BATCHES)))
     quick = recipe.training("purify", 0)
@@ -462,21 +560,26 @@ def _purified(
     def accuracy(model: nn.Module) -> float:
         return evaluate(model, some, precision=quick.precision, channels_last=quick.channels_last).accuracy
 
-    exclude = sorted(report.held)
-    floor = accuracy(small) - recipe.purify_tolerance
+    exclude = sorted(run.report.held)
+    floor = accuracy(state.small) - recipe.purify_tolerance
     for number in range(1, recipe.purify_rounds + 1):
-        before = masks.weights
-        masks, found = _decided(small, masks, f"purify{number}", accuracy, floor, example, exclude, stages)
-        steps.append(found)
-        if masks.weights == before:
+        name = f"purify{number}"
+        masks, found = _decided(state.small, state.masks, name, accuracy, floor, run.example, exclude, stages)
+        if masks.weights == state.masks.weights:
+            steps.append(found)
             break
-        cut = compact(small, masks, example, columns=False)
-        small, masks = cut.model, cut.plan
-        kept |= {name: kept[name].then(inner) for name, inner in cut.kept.items()}
-        stages.run(small, f"purify{number}", recipe.training("purify", number), masks=masks)
-        counts = report.counts(restore(masks, kept, report))
-        stages.progress.note(f"purification {number} of {recipe.purify_rounds}: {_rates(report.counts(), counts)}")
-    return small, masks, kept, steps
+        cut = compact(state.small, masks, run.example, columns=False)
+        kept = state.kept | {layer: state.kept[layer].then(inner) for layer, inner in cut.kept.items()}
+        trial = _trained(run, _State(cut.model, cut.plan, kept, 0.0, polished=False), name, number, "purify")
+        if trial.accuracy < least:
+            stages.progress.note(f"purification {number}: {trial.accuracy:.2f}% is too little: taken back")
+            break
+        steps.append(found)
+        state = trial
+        rates = _rates(run.report.counts(), run.counts(state))
+        stages.progress.note(f"purification {number} of {recipe.purify_rounds}: {rates}")
+        assert state.masks is not None
+    return state, steps
 
 
 def _decided(
@@ -538,23 +641,23 @@ class _Stages:
         *,
         admm: ADMM | None = None,
         masks: Plan | None = None,
-    ) -> None:
-        """One training, in place."""
-        self.history.extend(
-            Trainer(
-                model,
-                self.loader,
-                config,
-                validation=self.validation,
-                teacher=self.teacher,
-                admm=admm,
-                plan=masks,
-                checkpoint=None if self.folder is None else self.folder / f"{name}.ckpt",
-                log=None if self.folder is None else self.folder / "log.jsonl",
-                name=name,
-                progress=self.progress,
-            ).run()
-        )
+    ) -> list[dict[str, Any]]:
+        """One training, in place; its rows of the history."""
+        rows = Trainer(
+            model,
+            self.loader,
+            config,
+            validation=self.validation,
+            teacher=self.teacher,
+            admm=admm,
+            plan=masks,
+            checkpoint=None if self.folder is None else self.folder / f"{name}.ckpt",
+            log=None if self.folder is None else self.folder / "log.jsonl",
+            name=name,
+            progress=self.progress,
+        ).run()
+        self.history.extend(rows)
+        return rows
 
 
 def _dry_run(
@@ -568,7 +671,7 @@ def _dry_run(
 ) -> DryRun:
     chosen: list[tuple[Target, dict[str, Constraint]]] = []
     for number in range(rounds, 0, -1):  # what cannot be met is said of the whole target
-        part = goal.part(number / rounds)
+        part = goal.part(_share(number, rounds))
         chosen.insert(0, (part, allocate(report, part, report.counts(), recipe.structure)))
     trainings = len(_steps(chosen[-1][1], recipe.structure))
     epochs = rounds * trainings * recipe.admm_epochs + (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
@@ -613,13 +716,22 @@ def _example(example_input: Example | None, validation: Batches) -> tuple[torch.
     return (example_input,) if isinstance(example_input, torch.Tensor) else tuple(example_input)
 
 
-def _claimed(folder: Path, model: nn.Module, report: Report, goal: Target, recipe: Recipe, data: Any) -> Path:
+def _claimed(
+    folder: Path,
+    model: nn.Module,
+    report: Report,
+    goal: Target,
+    max_drop: float | None,
+    recipe: Recipe,
+    data: Any,
+) -> Path:
     """The work directory, made if need be, after checking that an earlier run in it was this one."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     settings = {
         "target": asdict(goal),
+        "max_drop": max_drop,
         "recipe": asdict(recipe),
         "choice of layers": sorted(report.held),
         "weights": digest.hexdigest(),

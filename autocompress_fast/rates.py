@@ -103,7 +103,7 @@ class Target:
         return lambda now: self.met(dense, now)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {rate:g}x" for name, rate in self.rates().items())
+        return ", ".join(f"{name} {rate:.4g}x" for name, rate in self.rates().items())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from autocompress_fast.admm import RhoSchedule
 from autocompress_fast.compact import ColumnConv2d, ColumnLinear
 from autocompress_fast.data import BatchLoader, Dataset, Splits, UserBatches
 from autocompress_fast.graph import inspect
-from autocompress_fast.pipeline import DryRun, Recipe, Result, compress, train
+from autocompress_fast.pipeline import DryRun, Recipe, Result, _share, compress, train
 from autocompress_fast.plan import Plan, mask
 from autocompress_fast.progress import Progress
 from autocompress_fast.rates import Target
@@ -165,7 +165,7 @@ def whole(trained, tmp_path_factory) -> tuple[Result, Path]:
 )
 def test_the_target_is_met_and_the_network_still_works(trained, structure, target):
     goal = Target.parse(target)
-    result = run(trained, target=goal, recipe=variant(structure=structure))
+    result = run(trained, target=goal, recipe=variant(structure=structure, final_epochs=8))
     assert goal.met(result.dense, result.small)
     assert result.dense == inspect(trained, torch.zeros(1, 1, 6, 6)).counts()
     assert result.layers.counts(result.plan) == result.small
@@ -245,6 +245,89 @@ def test_filters_before_columns_are_two_trainings(trained):
     watcher = Watcher()
     run(trained, recipe=variant(structure="filter-then-column", rounds=1), progress=watcher)
     assert watcher.tasks == ["round1.admm", "round1.admm2", "round1.final"]
+
+
+# As far as the accuracy holds
+
+HOLDING = variant(rounds=3, final_epochs=2)
+
+
+@pytest.mark.parametrize("max_drop", [0.0, 5.0, 30.0])
+@pytest.mark.parametrize("target", ["200x", None])
+def test_no_more_accuracy_is_lost_than_allowed(trained, target, max_drop):
+    result = run(trained, target=target, max_drop=max_drop, recipe=HOLDING)
+    accuracy = result.accuracy
+    assert accuracy["final"] >= accuracy["base"] - max_drop
+    accepted = [row for row in result.rounds if row["accepted"]]
+    refused = [row for row in result.rounds if not row["accepted"]]
+    assert all(row["validation"] >= accuracy["base"] - max_drop for row in accepted)
+    assert all(row["validation"] < accuracy["base"] - max_drop for row in refused)
+    assert len(refused) == 3 or result.target.met(result.dense, result.small)
+    assert result.small.params == min([result.dense.params, *(row["params"] for row in accepted)])
+
+
+def test_a_round_after_one_that_was_taken_back_goes_half_as_far(trained):
+    result = run(trained, target="200x", max_drop=0.0, recipe=HOLDING)
+    assert not result.rounds[0]["accepted"]
+    tried = [math.log(float(row["target"].removeprefix("params ").removesuffix("x"))) for row in result.rounds]
+    reached, last = 0.0, tried[0]
+    for row, at in list(zip(result.rounds, tried, strict=True))[1:]:
+        if reached == 0:
+            assert at == pytest.approx(last / 2, rel=1e-4)
+        if row["accepted"]:
+            break
+        last = at
+
+
+def test_where_nothing_holds_the_network_stays_as_it_was(trained, monkeypatch):
+    monkeypatch.setattr("autocompress_fast.pipeline._trained", lambda _, state, *__: state)
+    result = run(trained, target="200x", max_drop=0.0, recipe=HOLDING)
+    assert [row["accepted"] for row in result.rounds] == [False] * 3
+    assert result.small == result.dense
+    assert_same(state(result.model), state(trained))
+    assert "macs" in result.rates
+
+
+def test_a_target_that_holds_is_met(trained):
+    result = run(trained, target="4x", max_drop=100.0, recipe=HOLDING)
+    assert [row["accepted"] for row in result.rounds] == [True] * 3
+    assert result.history[-1]["stage"] == "final"
+    assert Target(params=4).met(result.dense, result.small)
+
+
+@pytest.mark.parametrize("kill", [{"steps": 8}, {"steps": 20}, {"steps": 33}])
+def test_a_run_with_rounds_taken_back_is_continued(trained, tmp_path, kill):
+    options = {"target": "200x", "max_drop": 5.0, "recipe": HOLDING}
+    expected = run(trained, **options)
+    with pytest.raises(StopError):
+        run(trained, **options, workdir=tmp_path, progress=Watcher(**kill))
+    with pytest.raises(ValueError, match="holds a run with another max_drop"):
+        run(trained, **(options | {"max_drop": 6.0}), workdir=tmp_path)
+    result = run(trained, **options, workdir=tmp_path)
+    assert_same(state(result.model), state(expected.model))
+    assert result.plan == expected.plan
+    assert result.rounds == expected.rounds
+
+
+def test_purification_keeps_the_accuracy_too(trained):
+    recipe = variant(rounds=1, purify_rounds=3, purify_tolerance=40.0, purify_epochs=0)
+    result = run(trained, target="2x", max_drop=2.0, recipe=recipe)
+    free = run(trained, target="2x", max_drop=100.0, recipe=recipe)
+    assert result.accuracy["final"] >= result.accuracy["base"] - 2
+    assert free.accuracy["final"] < free.accuracy["base"] - 2  # so there was something to take back
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": None}, "needs a target, such as target='20x', or max_drop, or both; got neither"),
+        ({"max_drop": -0.1}, "max_drop is in points of accuracy, from 0 to 100, got -0.1"),
+        ({"max_drop": math.nan}, "max_drop is in points of accuracy, from 0 to 100, got nan"),
+    ],
+)
+def test_a_run_needs_an_end(trained, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(trained, **options)
 
 
 # Data of every kind
@@ -485,7 +568,7 @@ def test_a_dry_run_trains_nothing_and_says_what_would_happen(trained, tmp_path):
     assert not folder.exists()
     assert plan.epochs == 2 + 1 + 2 + 6
     assert plan.seconds > 0
-    assert [target.params for target, _ in plan.rounds] == [pytest.approx(6**0.5), pytest.approx(6)]
+    assert [target.params for target, _ in plan.rounds] == [pytest.approx(6 ** (2 / 3)), pytest.approx(6)]
     assert all(set(constraints) == {"0", "3", "7", "9"} for _, constraints in plan.rounds)
 
 
@@ -533,9 +616,20 @@ def test_recipes_out_of_range_are_refused(options, message):
         Recipe(**options)
 
 
-def test_rounds_are_about_sixfold():
-    assert [Recipe().rounds_for(Target(params=rate)) for rate in (1, 2, 6, 36, 230)] == [1, 1, 1, 2, 3]
+def test_rounds_are_about_fourfold():
+    assert [Recipe().rounds_for(Target(params=rate)) for rate in (1, 2, 6, 16, 230)] == [1, 1, 1, 2, 4]
     assert Recipe(rounds=5).rounds_for(Target(params=2)) == 5
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 8])
+def test_the_steps_of_the_rounds_become_smaller(rounds):
+    shares = [_share(number, rounds) for number in range(rounds + 1)]
+    steps = np.diff(shares)
+    assert shares[0] == 0
+    assert shares[-1] == 1
+    assert (steps > 0).all()
+    assert (np.diff(steps) < 0).all()
+    assert rounds == 1 or steps[0] / steps[-1] == pytest.approx(2)
 
 
 def test_users_batches_as_validation(trained):

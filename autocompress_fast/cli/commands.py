@@ -110,7 +110,13 @@ def demo(
 def compress(
     model: Model,
     data: Annotated[str, typer.Option(help='Folder with a data set, or "digits" for those of scikit-learn.')],
-    target: Annotated[str, typer.Option(help="20x (all weights), conv=40, macs=4, or several with commas.")],
+    target: Annotated[
+        str | None, typer.Option(help="20x (all weights), conv=40, macs=4, or several with commas.")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Points of validation accuracy to lose at most; without --target, as small as that allows."),
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="mnist, fashion-mnist, cifar10, cifar100, folder; recognised by default.")
     ] = None,
@@ -173,7 +179,7 @@ def compress(
     exclude: Exclude = None,
     threads: Threads = None,
 ) -> None:
-    """Compress a network until it meets the target. The same command goes on where a stopped one was."""
+    """Compress a network, until it meets the target or as far as its accuracy holds; a stopped run goes on."""
     from autocompress_fast.cli.job import Job, threads_set
 
     recipe = {
@@ -204,6 +210,7 @@ def compress(
             model,
             data,
             target,
+            max_drop=max_drop,
             dataset=dataset,
             validation=validation,
             augment=augment,

@@ -60,20 +60,22 @@ class Job:
     model: nn.Module
     data: Splits
     base_data: Splits  # the same images, varied or not while the base is trained
-    target: Target
+    target: Target | None
     recipe: Recipe
     base: Base | None  # None: the model comes trained
     folder: Path
     select: list[Pattern] | None = None
     exclude: list[Pattern] | None = None
+    max_drop: float | None = None
 
     @classmethod
     def prepared(
         cls,
         model: str,
         data: str,
-        target: str,
+        target: str | None,
         *,
+        max_drop: float | None = None,
         dataset: str | None,
         validation: str | None,
         augment: bool,
@@ -88,13 +90,15 @@ class Job:
         """Check all that was asked for, before anything is trained or written.
 
         Args:
-            model, data, target: as the user wrote them.
+            model, data, target, max_drop: as the user wrote them.
             recipe, base: fields of `Recipe` and `TrainingConfig` that differ from the defaults.
             augment, base_augment: vary the training images as usual for the data set, while compressing and while the
                 base is trained.
             select, exclude: patterns as the user wrote them.
         """
-        goal = Target.parse(target)
+        if target is None and max_drop is None:
+            raise ValueError("compress needs --target, such as --target 20x, or --max-drop, or both")
+        goal = None if target is None else Target.parse(target)
         whole = Recipe(**recipe)
         splits = datasets.load(data, dataset=dataset, validation=_size(validation), seed=whole.seed)
         if validation is None and len(splits.validation) > _MOST_VALIDATION:
@@ -108,7 +112,7 @@ class Job:
             if base:
                 raise ValueError("--base-epochs and --base-lr train the network that --checkpoint gives already")
             load_pretrained(network, checkpoint)
-        folder = Path("runs", run_name(model, splits.name, goal, whole)) if workdir is None else workdir
+        folder = Path("runs", run_name(model, splits.name, goal, max_drop, whole)) if workdir is None else workdir
         return cls(
             network,
             splits if augment else still,
@@ -119,6 +123,7 @@ class Job:
             folder,
             patterns(select, network),
             patterns(exclude, network),
+            max_drop,
         )
 
     def outlook(self) -> Outlook | Impossible:
@@ -132,6 +137,7 @@ class Job:
             self.model,
             self.data,
             target=self.target,
+            max_drop=self.max_drop,
             recipe=self.recipe,
             dry_run=True,
             select=self.select,
@@ -159,6 +165,7 @@ class Job:
             network,
             self.data,
             target=self.target,
+            max_drop=self.max_drop,
             recipe=self.recipe,
             workdir=self.folder,
             select=self.select,
@@ -173,7 +180,8 @@ class Job:
 
     def _check_target(self, report: Report) -> None:
         """Raise ValueError if no network of this shape can be as small as the target."""
-        allocate(report, self.target, report.counts(), self.recipe.structure)
+        if self.target is not None:
+            allocate(report, self.target, report.counts(), self.recipe.structure)
 
 
 @dataclass(frozen=True)
@@ -331,9 +339,11 @@ def base_recipe(name: str, recipe: Recipe, changes: Mapping[str, Any]) -> Base:
     return Base(config, known.batch_size)
 
 
-def run_name(model: str, data: str, target: Target, recipe: Recipe) -> str:
+def run_name(model: str, data: str, target: Target | None, max_drop: float | None, recipe: Recipe) -> str:
     """The folder of a run, as "lenet5-mnist-conv40-seed0"."""
-    parts = [model.rpartition(":")[2], data, *(f"{name}{rate:g}" for name, rate in target.rates().items())]
+    rates = {} if target is None else target.rates()
+    parts = [model.rpartition(":")[2], data, *(f"{name}{rate:g}" for name, rate in rates.items())]
+    parts += [] if max_drop is None else [f"drop{max_drop:g}"]
     if recipe.structure != Recipe().structure:
         parts.append(recipe.structure)
     return re.sub(r"[^\w.+-]", "_", "-".join([*parts, f"seed{recipe.seed}"]))
