@@ -39,7 +39,7 @@ from autocompress_fast.plan import Plan, apply_masks
 from autocompress_fast.progress import Progress, default_progress
 from autocompress_fast.purify import purify
 from autocompress_fast.rates import STRUCTURES, Target, allocate, fill
-from autocompress_fast.search import Search, quick_score
+from autocompress_fast.search import Found, Search, quick_score
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ class Result:
         target, recipe: what was asked for.
         layers: the report on the dense network.
         info: what `save` writes beside the network.
+        sizes: of the network in the stages that retrain it, by their names; those before one are of the stage before.
+        searches: what the search of every round has found, when the recipe has one.
     """
 
     model: nn.Module
@@ -201,6 +203,8 @@ class Result:
     layers: Report
     example_input: tuple[torch.Tensor, ...]
     info: dict[str, Any]
+    sizes: dict[str, Counts] = field(default_factory=dict)
+    searches: list[Found] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -221,6 +225,7 @@ class Result:
             "accuracy": self.accuracy,
             "dense": asdict(self.dense),
             "small": asdict(self.small),
+            "sizes": {stage: asdict(counts) for stage, counts in self.sizes.items()},
             "max_difference": self.max_difference,
             "seconds": round(self.seconds, 1),
             "recipe": asdict(self.recipe),
@@ -233,7 +238,7 @@ class Result:
         }
 
     def report(self) -> Summary:
-        """Tables of the run; print it, or use its `to_json()` and `save_plots(folder)`."""
+        """Tables of the run; print it, or use its `to_json()`, `save_html(path)` and `save_plots(folder)`."""
         from autocompress_fast.report import Summary
 
         return Summary(self)
@@ -364,6 +369,8 @@ def compress(
         layers=report,
         example_input=example,
         info=_info(data, report, plan, accuracy, goal),
+        sizes=stages.sizes,
+        searches=stages.searches,
     )
     if folder is not None:
         plan.save(folder / "plan.json")
@@ -406,7 +413,7 @@ def _rounds(
         kept |= {name: kept[name].then(inner) for name, inner in cut.kept.items()}
         kind = "final" if number == rounds else "retrain"
         stages.run(small, f"round{number}.{kind}", recipe.training(kind, number), masks=masks)
-        counts = report.counts(restore(masks, kept, report))
+        counts = stages.sizes[f"round{number}.{kind}"] = report.counts(restore(masks, kept, report))
         stages.progress.note(f"round {number} of {rounds}: {_rates(report.counts(), counts)}")
     assert masks is not None
     return small, masks, kept
@@ -423,6 +430,7 @@ def _allowed(
     seed = recipe.seed + 1000 * number
     search = Search(now, part, score, dense=dense, structure=recipe.structure, seed=seed, trace=trace)
     found = search.run(recipe.search, progress=stages.progress)
+    stages.searches.append(found)
     stages.progress.note(f"round {number}: loss in one shot {-found.score:.4g}, by experience {-found.start:.4g}")
     return found.constraints
 
@@ -474,7 +482,7 @@ def _purified(
         small, masks = cut.model, cut.plan
         kept |= {name: kept[name].then(inner) for name, inner in cut.kept.items()}
         stages.run(small, f"purify{number}", recipe.training("purify", number), masks=masks)
-        counts = report.counts(restore(masks, kept, report))
+        counts = stages.sizes[f"purify{number}"] = report.counts(restore(masks, kept, report))
         stages.progress.note(f"purification {number} of {recipe.purify_rounds}: {_rates(report.counts(), counts)}")
     return small, masks, kept, steps
 
@@ -521,7 +529,7 @@ def _steps(constraints: dict[str, Constraint], structure: str) -> list[dict[str,
 
 @dataclass(frozen=True)
 class _Stages:
-    """What all trainings of a run share, and the history that they write."""
+    """What all trainings of a run share, and what is written down of them."""
 
     loader: Batches
     validation: Batches
@@ -529,6 +537,8 @@ class _Stages:
     folder: Path | None
     progress: Progress
     history: list[dict[str, Any]] = field(default_factory=list)
+    sizes: dict[str, Counts] = field(default_factory=dict)
+    searches: list[Found] = field(default_factory=list)
 
     def run(
         self,
