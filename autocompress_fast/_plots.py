@@ -112,9 +112,8 @@ def save(figure: Figure, path: str | Path) -> Path:
         ValueError: a format that matplotlib does not write.
     """
     path = Path(path)
-    known = figure.canvas.get_supported_filetypes() if figure.canvas else {}
     kind = path.suffix.lower().removeprefix(".")
-    if kind not in known:
+    if kind not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"{path} must end in a format of pictures, such as .png or .svg")
     content = io.BytesIO()
     with _style():
@@ -310,6 +309,7 @@ def _sizes(axes: Axes, left: Mapping[str, Mapping[str, float]], stretches: Seque
                 now = known.pop(one)
             x.append(first + 0.5)
             y.append(now)
+        now = [now, *known.values()][-1]  # of stages at the end that had no epochs
         axes.step([*x, end], [*y, now], where="post", color=_INK, linewidth=1.3, linestyle=style)
         axes.annotate(
             f"{name} {rate(now, 1)}",

@@ -255,18 +255,15 @@ class Summary(Document):
                 "Validation accuracy after every epoch, on a scale that is logarithmic in the error, and how many "
                 "times smaller the network was then. While ADMM trains, nothing is pruned yet.",
             )
+        names = [name for name, _, _ in _changes(result.dense, result.small)]
         rows = []
         for stage in dict.fromkeys(row["stage"] for row in result.history):
             epochs = [row for row in result.history if row["stage"] == stage]
             accuracy = f"{epochs[-1]['validation']:.2f}%" if "validation" in epochs[-1] else ""
-            cells = [
-                f"{after:,}, {rate(before, after)}"
-                for _, before, after in (_changes(result.dense, result.sizes[stage]) if stage in result.sizes else [])
-            ]
-            cells += [""] * (len(_changes(result.dense, result.small)) - len(cells))
+            left = _changes(result.dense, result.sizes[stage]) if stage in result.sizes else []
+            cells = {name: f"{after:,}, {rate(before, after)}" for name, before, after in left}
             seconds = duration(sum(row["seconds"] for row in epochs))
-            rows.append((stage, f"{len(epochs)}", seconds, accuracy, *cells))
-        names = (name for name, _, _ in _changes(result.dense, result.small))
+            rows.append((stage, f"{len(epochs)}", seconds, accuracy, *(cells.get(name, "") for name in names)))
         header = ("stage", "epochs", "time", "validation", *names)
         if rows:
             yield Table("What every stage ended with", header, rows)
@@ -370,11 +367,12 @@ class Speed:
         from autocompress_fast.engine import Engine, UnsupportedError, VerificationError
         from autocompress_fast.engine import compile as compile_engine
         from autocompress_fast.engine.lower import lower_trace
+        from autocompress_fast.trace import TraceError
 
         try:
             small = compile_engine(result.model, result.example_input)
             dense = Engine(lower_trace(result.layers.trace)[0], threads=small.threads)
-        except (UnsupportedError, VerificationError) as error:
+        except (TraceError, UnsupportedError, VerificationError) as error:
             return f"Not measured: {error}"
         samples = small.program.batch or samples
         rng = np.random.default_rng(0)
@@ -677,11 +675,9 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{name} {_plain(now)}" for name, now, _ in _defaults(value))
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
-    return {True: "yes", False: "no", None: "not set"}.get(value, str(value)) if not _is_number(value) else f"{value:g}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not set" if value is None else str(value)
 
 
 def _processor() -> str:

@@ -195,6 +195,11 @@ def test_plot_of_sizes_steps_where_stages_begin():
     steps = dict(zip(weights.get_xdata(), weights.get_ydata(), strict=True))
     assert steps == {0.5: 1, 2.5: 2, 3.5: 4, 4.5: 5, 5.5: 5}, "also of a stage that had no epochs"
     assert list(macs.get_ydata())[-2:] == [3, 3]
+    left["MACs"] |= {"purify2": 6.0}
+    _, axes = _plots.run(history, 98.0, left).axes
+    assert list(axes.lines[1].get_ydata())[-2:] == [3, 6], "also of one that nothing comes after"
+    left["MACs"].pop("purify2")
+    _, axes = _plots.run(history, 98.0, left).axes
     assert [text.get_text() for text in axes.texts] == ["all weights 5.0x", "MACs 3.0x"]
     assert axes.texts[0].xy[1] > axes.texts[1].xy[1]
 
@@ -236,6 +241,14 @@ def test_plot_of_a_search_shows_every_trial():
     assert list(accepted.lines[0].get_ydata()) == pytest.approx([50, 100 / 3])
     for axes in (scores, temperature, accepted):
         assert [5, 5] in [list(line.get_xdata()) for line in axes.lines], "where it went back"
+
+
+def test_plot_of_a_long_search_stays_small():
+    trials = [dataclasses.replace(TRIALS[2], number=number) for number in range(1, 5001)]
+    svg = _plots.as_svg(_plots.search(trials), "long", "a long search")
+    assert len(svg) < 400_000
+    assert "data:image/png;base64," in svg
+    assert not re.search(r"https?:", svg)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
