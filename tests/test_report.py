@@ -299,7 +299,7 @@ def damaged(text):
     yield lines[0] + "\n", "there are no trials"
     yield "\x00\xff binary\n", "no trace"
     yield '{"stage": "base", "epoch": 1}\n' * 3, "no trace"
-    yield text.replace('"format": 1', '"format": 99'), "format 1"
+    yield re.sub(r'"format": \d+', '"format": 99', text), "does not say format"
     yield "\n".join([*lines[:3], lines[3][:30], *lines[4:], ""]), "no trace"
     for change in ({"score": "high"}, {"temperature": None}, {"kind": 3}, {"more": 1}, {"action": [1]}):
         yield "\n".join([*lines[:3], json.dumps(trial | change), ""]), "no trace"
