@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from autocompress_fast.purify import purify as purify
     from autocompress_fast.rates import Target as Target
     from autocompress_fast.rates import allocate as allocate
+    from autocompress_fast.report import plot_search as plot_search
     from autocompress_fast.search import Search as Search
     from autocompress_fast.search import quick_score as quick_score
     from autocompress_fast.training import Trainer as Trainer
@@ -77,6 +78,7 @@ _LAZY = {
     "inspect": "graph",
     "load": "engine",
     "mask": "plan",
+    "plot_search": "report",
     "purify": "purify",
     "quick_score": "search",
     "show_config": "config",
@@ -113,6 +115,7 @@ __all__ = [
     "mask",
     "models",
     "ops",
+    "plot_search",
     "purify",
     "quick_score",
     "show_config",

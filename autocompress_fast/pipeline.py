@@ -40,7 +40,7 @@ from autocompress_fast.plan import Plan, apply_masks
 from autocompress_fast.progress import Progress, default_progress
 from autocompress_fast.purify import purify
 from autocompress_fast.rates import STRUCTURES, Target, allocate, fill, smallest
-from autocompress_fast.search import Search, quick_score
+from autocompress_fast.search import Found, Search, quick_score
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
 
 if TYPE_CHECKING:
@@ -191,6 +191,8 @@ class Result:
         target, recipe: what was asked for.
         layers: the report on the dense network.
         info: what `save` writes beside the network.
+        sizes: of the network in the stages that retrain it, by their names; those before one are of the stage before.
+        searches: what the search of every round has found, when the recipe has one.
     """
 
     model: nn.Module
@@ -207,6 +209,8 @@ class Result:
     layers: Report
     example_input: tuple[torch.Tensor, ...]
     info: dict[str, Any]
+    sizes: dict[str, Counts] = field(default_factory=dict)
+    searches: list[Found] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -227,6 +231,7 @@ class Result:
             "accuracy": self.accuracy,
             "dense": asdict(self.dense),
             "small": asdict(self.small),
+            "sizes": {stage: asdict(counts) for stage, counts in self.sizes.items()},
             "max_difference": self.max_difference,
             "seconds": round(self.seconds, 1),
             "recipe": asdict(self.recipe),
@@ -240,7 +245,7 @@ class Result:
         }
 
     def report(self) -> Summary:
-        """Tables of the run; print it, or use its `to_json()` and `save_plots(folder)`."""
+        """Tables of the run; print it, or use its `to_json()`, `save_html(path)` and `save_plots(folder)`."""
         from autocompress_fast.report import Summary
 
         return Summary(self)
@@ -387,6 +392,8 @@ def compress(
         layers=report,
         example_input=example,
         info=_info(data, report, plan, accuracy, goal),
+        sizes=stages.sizes,
+        searches=stages.searches,
     )
     if folder is not None:
         plan.save(folder / "plan.json")
@@ -511,6 +518,7 @@ def _trained(run: _Run, state: _State, prefix: str, number: int, kind: str) -> _
     name = prefix if prefix.startswith(kind) else f"{prefix}.{kind}"
     rows = run.stages.run(small, name, run.recipe.training(kind, number), masks=state.masks)
     accuracy = rows[-1]["validation"] if rows else evaluate(small, run.stages.validation).accuracy
+    run.stages.sizes[name] = run.counts(state)
     return dataclasses.replace(state, small=small, accuracy=accuracy, polished=kind == "final")
 
 
@@ -525,6 +533,7 @@ def _allowed(
     seed = recipe.seed + 1000 * number
     search = Search(now, part, score, dense=dense, structure=recipe.structure, seed=seed, trace=trace)
     found = search.run(recipe.search, progress=stages.progress)
+    stages.searches.append(found)
     stages.progress.note(f"round {number}: loss in one shot {-found.score:.4g}, by experience {-found.start:.4g}")
     return found.constraints
 
@@ -624,7 +633,7 @@ def _steps(constraints: dict[str, Constraint], structure: str) -> list[dict[str,
 
 @dataclass(frozen=True)
 class _Stages:
-    """What all trainings of a run share, and the history that they write."""
+    """What all trainings of a run share, and what is written down of them."""
 
     loader: Batches
     validation: Batches
@@ -632,6 +641,8 @@ class _Stages:
     folder: Path | None
     progress: Progress
     history: list[dict[str, Any]] = field(default_factory=list)
+    sizes: dict[str, Counts] = field(default_factory=dict)
+    searches: list[Found] = field(default_factory=list)
 
     def run(
         self,

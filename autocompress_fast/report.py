@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from autocompress_fast import _plots
 from autocompress_fast._files import write_atomically
+from autocompress_fast._page import Code, Picture, Section, Tile, page
+from autocompress_fast._plots import LayerSizes, duration, rate
+from autocompress_fast.config import show_config
+from autocompress_fast.engine.turns import Spread, in_turns
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.console import Group
 
     from autocompress_fast.admm import Constraint
     from autocompress_fast.graph import Counts, Kind, Layer, Report
     from autocompress_fast.pipeline import DryRun, Result
     from autocompress_fast.purify import Purified
+    from autocompress_fast.search import Found, Trial
 
-__all__ = ["Document", "Inspection", "Outlook", "Purification", "Summary", "Table"]
+__all__ = ["Document", "Inspection", "Outlook", "Purification", "Speed", "Summary", "Table", "plot_search"]
 
 _COUNTED = {"CONV weights": "conv", "all weights": "params", "MACs": "macs"}
 _SHARES = (0.25, 0.5, 0.75)
@@ -30,7 +37,10 @@ _UNIFORM = (
     *((share, share) for share in _SHARES),
 )
 _MOST_NAMED = 2  # layers that a cell lists
-_DENSE, _SMALL, _ADMM = "#c9ced6", "#1f6f8b", "#e08e45"  # colours of the plots
+_ACCURACIES = {"validation": ("base", "final"), "test": ("base_test", "final_test")}
+_SCORE = "score: −loss in one shot"  # noqa: RUF001  a minus
+_MEASURED = 1.0  # seconds that latencies are measured, about
+_LEAST_CALLS, _MOST_CALLS = 9, 400  # of each network, in that time
 
 
 @dataclass(frozen=True)
@@ -110,27 +120,30 @@ class Summary(Document):
     def parts(self) -> Iterable[Table | str]:
         """Layers, accuracy, and what else was checked."""
         result = self._result
-        data = result.info.get("provenance", {}).get("data")
-        yield f"{result.layers.model_name}{f' on {data}' if data else ''}, target {result.target}"
+        yield f"{self._name()}, target {result.target}"
         yield self._layers()
         if table := self._accuracy():
             yield table
+        if searches := result.searches:
+            scores = ", ".join(f"{one.start:.4g} -> {one.score:.4g}" for one in searches)
+            tried = sum(len(one.trace) for one in searches)
+            yield f"search, {tried:,} candidates: score by experience -> of the best, in every round: {scores}"
         if found := result.purification:
-            dense, scores = (
-                result.dense.params,
-                (f"{one['scores'][0]:.2f} -> {one['scores'][-1]:.2f}%" for one in found),
-            )
-            left = " -> ".join(_rate(dense, one["after"]["params"]) for one in found)
-            before = _rate(dense, found[0]["before"]["params"])
+            before, *left = (rate(result.dense.params, size) for size in _through(found))
+            falls = ", ".join(f"{one['scores'][0]:.2f} -> {one['scores'][-1]:.2f}%" for one in found)
             yield (
-                f"purification in {len(found)} rounds: {before} of all weights -> {left}; "
-                f"validation accuracy before retraining {', '.join(scores)}"
+                f"purification in {len(found)} rounds: {before} of all weights -> {' -> '.join(left)}; "
+                f"validation accuracy before retraining {falls}"
             )
         epochs = len(result.history)
         yield (
             f"masked and compacted network differ by {result.max_difference:.1g} of the largest output\n"
-            f"{epochs} epochs of compression in {_duration(result.seconds)}, seed {result.recipe.seed}"
+            f"{epochs} epochs of compression in {duration(result.seconds)}, seed {result.recipe.seed}"
         )
+
+    def _name(self) -> str:
+        data = self._result.info.get("provenance", {}).get("data")
+        return f"{self._result.layers.model_name}{f' on {data}' if data else ''}"
 
     def _layers(self) -> Table:
         result = self._result
@@ -143,18 +156,17 @@ class Summary(Document):
                     f"{layer.shape[0]:,} -> {int(plan.filters.sum()):,}",
                     f"{layer.columns:,} -> {int(plan.columns.sum()):,}",
                     f"{layer.weights:,} -> {plan.weights:,}",
-                    _rate(layer.weights, plan.weights),
+                    rate(layer.weights, plan.weights),
                 )
             )
         for name, before, after in _changes(result.dense, result.small):
-            rows.append((name, "", "", f"{before:,} -> {after:,}", _rate(before, after)))
+            rows.append((name, "", "", f"{before:,} -> {after:,}", rate(before, after)))
         return Table("", ("layer", "filters", "columns", "weights", "rate"), rows)
 
     def _accuracy(self) -> Table | None:
         accuracy = self._result.accuracy
-        pairs = {"validation": ("base", "final"), "test": ("base_test", "final_test")}
         rows = []
-        for part, (base, final) in pairs.items():
+        for part, (base, final) in _ACCURACIES.items():
             if base in accuracy and final in accuracy:
                 before, after = accuracy[base], accuracy[final]
                 rows.append((part, f"{before:.2f}%", f"{after:.2f}%", f"{after - before:+.2f}"))
@@ -165,21 +177,226 @@ class Summary(Document):
         return self._result.to_json()
 
     def save_plots(self, folder: str | Path) -> list[Path]:
-        """Write `accuracy.png` (validation accuracy over all epochs) and `weights.png` (per layer) into `folder`.
+        """Write pictures into `folder`, which is made when it is missing; matplotlib is needed.
 
-        The folder is made when it is missing; matplotlib is needed.
+        They are `accuracy.png` (validation accuracy and size over all epochs), `weights.png` (every layer before and
+        after) and, where a search chose the rates, `search1.png` and so on for its rounds.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        layers = {
-            layer.name: (layer.weights, self._result.plan[layer.name].weights) for layer in self._result.layers.layers
-        }
-        history = [row for row in self._result.history if "validation" in row]
-        title = f"{self._result.layers.model_name}, target {self._result.target}"
-        figures = {"weights.png": _plot_weights(layers, title)}
-        if history:
-            figures["accuracy.png"] = _plot_accuracy(history, self._result.accuracy["base"], title)
-        return [_save(figure, folder / name) for name, figure in sorted(figures.items())]
+        title = f"{self._name()}, target {self._result.target}"
+        figures = {"weights.png": _plots.layers(self._layer_sizes(), title)}
+        if history := self._validated():
+            figures["accuracy.png"] = _plots.run(history, self._result.accuracy["base"], self._left(), title)
+        for number, found in enumerate(self._result.searches, 1):
+            figures[f"search{number}.png"] = _plots.search(found.trace, f"{title}, search of round {number}", _SCORE)
+        return [_plots.save(figure, folder / name) for name, figure in sorted(figures.items())]
+
+    def save_html(
+        self, path: str | Path, *, file: str | Path | None = None, notes: Sequence[str] = (), measure: bool = True
+    ) -> Path:
+        """Write all of it as one page, which needs nothing else to be looked at; matplotlib is needed.
+
+        Args:
+            path: of the page; an old one is replaced in one step.
+            file: the saved network, whose size is told.
+            notes: more paragraphs for its head.
+            measure: whether to time the dense and the compressed network in the engine, which takes about a second.
+
+        Example:
+            >>> result.report().save_html("report.html")  # doctest: +SKIP
+        """
+        result = self._result
+        speed = Speed.measured(result) if measure else None
+        lead = [f"{self._name()}, target {result.target}, seed {result.recipe.seed}", *notes]
+        config = show_config()
+        footer = f"Made by autocompress_fast {config['version']}. Rates are dense / remaining."
+        smaller = rate(result.dense.params, result.small.params)
+        tiles = self._tiles(None if file is None else Path(file).stat().st_size, speed)
+        title = f"{result.layers.model_name}: {smaller} fewer weights"
+        content = page(title, lead, tiles, self._sections(speed), footer)
+        write_atomically(path, content.encode("utf-8", "replace"))
+        return Path(path)
+
+    def _tiles(self, size: int | None, speed: Speed | str | None) -> Iterator[Tile]:
+        result = self._result
+        for name, whole, left in _changes(result.dense, result.small):
+            yield Tile(name, rate(whole, left), f"{whole:,} → {left:,}")
+        for part, (base, final) in _ACCURACIES.items():
+            if final in result.accuracy:
+                dense, small = result.accuracy[base], result.accuracy[final]
+                points = f"{small - dense:+.2f}".replace("-", "−")  # noqa: RUF001  a minus
+                yield Tile(f"{part} accuracy", f"{small:.2f}%", f"dense {dense:.2f}%: {points} points")
+        if size is not None:
+            yield Tile("file", _bytes(size), f"dense weights {_bytes(4 * result.dense.params)}")
+        if isinstance(speed, Speed):
+            before, after = speed.dense.median, speed.small.median
+            faster = f"{before / after:.1f}x faster" if before >= after else f"{after / before:.1f}x slower"
+            yield Tile("latency", faster, f"{_seconds(before)} → {_seconds(after)} a call")
+
+    def _sections(self, speed: Speed | str | None) -> Iterator[Section]:
+        yield Section("Over the run", [*self._over_the_run()])
+        caption = "Filters, columns and weights that are kept of every layer; beside the bars, dense / kept."
+        picture = Picture("layers", _plots.layers(self._layer_sizes()), caption)
+        yield Section("Layer by layer", [picture, self._layers()])
+        yield Section("Search for the rates", [*self._searched()])
+        yield Section("Purification", [*self._purified()])
+        yield Section("Latency", [speed.picture() if isinstance(speed, Speed) else speed] if speed else [])
+        yield Section("What stays as it is", [*Inspection(self._result.layers).reasons()])
+        yield Section("To make it again", [*self._again()])
+
+    def _over_the_run(self) -> Iterator[Picture | Table]:
+        result = self._result
+        if history := self._validated():
+            figure = _plots.run(history, result.accuracy["base"], self._left())
+            yield Picture(
+                "run",
+                figure,
+                "Validation accuracy after every epoch, on a scale that is logarithmic in the error, and how many "
+                "times smaller the network was then. While ADMM trains, nothing is pruned yet.",
+            )
+        names = [name for name, _, _ in _changes(result.dense, result.small)]
+        rows = []
+        for stage in dict.fromkeys(row["stage"] for row in result.history):
+            epochs = [row for row in result.history if row["stage"] == stage]
+            accuracy = f"{epochs[-1]['validation']:.2f}%" if "validation" in epochs[-1] else ""
+            left = _changes(result.dense, result.sizes[stage]) if stage in result.sizes else []
+            cells = {name: f"{after:,}, {rate(before, after)}" for name, before, after in left}
+            seconds = duration(sum(row["seconds"] for row in epochs))
+            rows.append((stage, f"{len(epochs)}", seconds, accuracy, *(cells.get(name, "") for name in names)))
+        header = ("stage", "epochs", "time", "validation", *names)
+        if rows:
+            yield Table("What every stage ended with", header, rows)
+
+    def _searched(self) -> Iterator[str | Picture | Table]:
+        searches = self._result.searches
+        if searches:
+            yield (
+                "Candidates for the rates of the layers, each scored by the network pruned so in one shot, without "
+                "retraining; higher is better. The colder simulated annealing is, the less often it accepts what is "
+                "worse."
+            )
+        for number, found in enumerate(searches, 1):
+            caption = f"Round {number}: {found.start:.4g} by experience, {found.score:.4g} for the best candidate."
+            yield Picture(f"search{number}", _plots.search(found.trace, score=_SCORE), caption)
+        rows = [
+            (
+                f"{number}",
+                f"{len(found.trace):,}",
+                duration(found.trace[-1].seconds),
+                f"{found.start:.4g}",
+                f"{found.score:.4g}",
+                f"{found.acceptance:.0%}",
+                f"{sum(trial.kind == 'restart' for trial in found.trace)}",
+            )
+            for number, found in enumerate(searches, 1)
+        ]
+        header = ("round", "candidates", "time", "by experience", "best", "accepted", "restarts")
+        if rows:
+            yield Table("Scores", header, rows)
+
+    def _purified(self) -> Iterator[str | Table]:
+        found = self._result.purification
+        steps = [{**step, "round": number} for number, one in enumerate(found, 1) for step in one["steps"]]
+        if found:
+            dense = self._result.dense.params
+            left = " → ".join(rate(dense, size) for size in _through(found))
+            yield f"All weights {left}; the score is the accuracy on some validation samples, before retraining."
+        if rows := _removed(steps):
+            yield rows
+
+    def _again(self) -> Iterator[str | Table | Code]:
+        result = self._result
+        held = f"    exclude={sorted(result.layers.held)!r},\n" if result.layers.held else ""
+        yield Code(
+            "result = acf.compress(\n    model,\n    data,\n"
+            f"    target={_as_code(result.target)},\n    recipe={_as_code(result.recipe, lines=True)},\n{held})"
+        )
+        defaults = {name: default for name, _, default in _defaults(result.recipe)}
+        rows = [
+            (name, _plain(value), "" if value == defaults[name] else f"by default {_plain(defaults[name])}")
+            for name, value, _ in _defaults(result.recipe)
+        ]
+        yield Table("Recipe", ("setting", "value", ""), rows, names=3)
+        config = {name: _plain(value) for name, value in show_config().items() if value is not None}
+        yield Table("Installation", ("", ""), [("processor", _processor()), *config.items()], names=2)
+        yield (
+            f"Masked and compacted network differ by {result.max_difference:.1g} of the largest output. "
+            f"{len(result.history)} epochs of compression took {duration(result.seconds)}."
+        )
+
+    def _layer_sizes(self) -> list[LayerSizes]:
+        found = []
+        for layer in self._result.layers.layers:
+            plan = self._result.plan[layer.name]
+            filters, columns = int(plan.filters.sum()), int(plan.columns.sum())
+            pairs = (layer.shape[0], filters), (layer.columns, columns), (layer.weights, plan.weights)
+            found.append(LayerSizes(layer.name, *pairs))
+        return found
+
+    def _validated(self) -> list[dict[str, Any]]:
+        return [row for row in self._result.history if "validation" in row]
+
+    def _left(self) -> dict[str, dict[str, float]]:
+        """Rates of all weights and the rest, by the stage since which they are so."""
+        found: dict[str, dict[str, float]] = {"all weights": {}}
+        for stage, counts in self._result.sizes.items():
+            for name, before, after in _changes(self._result.dense, counts):
+                found.setdefault(name, {})[stage] = before / after
+        return {name: rates for name, rates in found.items() if rates}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long the engine takes for the dense and for the compressed network, measured in turns.
+
+    Attributes:
+        dense, small: seconds of a call.
+        samples, threads, rounds: of a call; of both; calls of each.
+    """
+
+    dense: Spread
+    small: Spread
+    samples: int
+    threads: int
+    rounds: int
+
+    @classmethod
+    def measured(cls, result: Result, *, samples: int = 1, seconds: float = _MEASURED) -> Speed | str:
+        """Time both for about so long; or the reason why the engine cannot run them."""
+        from autocompress_fast.engine import Engine, UnsupportedError, VerificationError
+        from autocompress_fast.engine import compile as compile_engine
+        from autocompress_fast.engine.lower import lower_trace
+        from autocompress_fast.trace import TraceError
+
+        try:
+            small = compile_engine(result.model, result.example_input)
+            dense = Engine(lower_trace(result.layers.trace)[0], threads=small.threads)
+        except (TraceError, UnsupportedError, VerificationError) as error:
+            return f"Not measured: {error}"
+        samples = small.program.batch or samples
+        rng = np.random.default_rng(0)
+        inputs = [rng.standard_normal((samples, *given.shape), np.float32) for given in small.inputs]
+        calls = {"dense": lambda: dense(*inputs), "small": lambda: small(*inputs)}
+        once = [spread.median for spread in (in_turns(calls, 1), in_turns(calls, 2))[1].values()]
+        rounds = min(_MOST_CALLS, max(_LEAST_CALLS, math.ceil(seconds / max(sum(once), 1e-9))))
+        found = in_turns(calls, rounds)
+        return cls(found["dense"], found["small"], samples, small.threads, rounds)
+
+    def picture(self) -> Picture:
+        """Both, with the conditions."""
+        bars = [
+            _plots.Bar(name, spread.median, spread.low, spread.high)
+            for name, spread in (("dense", self.dense), ("compressed", self.small))
+        ]
+        samples, threads = _some(self.samples, "sample"), _some(self.threads, "thread")
+        config = show_config()
+        return Picture(
+            "latency",
+            _plots.latency(bars),
+            f"The engine of this package, {samples} a call, {threads}, medians of {self.rounds} calls each in turns, "
+            f"on {_processor()} ({config['isa_active']}), autocompress_fast {config['version']}.",
+        )
 
 
 class Purification(Document):
@@ -191,26 +408,10 @@ class Purification(Document):
     def parts(self) -> Iterable[Table | str]:
         """The steps that removed anything, and the sizes."""
         found = self._purified
-        rows = [
-            (
-                str(step.round),
-                _names(step.layers),
-                f"{step.limit} below {step.value:.3g}",
-                f"{step.groups:,} of {step.of:,}",
-                f"{step.filters:,}",
-                f"{step.columns:,}",
-                f"{step.weights:,}",
-                f"{step.macs:,}",
-                f"{step.score_before:.2f} -> {step.score:.2f}",
-            )
-            for step in found.steps
-            if step.weights
-        ]
-        header = ("round", "layer", "removed", "of them", "filters", "columns", "weights", "MACs", "score")
-        if rows:
-            yield Table("removed by each limit, unused paths with it", header, rows, names=3)
+        if rows := _removed([asdict(step) for step in found.steps]):
+            yield rows
         sizes = [
-            (name, f"{before:,}", f"{unused:,}", f"{after:,}", _rate(before, after))
+            (name, f"{before:,}", f"{unused:,}", f"{after:,}", rate(before, after))
             for (name, before, unused), (_, _, after) in zip(
                 _changes(found.before, found.unused), _changes(found.before, found.after), strict=True
             )
@@ -262,6 +463,12 @@ class Inspection(Document):
         yield Table("", ("layer", "kind", "prunable", "weight", "weights", "MACs"), rows, names=3)
         if report.kinds:
             yield self._groups()
+        yield from self.reasons()
+        yield self._effects()
+
+    def reasons(self) -> Iterator[Table | str]:
+        """What is not pruned, and why."""
+        report = self._report
         if report.frozen_by:
             yield self._frozen()
         columns = {layer.name: layer.frozen_columns.partition(" (")[0] for layer in report.layers if not layer.held}
@@ -271,7 +478,6 @@ class Inspection(Document):
             yield "\n".join(["no layers of their own, and not counted:", *lines])
         if report.baked:
             yield f"computed weights, which become plain ones in what is pruned: {_names(report.baked)}"
-        yield self._effects()
 
     def _groups(self) -> Table:
         """Filters that live and die together, and who reads them; of sets that are alike, the first."""
@@ -316,7 +522,7 @@ class Inspection(Document):
             cells = dict.fromkeys(_COUNTED, "-")
             if left is not None:
                 cells |= {
-                    name: f"{_share(after, before)}, {_rate(before, after)}"
+                    name: f"{_share(after, before)}, {rate(before, after)}"
                     for name, before, after in _changes(dense, left)
                 }
             rows.append((f"{filters:.0%} of the filters, {columns:.0%} of the columns", *cells.values()))
@@ -363,7 +569,7 @@ class Outlook(Document):
         yield Table("", ("kept of layer", "filters x columns", *header), rows)
         later = ", later rounds decide anew from the weights they find" if len(run.rounds) > 1 else ""
         before = f"after {self._base_epochs} epochs of training the dense network: " if self._base_epochs else ""
-        yield f"{before}{run.epochs} epochs of compression, at most {_duration(run.seconds)}{later}"
+        yield f"{before}{run.epochs} epochs of compression, at most {duration(run.seconds)}{later}"
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain numbers and strings."""
@@ -394,9 +600,116 @@ def _changes(dense: Counts, small: Counts) -> list[tuple[str, int, int]]:
     return [(name, before, after) for name, before, after in pairs if after]
 
 
-def _rate(before: float, after: float) -> str:
-    rate = before / after
-    return f"{rate:.1f}x" if rate < 99.95 else f"{rate:.0f}x"
+def plot_search(trace: Found | Sequence[Trial] | str | Path, path: str | Path) -> Path:
+    """Draw a search: every candidate's score and the best so far, the temperature, and how many moves were accepted.
+
+    Args:
+        trace: what a search has found, its trials, or the file that it writes them to, finished or not.
+        path: of the picture, such as "search.png" or "search.svg"; matplotlib is needed.
+
+    Raises:
+        ValueError: no trials, the file is no trace of a search, or no such format of pictures.
+    """
+    from autocompress_fast.search import Found, read_trace
+
+    trials = read_trace(trace) if isinstance(trace, (str, Path)) else trace.trace if isinstance(trace, Found) else trace
+    if not trials:
+        raise ValueError(f"there are no trials in {trace if isinstance(trace, (str, Path)) else 'the trace'}")
+    return _plots.save(_plots.search(trials), path)
+
+
+def _removed(steps: Iterable[Mapping[str, Any]]) -> Table | None:
+    """The steps of purification that removed anything."""
+    rows = [
+        (
+            str(step["round"]),
+            _names(step["layers"]),
+            f"{step['limit']} below {step['value']:.3g}",
+            f"{step['groups']:,} of {step['of']:,}",
+            f"{step['filters']:,}",
+            f"{step['columns']:,}",
+            f"{step['weights']:,}",
+            f"{step['macs']:,}",
+            f"{step['score_before']:.2f} -> {step['score']:.2f}",
+        )
+        for step in steps
+        if step["weights"]
+    ]
+    header = ("round", "layer", "removed", "of them", "filters", "columns", "weights", "MACs", "score")
+    return Table("removed by each limit, unused paths with it", header, rows, names=3) if rows else None
+
+
+def _through(found: Sequence[Mapping[str, Any]]) -> list[int]:
+    """All weights before purification and after every round of it."""
+    return [found[0]["before"]["params"], *(one["after"]["params"] for one in found)]
+
+
+def _defaults(value: Any) -> list[tuple[str, Any, Any]]:
+    """(name, value, default) of the fields of a dataclass; MISSING where it has no default."""
+    found = []
+    for one in fields(value):
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        found.append((one.name, getattr(value, one.name), default))
+    return found
+
+
+def _as_code(value: Any, *, lines: bool = False) -> str:
+    """What makes the same value, without what is as by default.
+
+    >>> from autocompress_fast import Recipe, Target
+    >>> _as_code(Target(params=8)), _as_code(Recipe(rounds=2))
+    ('acf.Target(params=8)', 'acf.Recipe(rounds=2)')
+    """
+    if not is_dataclass(value):
+        return repr(value)
+    changed = [f"{name}={_as_code(now)}" for name, now, default in _defaults(value) if now != default]
+    if lines and len(changed) > 2:
+        inside = "".join(f"        {one},\n" for one in changed)
+        return f"acf.{type(value).__name__}(\n{inside}    )"
+    return f"acf.{type(value).__name__}({', '.join(changed)})"
+
+
+def _plain(value: Any) -> str:
+    """A setting, for people."""
+    if is_dataclass(value):
+        return ", ".join(f"{name} {_plain(now)}" for name, now, _ in _defaults(value))
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not set" if value is None else str(value)
+
+
+def _processor() -> str:
+    from autocompress_fast.engine.latency import processor
+
+    return processor()
+
+
+def _some(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
+
+
+def _bytes(count: int) -> str:
+    """For people.
+
+    >>> _bytes(54336), _bytes(1_724_000)
+    ('54.3 kB', '1.72 MB')
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:,.1f} kB"
+
+
+def _seconds(seconds: float) -> str:
+    """For people.
+
+    >>> _seconds(0.0000123), _seconds(0.0123)
+    ('12.3 µs', '12.3 ms')
+    """
+    unit, size = _plots.unit(seconds)
+    return f"{seconds / size:.3g} {unit}"
 
 
 def _share(part: int, whole: int) -> str:
@@ -422,12 +735,6 @@ def _by_reason(reasons: Mapping[str, str]) -> list[str]:
     return [f"  {_names(names)}: {reason}" for reason, names in found.items()]
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def _prunable(layer: Layer) -> str:
     parts = [name for name, can in (("filters", layer.filters_prunable), ("columns", layer.columns_prunable)) if can]
     return ", ".join(parts) or "nothing"
@@ -440,100 +747,3 @@ def _keep_text(constraint: Constraint | None) -> str:
         what = "weights" if constraint.structure == "element" else f"{constraint.structure}s"
         return f"{constraint.keep:,} {what}"
     return " x ".join(f"{count:,}" for count in constraint.keep)
-
-
-def _plot_weights(layers: Mapping[str, tuple[int, int]], title: str) -> Figure:
-    """Weights of every layer before and after, on a log scale, with the rate beside each bar."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1.4 + 0.42 * len(layers)), layout="constrained")
-    axes = figure.subplots()
-    places = list(range(len(layers)))
-    before, after = ([pair[i] for pair in layers.values()] for i in (0, 1))
-    axes.barh(places, before, height=0.72, color=_DENSE, label="dense")
-    axes.barh(places, after, height=0.36, color=_SMALL, label="kept")
-    for place, dense, small in zip(places, before, after, strict=True):
-        axes.annotate(_rate(dense, small), (dense, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_xscale("log")
-    axes.set_xlim(1, max(before) * 4)
-    axes.set_yticks(places, list(layers))
-    axes.invert_yaxis()
-    axes.set_xlabel("weights")
-    axes.set_title(f"Weights per layer: {title}", loc="left", fontsize=11)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.5 / len(layers)), ncols=2)
-    _without_frame(axes)
-    return figure
-
-
-def _plot_accuracy(history: Sequence[Mapping[str, Any]], base: float, title: str) -> Figure:
-    """Validation accuracy over the epochs of all stages, on a scale that is logarithmic in the error."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    errors = [100 - row["validation"] for row in history]
-    positive = [error for error in [*errors, 100 - base] if error > 0]
-    least = min(positive, default=1.0) / 2  # where 100% is drawn
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.set_yscale("log")
-    axes.axhline(max(100 - base, least), color="#555555", linewidth=1, linestyle="--", label=f"dense, {base:.2f}%")
-    labelled: set[str] = set()
-    for stage, first, last in _stretches(history):
-        is_admm = "admm" in stage
-        kind = "ADMM training, before pruning" if is_admm else "pruned, retraining"
-        axes.plot(
-            range(first + 1, last + 2),
-            [max(error, least) for error in errors[first : last + 1]],
-            color=_ADMM if is_admm else _SMALL,
-            marker="o" if len(history) <= 60 else None,
-            markersize=3,
-            linewidth=1.6,
-            label=None if kind in labelled else kind,
-        )
-        labelled.add(kind)
-        if first:
-            axes.axvline(first + 0.5, color="#dddddd", linewidth=1, zorder=0)
-        axes.annotate(
-            stage.replace(".", "\n").replace("round", "round "),
-            ((first + last) / 2 + 1, 1.01),
-            xycoords=("data", "axes fraction"),
-            ha="center",
-            va="bottom",
-            fontsize=7,
-            color="#555555",
-        )
-    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 90) if least <= tick]
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 - error:g}%"))
-    axes.set_ylim(min(100.0, max(positive, default=1.0) * 1.3), least * 0.85)
-    axes.set_xlim(0.5, len(history) + 0.5)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("validation accuracy")
-    axes.set_title(f"Accuracy over the run: {title}", loc="left", fontsize=11, pad=26)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
-    _without_frame(axes)
-    return figure
-
-
-def _stretches(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
-    """(stage, first row, last row) of every stage, in order."""
-    stretches: list[tuple[str, int, int]] = []
-    for place, row in enumerate(history):
-        if stretches and stretches[-1][0] == row["stage"]:
-            stretches[-1] = (row["stage"], stretches[-1][1], place)
-        else:
-            stretches.append((row["stage"], place, place))
-    return stretches
-
-
-def _without_frame(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    write_atomically(path, content.getvalue())
-    return path

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from autocompress_fast.data import Batches
 
-__all__ = ["Found", "Search", "Trial", "one_shot", "quick_score"]
+__all__ = ["Found", "Search", "Trial", "one_shot", "quick_score", "read_trace"]
 
 Floats = npt.NDArray[np.float64]
 Constraints = dict[str, Constraint]
@@ -96,6 +96,12 @@ class Found:
         """The share of moves that were accepted."""
         moves = [t.accepted for t in self.trace if t.kind in ("move", "restart")]
         return sum(moves) / len(moves) if moves else 0.0
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw score and temperature over the trials into a picture, such as "search.png"; matplotlib is needed."""
+        from autocompress_fast.report import plot_search
+
+        return plot_search(self, path)
 
 
 class Search:
@@ -211,14 +217,8 @@ class Search:
             self.trace.parent.mkdir(parents=True, exist_ok=True)
             self.trace.write_text(json.dumps(head) + "\n")
             return []
-        whole = self.trace.read_text().rpartition("\n")[0].splitlines()
-        try:
-            lines = [json.loads(line) for line in whole]
-            known = [Trial(**{**line, "action": Action(**line["action"])}) for line in lines[1:]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.trace} is no trace of a search: {error}") from error
-        if not lines or lines[0] != head:
-            found = lines[0] if lines and isinstance(lines[0], dict) else {}
+        whole, found, known = _parsed(self.trace)
+        if found != head:
             differing = ", ".join(key for key in head if found.get(key) != head[key])
             raise ValueError(f"{self.trace} is of a search with another {differing}; choose another file")
         write_atomically(self.trace, ("\n".join(whole) + "\n").encode())
@@ -366,6 +366,36 @@ class _Annealing:
         if self.chosen is None or self.chosen[0] != action:
             self.chosen = (action, self.search.constraints(action))
         return Found(self.chosen[1], action, self.best[0], self.trace[0].score, tuple(self.trace))
+
+
+def read_trace(path: str | Path) -> tuple[Trial, ...]:
+    """What a search has written to its file so far, as `Found.trace` has it; a line that was cut off is left out.
+
+    Raises:
+        ValueError: the file is no trace of a search.
+        OSError: it cannot be opened.
+    """
+    path = Path(path)
+    _, head, trials = _parsed(path)
+    if head.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no trace of a search: its first line does not say format {_FORMAT}")
+    numbers = ("number", "score", "temperature", "best", "seconds")
+    for trial in trials:
+        wrong = [name for name in numbers if not isinstance(getattr(trial, name), (int, float))]
+        if wrong or not isinstance(trial.kind, str):
+            raise ValueError(f"{path} is no trace of a search: {', '.join(wrong) or 'kind'} in line {trial.number!r}")
+    return tuple(trials)
+
+
+def _parsed(path: Path) -> tuple[list[str], dict[str, Any], list[Trial]]:
+    """The whole lines of a trace, its head (empty if there is none), and its trials."""
+    try:
+        whole = path.read_text().rpartition("\n")[0].splitlines()
+        lines = [json.loads(line) for line in whole]
+        trials = [Trial(**{**line, "action": Action(**line["action"])}) for line in lines[1:]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no trace of a search: {error}") from error
+    return whole, lines[0] if lines and isinstance(lines[0], dict) else {}, trials
 
 
 def _accepts(gain: float, temperature: float, chance: float) -> bool:

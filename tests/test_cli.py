@@ -70,6 +70,9 @@ def test_compress_prints_one_json_object_and_leaves_everything_in_the_folder(fin
     assert printed["bytes"] == (folder / "model.acf").stat().st_size < printed["dense_bytes"]
     assert "all weights" in (folder / "report.txt").read_text()
     assert {"weights.png", "accuracy.png"} == {path.name for path in (folder / "plots").iterdir()}
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"model.acf, read back and run without torch: {printed['engine']['accuracy']:.2f}%" in page
+    assert f"{printed['bytes'] / 1000:,.1f} kB" in page
     plan = acf.Plan.load(folder / "plan.json")
     assert {name: layer["weights"] for name, layer in printed["layers"].items()} == {
         name: layer.weights for name, layer in plan.items()

@@ -231,6 +231,8 @@ def test_the_result_as_json(whole):
     assert content["dense"]["params"] == content["small"]["params"] * content["rates"]["params"]
     assert sum(layer["weights"] for layer in content["layers"].values()) == content["small"]["params"]
     assert content["recipe"]["rounds"] == 2
+    assert content["sizes"].keys() == {"round1.retrain", "round2.final"}
+    assert content["sizes"]["round2.final"] == content["small"]
 
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh, nn.GELU])
@@ -449,6 +451,11 @@ def test_purification_removes_more_than_the_target(trained, purified):
     assert first["before"]["params"] == without.small.params
     assert second["before"]["params"] == first["after"]["params"]
     assert second["after"]["params"] == result.small.params
+    assert [(stage, size.params) for stage, size in result.sizes.items()] == [
+        ("round1.final", without.small.params),
+        ("purify1", first["after"]["params"]),
+        ("purify2", result.small.params),
+    ]
     for found in (first, second):
         assert found["scores"][-1] >= first["scores"][0] - 10 or not any(step["weights"] for step in found["steps"])
     assert json.loads((folder / "result.json").read_text())["purification"] == result.purification
@@ -483,6 +490,7 @@ def test_rates_are_searched_for_in_every_round(trained, searched):
         assert len(trials) == 12
         assert trials[-1]["best"] >= trials[0]["score"]
         assert head["seed"] == 1000 * number
+        assert [trial.score for trial in result.searches[number - 1].trace] == [trial["score"] for trial in trials]
     assert result.plan != run(trained, target="4x", recipe=variant(rounds=2, final_epochs=3)).plan
 
 

@@ -1,7 +1,10 @@
 import dataclasses
 import itertools
 import json
+import math
 import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -10,7 +13,12 @@ import torch
 from rich.console import Console
 
 import autocompress_fast as acf
+from autocompress_fast import _plots
 from autocompress_fast import report as reports
+from autocompress_fast._plots import LayerSizes
+from autocompress_fast.engine import UnsupportedError
+from autocompress_fast.rates import Action
+from autocompress_fast.search import Trial, read_trace
 from autocompress_fast.unused import unused_paths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,39 +136,417 @@ def test_plots_are_pictures(result, tmp_path):
     assert [path.name for path in paths] == ["accuracy.png", "weights.png"]
     assert sorted((tmp_path / "new" / "plots").iterdir()) == paths
     for path in paths:
-        with PIL.Image.open(path) as image:
-            pixels = np.asarray(image.convert("L"))
-        assert min(pixels.shape) > 300
-        assert 0.01 < (pixels < 250).mean() < 0.7, "neither empty nor covered"
+        assert_picture(path)
 
 
-def test_plot_of_weights_shows_the_numbers():
-    axes = reports._plot_weights({"conv1": (100, 10), "fc": (4000, 8)}, "title").axes[0]
-    dense, kept = axes.containers
-    assert [bar.get_width() for bar in dense] == [100, 4000]
-    assert [bar.get_width() for bar in kept] == [10, 8]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["conv1", "fc"]
-    assert [text.get_text() for text in axes.texts] == ["10.0x", "500x"]
-    assert axes.get_xscale() == "log"
+def assert_picture(path):
+    with PIL.Image.open(path) as image:
+        pixels = np.asarray(image.convert("L"))
+    assert min(pixels.shape) > 300
+    assert 0.01 < (pixels < 250).mean() < 0.7, "neither empty nor covered"
 
 
-def test_plot_of_accuracy_shows_every_epoch_and_where_stages_begin():
-    stages = ["round1.admm"] * 2 + ["round1.final"] * 3
-    values = [90.0, 95.0, 50.0, 99.0, 100.0]
+def test_plot_of_layers_shows_the_numbers():
+    sizes = [
+        LayerSizes("conv1", (10, 5), (10, 2), (100, 10)),
+        LayerSizes("fc", (40, 1), (100, 8), (4000, 8)),
+        LayerSizes("dead $x_{", (4, 0), (2, 0), (8, 0)),
+    ]
+    filters, columns, weights = _plots.layers(sizes).axes
+    for axes, shares in ((filters, [50, 2.5, 0]), (columns, [20, 8, 0])):
+        whole, kept = axes.containers
+        assert [bar.get_width() for bar in whole] == [100] * 3
+        assert [bar.get_width() for bar in kept] == pytest.approx(shares)
+    dense, kept = weights.containers
+    assert [bar.get_width() for bar in dense] == [100, 4000, 8]
+    assert [bar.get_width() for bar in kept] == [10, 8, 0]
+    assert [label.get_text() for label in filters.get_yticklabels()] == ["conv1", "fc", "dead $x_{"]
+    assert [text.get_text() for text in weights.texts] == ["10.0x", "500x", "nothing kept"]
+    assert weights.get_xscale() == "log"
+    assert filters.get_ylim()[0] > filters.get_ylim()[1], "the first layer is the topmost"
+
+
+def test_plot_of_accuracy_shows_every_epoch_and_where_rounds_begin():
+    stages = ["round1.admm"] * 2 + ["round1.retrain"] * 3 + ["round2.admm"] * 4
+    values = [90.0, 95.0, 50.0, 99.0, 100.0, 98.0, 97.0, 96.0, 95.0]
     history = [{"stage": s, "validation": v} for s, v in zip(stages, values, strict=True)]
-    axes = reports._plot_accuracy(history, 98.0, "title").axes[0]
-    base, admm, final, boundary = axes.lines
+    (axes,) = _plots.run(history, 98.0).axes
+    base, admm, retrain, second, *boundaries = axes.lines
     assert list(base.get_ydata()) == [2, 2]
     assert list(admm.get_xdata()) == [1, 2]
     assert list(admm.get_ydata()) == [10, 5]
-    assert list(final.get_xdata()) == [3, 4, 5]
-    assert list(final.get_ydata())[:2] == [50, 1]
-    assert 0 < final.get_ydata()[2] < 1, "100% is drawn above the best that is not"
-    assert list(boundary.get_xdata()) == [2.5, 2.5]
-    assert [text.get_text() for text in axes.texts] == ["round 1\nadmm", "round 1\nfinal"]
+    assert list(retrain.get_xdata()) == [3, 4, 5]
+    assert list(retrain.get_ydata())[:2] == [50, 1]
+    assert 0 < retrain.get_ydata()[2] < 1, "100% is drawn above the best that is not"
+    assert second.get_color() == admm.get_color() != retrain.get_color()
+    assert [line.get_xdata()[0] for line in boundaries] == [2.5, 5.5]
+    assert [text.get_text() for text in axes.texts] == ["round 1", "round 2"]
     low, high = axes.get_ylim()
     assert low > 50
-    assert high < final.get_ydata()[2], "better is higher, and everything is inside"
+    assert high < retrain.get_ydata()[2], "better is higher, and everything is inside"
+
+
+def test_plot_of_sizes_steps_where_stages_begin():
+    stages = ["round1.admm", "round1.admm", "round2.admm", "round2.final", "purify1"]
+    history = [{"stage": stage, "validation": 90.0} for stage in stages]
+    left = {"all weights": {"round1.retrain": 2.0, "round2.final": 4.0, "purify1": 5.0}, "MACs": {"purify1": 3.0}}
+    _, axes = _plots.run(history, 98.0, left).axes
+    weights, macs = axes.lines[:2]
+    steps = dict(zip(weights.get_xdata(), weights.get_ydata(), strict=True))
+    assert steps == {0.5: 1, 2.5: 2, 3.5: 4, 4.5: 5, 5.5: 5}, "also of a stage that had no epochs"
+    assert list(macs.get_ydata())[-2:] == [3, 3]
+    left["MACs"] |= {"purify2": 6.0}
+    _, axes = _plots.run(history, 98.0, left).axes
+    assert list(axes.lines[1].get_ydata())[-2:] == [3, 6], "also of one that nothing comes after"
+    left["MACs"].pop("purify2")
+    _, axes = _plots.run(history, 98.0, left).axes
+    assert [text.get_text() for text in axes.texts] == ["all weights 5.0x", "MACs 3.0x"]
+    assert axes.texts[0].xy[1] > axes.texts[1].xy[1]
+
+
+def test_names_of_rounds_stand_where_there_is_room():
+    stages = [f"round{number}.admm" for number in range(1, 30)] + ["round30.final"] * 90
+    history = [{"stage": stage, "validation": 90.0} for stage in stages]
+    texts = [text.get_text() for text in _plots.run(history, 98.0).axes[0].texts]
+    assert texts == ["round 30"]
+
+
+# ---- searches
+
+
+TRIALS = [
+    Trial(1, "start", Action(), -2.0, 0.0, True, -2.0, 1.0),
+    Trial(2, "profile", Action(), -1.5, 0.0, True, -1.5, 2.0),
+    Trial(3, "move", Action(), -1.0, 0.5, True, -1.0, 3.0),
+    Trial(4, "move", Action(), -math.inf, 0.4, False, -1.0, 4.0),
+    Trial(5, "restart", Action(), -1.25, 0.3, False, -1.0, 5.0),
+]
+
+
+def test_plot_of_a_search_shows_every_trial():
+    scores, temperature, accepted = _plots.search(TRIALS, score="points").axes
+    lines = {line.get_label(): line for line in scores.lines}
+    shown = {name: (list(line.get_xdata()), list(line.get_ydata())) for name, line in lines.items()}
+    assert shown["profile, before the annealing"] == ([1, 2], [-2, -1.5])
+    assert shown["move, accepted"] == ([3], [-1])
+    assert shown["move, rejected"] == ([5], [-1.25])
+    (below,) = (xy for name, xy in shown.items() if name == "1 below this scale")
+    assert below[0] == [4]
+    assert scores.get_ylim()[0] < below[1][0] < -2, "at the lower edge"
+    assert shown["best so far"] == ([1, 2, 3, 4, 5], [-2, -1.5, -1, -1, -1])
+    assert shown["by experience"][1] == [-2, -2]
+    assert scores.get_ylabel() == "points"
+    assert list(temperature.lines[0].get_xdata()) == [3, 4, 5]
+    assert list(temperature.lines[0].get_ydata()) == [0.5, 0.4, 0.3]
+    assert list(accepted.lines[0].get_ydata()) == pytest.approx([50, 100 / 3])
+    for axes in (scores, temperature, accepted):
+        assert [5, 5] in [list(line.get_xdata()) for line in axes.lines], "where it went back"
+
+
+def test_plot_of_a_long_search_stays_small():
+    trials = [dataclasses.replace(TRIALS[2], number=number) for number in range(1, 5001)]
+    svg = _plots.as_svg(_plots.search(trials), "long", "a long search")
+    assert len(svg) < 400_000
+    assert "data:image/png;base64," in svg
+    assert not re.search(r"https?:", svg)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_plot_of_a_search_that_has_just_begun(count, tmp_path):
+    assert_picture(acf.plot_search(TRIALS[:count], tmp_path / "search.png"))
+
+
+def test_plot_of_a_search_in_which_nothing_works(tmp_path):
+    trials = [dataclasses.replace(trial, score=-math.inf, best=-math.inf) for trial in TRIALS]
+    assert_picture(acf.plot_search(trials, tmp_path / "search.png"))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """What a search has found, and its trace."""
+    report = acf.inspect(chain([20, 30, 10]), torch.zeros(1, 20))
+    trace = tmp_path_factory.mktemp("search") / "trace.jsonl"
+    search = acf.Search(report, acf.Target(params=2), lambda c: float(c["0"].keep[0]), trace=trace)
+    return search.run(25), trace
+
+
+def test_a_search_is_drawn_from_what_it_found_and_from_its_file(searched, tmp_path):
+    found, trace = searched
+    paths = [
+        found.plot(tmp_path / "found.png"),
+        acf.plot_search(found.trace, tmp_path / "trials.png"),
+        acf.plot_search(trace, tmp_path / "file.png"),
+        acf.plot_search(str(trace), str(tmp_path / "name.png")),
+    ]
+    assert len({path.read_bytes() for path in paths}) == 1
+    assert_picture(paths[0])
+    vector = found.plot(tmp_path / "found.svg")
+    assert "best so far" in vector.read_text()
+
+
+def test_a_line_that_was_cut_off_is_left_out_of_the_plot(searched, tmp_path):
+    found, trace = searched
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(trace.read_text()[:-20])
+    assert read_trace(trace) == found.trace
+    assert read_trace(cut) == found.trace[:-1]
+
+
+def damaged(text):
+    lines = text.splitlines()
+    trial = json.loads(lines[3])
+    yield "", "first line"
+    yield lines[0] + "\n", "there are no trials"
+    yield "\x00\xff binary\n", "no trace"
+    yield '{"stage": "base", "epoch": 1}\n' * 3, "no trace"
+    yield re.sub(r'"format": \d+', '"format": 99', text), "does not say format"
+    yield "\n".join([*lines[:3], lines[3][:30], *lines[4:], ""]), "no trace"
+    for change in ({"score": "high"}, {"temperature": None}, {"kind": 3}, {"more": 1}, {"action": [1]}):
+        yield "\n".join([*lines[:3], json.dumps(trial | change), ""]), "no trace"
+
+
+def test_a_damaged_trace_gives_one_clear_error(searched, tmp_path):
+    path = tmp_path / "damaged.jsonl"
+    for text, message in damaged(searched[1].read_text()):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message) as caught:
+            acf.plot_search(path, tmp_path / "no.png")
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert [one.name for one in tmp_path.iterdir()] == ["damaged.jsonl"]
+    with pytest.raises(FileNotFoundError):
+        acf.plot_search(tmp_path / "missing.jsonl", tmp_path / "no.png")
+
+
+def test_pictures_in_formats_that_are_none(searched, tmp_path):
+    with pytest.raises(ValueError, match=r"search.txt must end in a format of pictures"):
+        searched[0].plot(tmp_path / "search.txt")
+
+
+# ---- the page
+
+
+class Page(HTMLParser):
+    """A page as its sections, tables, links and ids; it fails where elements do not close as they opened."""
+
+    VOID = ("meta", "br", "img", "link", "hr", "input")
+
+    def __init__(self, path):
+        super().__init__(convert_charrefs=True)
+        self.open, self.ids, self.links, self.tags = [], [], [], []
+        self.headings, self.tables, self.texts, self.attributes = [], [], [], []
+        self.content = path.read_text(encoding="utf-8")
+        self.feed(self.content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+        found = dict(attrs)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found[name] for name in ("href", "src") if name in found]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "h2":
+            self.headings.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+        elif self.open and self.open[-1] == "h2":
+            self.headings[-1] += data
+
+    def table(self, *header):
+        (found,) = [table[1:] for table in self.tables if tuple(table[0][: len(header)]) == header]
+        return found
+
+
+ALWAYS = ["Over the run", "Layer by layer", "What stays as it is", "To make it again"]
+
+
+@pytest.fixture(scope="module")
+def written(result, tmp_path_factory):
+    file = result.save(tmp_path_factory.mktemp("page") / "model.acf")
+    path = file.parent / "report.html"
+    assert result.report().save_html(path, file=file, notes=["A <note> & more"]) == path
+    assert sorted(one.name for one in file.parent.iterdir()) == ["model.acf", "report.html"]
+    return Page(path), file
+
+
+def test_page_shows_the_figures(result, written):
+    page, file = written
+    assert page.headings == [*ALWAYS[:2], "Latency", *ALWAYS[2:]]
+    text = " ".join(page.texts)
+    assert f"{result.rates['params']:.1f}x fewer weights" in text
+    assert "DigitsNet on digits, target params 6x, seed 5" in text
+    assert "A <note> & more" in text
+    for key in ("final", "final_test", "base", "base_test"):
+        assert f"{result.accuracy[key]:.2f}%" in text
+    assert f"{file.stat().st_size / 1000:.1f} kB" in text
+    for layer, row in zip(result.layers.layers, page.table("layer", "filters"), strict=False):
+        plan = result.plan[layer.name]
+        assert row[:4] == [
+            layer.name,
+            f"{layer.shape[0]} → {int(plan.filters.sum())}",
+            f"{layer.columns} → {int(plan.columns.sum())}",
+            f"{layer.weights:,} → {plan.weights:,}",
+        ]
+    stages = page.table("stage", "epochs")
+    assert [row[0] for row in stages] == ["round1.admm", "round1.retrain", "round2.admm", "round2.final"]
+    assert [row[1] for row in stages] == ["1", "1", "1", "2"]
+    assert stages[-1][3] == f"{result.history[-1]['validation']:.2f}%"
+    assert stages[1][5] == f"{result.sizes['round1.retrain'].params:,}, 2.5x"
+    assert stages[-1][5] == f"{result.small.params:,}, {result.rates['params']:.1f}x"
+    assert "1 sample a call, 1 thread, medians of " in text
+    assert page.table("filters that are frozen")[0][0] == "it is an output of the model"
+
+
+def test_page_says_how_to_make_it_again(result, written):
+    page, _ = written
+    (code,) = [text for text in page.texts if text.startswith("result = acf.compress")]
+    asked = {}
+    names = {"Recipe": acf.Recipe, "Target": acf.Target, "compress": lambda *_, **options: asked.update(options)}
+    exec(code, {"acf": SimpleNamespace(**names), "model": None, "data": None})
+    assert asked == {"target": result.target, "recipe": result.recipe}
+    settings = {row[0]: row[1:] for row in page.table("setting", "value")}
+    assert settings.keys() == {field.name for field in dataclasses.fields(acf.Recipe)}
+    assert settings["seed"] == ["5", "by default 0"]
+    assert settings["optimizer"] == ["adam", ""]
+    installation = dict(page.tables[-1][1:])
+    assert installation["version"] == acf.__version__
+    assert installation["torch"] == torch.__version__
+
+
+def test_page_needs_nothing_else(written):
+    page, _ = written
+    assert "script" not in page.tags
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert not re.search(r"https?:|//|@import|javascript:", page.content)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.tags.count("svg") == 3
+    assert len(page.ids) == len(set(page.ids)), "no two parts of the page have the same name"
+    inside = [link.removeprefix("#") for link in page.links if link.startswith("#")]
+    assert set(inside) <= set(page.ids)
+    assert len(inside) == len([link for link in page.links if not link.startswith("data:image/png;base64,")])
+    assert set(re.findall(r"url\(#([^)]*)\)", page.content)) <= set(page.ids)
+    assert ("name", "viewport") in page.attributes
+
+
+def test_page_is_light_and_dark(written):
+    page, _ = written
+    parts = page.content.split("@media")
+    light, dark, printed = (dict(re.findall(r"--(\w+): (#\w+)", part)) for part in parts[:3])
+    assert printed == light
+    assert light.keys() == dark.keys() == _plots.COLOURS.keys()
+    assert not set(light.values()) & set(dark.values())
+    styles = " ".join(value for name, value in page.attributes if name == "style")
+    assert set(re.findall(r"var\(--(\w+)\)", styles)) >= {"ink", "muted", "kept", "admm", "track"}
+    assert not re.findall(r"#[0-9a-f]{6}", styles), "every colour follows the page"
+
+
+def test_page_has_the_sections_that_have_content(result, searched, tmp_path):
+    plain = dataclasses.replace(result, history=[], sizes={}, accuracy={"base": 99.0, "final": 98.0})
+    page = Page(plain.report().save_html(tmp_path / "plain.html", measure=False))
+    assert page.headings == ALWAYS[1:]
+    assert "file" not in page.texts
+    assert page.tags.count("svg") == 1
+
+    purified = {
+        "before": {"conv": 4, "params": 2000, "macs": 8},
+        "after": {"conv": 2, "params": 1000, "macs": 4},
+        "scores": [97.5, 97.0],
+        "steps": [
+            {"round": 1, "layers": ["fc1"], "limit": "filter", "value": 0.5, "groups": 2, "of": 9, "score": 97.0}
+            | {"filters": 2, "columns": 3, "weights": 4, "macs": 5, "score_before": 97.5, "evaluations": 3},
+            {"round": 1, "layers": ["fc2"], "limit": "column", "value": 0.0, "groups": 0, "of": 9, "score": 97.0}
+            | {"filters": 0, "columns": 0, "weights": 0, "macs": 0, "score_before": 97.0, "evaluations": 3},
+        ],
+    }
+    found = searched[0]
+    more = dataclasses.replace(result, searches=[found, found], purification=[purified, purified])
+    page = Page(more.report().save_html(tmp_path / "more.html", measure=False))
+    assert page.headings == [*ALWAYS[:2], "Search for the rates", "Purification", *ALWAYS[2:]]
+    assert page.tags.count("svg") == 4
+    assert len(page.ids) == len(set(page.ids))
+    assert page.table("round", "candidates")[1][:2] == ["2", "25"]
+    assert page.table("round", "layer") == [
+        [str(n), "fc1", "filter below 0.5", "2 of 9", "2", "3", "4", "5", "97.50 → 97.00"] for n in (1, 2)
+    ]
+    dense = result.dense.params
+    assert f"All weights {dense / 2000:.1f}x → {dense / 1000:.1f}x → {dense / 1000:.1f}x" in " ".join(page.texts)
+    text = str(more.report())
+    assert f"search, 50 candidates: score by experience -> of the best, in every round: {found.start:.4g} -> " in text
+    assert [path.name for path in more.report().save_plots(tmp_path)][1:3] == ["search1.png", "search2.png"]
+
+
+def test_names_are_text_wherever_they_come_from(tmp_path):
+    names = ["<script>alert(1)</script>", "$x_{^&amp;", '"><img src=x onerror=y>\x01 #17698f']
+    model = torch.nn.Sequential(torch.nn.Flatten())
+    torch.manual_seed(0)
+    for name, (inputs, outputs) in zip(names, itertools.pairwise((64, 12, 12, 10)), strict=True):
+        model.add_module(name, torch.nn.Linear(inputs, outputs))
+    data = dataclasses.replace(acf.data.digits(), name="</title><b>digits")
+    recipe = acf.Recipe(rounds=1, admm_epochs=1, final_epochs=1, batch_size=512, precision="float32")
+    result = acf.compress(model, data, target="2x", recipe=recipe, exclude=names[1])
+    result.report().save_plots(tmp_path)
+    page = Page(result.report().save_html(tmp_path / "report.html", measure=False))
+    assert not {"script", "img", "b"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert [row[0] for row in page.table("layer", "filters")][:3] == names
+    assert [text for text in page.texts if "</title><b>digits" in text]
+    drawn = ["<script>alert(1)</script>", "$x_{^&amp;", '"><img src=x onerror=y>  #17698f']
+    assert set(drawn) <= set(page.texts), "in the plot, too"
+    (code,) = [text for text in page.texts if text.startswith("result = acf.compress")]
+    assert f"exclude={[names[1]]!r}" in code
+
+
+def test_page_says_why_nothing_was_measured(result, monkeypatch, tmp_path):
+    def refused(*_):
+        raise UnsupportedError("the engine cannot run this model: <fft>")
+
+    monkeypatch.setattr("autocompress_fast.engine.lower.lower_trace", refused)
+    page = Page(result.report().save_html(tmp_path / "report.html"))
+    assert "Not measured: the engine cannot run this model: <fft>" in page.texts
+    assert "latency" not in page.texts
+
+
+def test_page_replaces_an_old_one_at_once(result, monkeypatch, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            result.report().save_html(path, measure=False)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_speed_is_measured_in_turns(result):
+    speed = reports.Speed.measured(result, samples=3, seconds=0.01)
+    assert (speed.samples, speed.threads) == (3, 1)
+    assert speed.rounds >= 9
+    for spread in (speed.dense, speed.small):
+        assert 0 < spread.low <= spread.median <= spread.high
 
 
 # ---- an inspected model

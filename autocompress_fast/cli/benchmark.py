@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +15,7 @@ from autocompress_fast.engine import Engine, load
 from autocompress_fast.engine import compile as compile_engine
 from autocompress_fast.engine.others import OTHERS, installed
 from autocompress_fast.engine.program import validate
+from autocompress_fast.engine.turns import in_turns
 from autocompress_fast.report import Document, Table
 
 _TOLERANCE = 1e-3  # of the largest output, between two runtimes
@@ -137,7 +136,10 @@ def measured(
         if model is not None:
             calls["dense", "torch"] = _torch(model, inputs, engine.threads)
         _check(calls)
-        rows += _in_turns(calls, count, rounds)
+        rows += [
+            Latency(network, runtime, count, spread.median, spread.low, spread.high)
+            for (network, runtime), spread in in_turns(calls, rounds).items()
+        ]
     return Benchmark(file, engine.threads, rounds, tuple(rows), accuracy)
 
 
@@ -194,18 +196,6 @@ def _check(calls: dict[tuple[str, str], Call]) -> None:
             error = float(np.abs(y - z).max()) / max(float(np.abs(z).max()), 1e-30)
             if not error <= _TOLERANCE:
                 raise AssertionError(f"{runtime} differs by {error:.2g} of the largest output on the {network} network")
-
-
-def _in_turns(calls: dict[tuple[str, str], Call], samples: int, rounds: int) -> Iterator[Latency]:
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for _ in range(rounds):
-        for key, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[key].append(time.perf_counter() - start)
-    for (network, runtime), values in times.items():
-        low, high = np.quantile(values, [0.25, 0.75]).tolist()
-        yield Latency(network, runtime, samples, statistics.median(values), low, high)
 
 
 def _tuple(outputs: Any) -> tuple[Any, ...]:

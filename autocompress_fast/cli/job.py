@@ -227,14 +227,19 @@ class Outcome(Document):
     def parts(self) -> Iterator[Table | str]:
         """The tables of the run, and the check of the file."""
         yield from self.result.report().parts()
+        yield (
+            f"{self.file.name}: {self.bytes / 1000:,.1f} kB, the dense weights {self.dense_bytes / 1000:,.1f} kB\n"
+            f"{self.verdict}"
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Whether the file does what the torch model did."""
         count = f"{self.engine['samples']:,} test images"
         verdict = f"the same class as in torch for all {count}"
         if not self.agrees:
             verdict = f"NOT the class of torch for {self.engine['different_classes']:,} of {count}"
-        yield (
-            f"{self.file.name}: {self.bytes / 1000:,.1f} kB, the dense weights {self.dense_bytes / 1000:,.1f} kB\n"
-            f"read back and run without torch: {self.engine['accuracy']:.2f}%, {verdict}"
-        )
+        return f"read back and run without torch: {self.engine['accuracy']:.2f}%, {verdict}"
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain values."""
@@ -259,6 +264,7 @@ def finished(result: Result, test: Dataset, folder: Path, output: Path | None = 
     write_atomically(folder / "result.json", json.dumps(outcome.to_json(), indent=1).encode())
     write_atomically(folder / "report.txt", f"{outcome}\n".encode())
     result.report().save_plots(folder / "plots")
+    result.report().save_html(folder / "report.html", file=file, notes=[f"{file.name}, {outcome.verdict}"])
     return outcome
 
 

@@ -38,7 +38,7 @@ from autocompress_fast.engine.program import (
 )
 from autocompress_fast.progress import Progress
 
-__all__ = ["Costs", "Kind", "Outline", "Work", "cache_directory", "timed"]
+__all__ = ["Costs", "Kind", "Outline", "Work", "cache_directory", "processor", "timed"]
 
 Array = np.ndarray[Any, Any]
 Size = tuple[int, ...]
@@ -495,7 +495,8 @@ def second_level_cache() -> int:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
+    """What the operating system calls the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -523,7 +524,7 @@ class Costs:
     def __init__(self, *, threads: int, samples: int, directory: Path | None) -> None:
         self.threads, self.samples = threads, samples
         self._machine = {
-            "processor": _processor(),
+            "processor": processor(),
             "isa": _core.active_isa(),
             "kernels": f"{_core.__version__} {_core.compiler}",
             "threads": threads,
