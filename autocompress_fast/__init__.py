@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from autocompress_fast.pipeline import Recipe as Recipe
     from autocompress_fast.pipeline import compress as compress
     from autocompress_fast.pipeline import train as train
+    from autocompress_fast.plan import FixedParameters as FixedParameters
     from autocompress_fast.plan import MaskedParameters as MaskedParameters
     from autocompress_fast.plan import Plan as Plan
     from autocompress_fast.plan import mask as mask
@@ -61,6 +62,7 @@ _LAZY = {
     "Engine": "engine",
     "FileFormatError": "engine",
     "LatencyModel": "latency",
+    "FixedParameters": "plan",
     "MaskedParameters": "plan",
     "Plan": "plan",
     "Recipe": "pipeline",
@@ -92,6 +94,7 @@ __all__ = [
     "Constraint",
     "Engine",
     "FileFormatError",
+    "FixedParameters",
     "LatencyModel",
     "MaskedParameters",
     "Plan",

@@ -23,6 +23,7 @@ from autocompress_fast import ops
 from autocompress_fast._baked import check_plain
 from autocompress_fast.graph import oriented
 from autocompress_fast.plan import LayerPlan, Plan, apply_masks
+from autocompress_fast.quantize import LevelConstraint
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +137,7 @@ class ADMM:
 
     Args:
         model: trained in place by the caller; only `finish` changes it.
-        constraints: per layer (module path) what may stay non-zero.
+        constraints: per layer (module path) what may stay non-zero, or on which levels the weights are to lie.
         rho: strength of the penalty over the updates; a number for a constant one.
         report: of `acf.inspect` on the model. Filters that are tied to each other are then kept or dropped together, by
             their joint norm, as many as the smallest number that one of their layers may keep; and as a dropped filter
@@ -168,7 +169,7 @@ class ADMM:
     def __init__(
         self,
         model: torch.nn.Module,
-        constraints: Mapping[str, Constraint],
+        constraints: Mapping[str, Constraint | LevelConstraint],
         *,
         rho: RhoSchedule | float | None = None,
         report: Report | None = None,
@@ -237,8 +238,8 @@ class ADMM:
                 outside = float((weight - alive).norm())
                 weight = alive
                 u.masked_fill_(dead, 0)
-            if name in rows:
-                primal, dual = self._update_tied(weight, z, u, constraint, rows[name])
+            if name in rows or isinstance(constraint, LevelConstraint):
+                primal, dual = self._update_by_projecting(weight, z, u, constraint, rows.get(name))
             else:
                 keep, groups = constraint.keep, constraint.groups
                 result = ops.admm_update(weight, z, u, constraint.structure, keep=keep, groups=groups)
@@ -253,7 +254,7 @@ class ADMM:
         self._set_targets()
         return residuals
 
-    def plan(self, constraints: Mapping[str, Constraint] | None = None) -> Plan:
+    def plan(self, constraints: Mapping[str, Constraint | LevelConstraint] | None = None) -> Plan:
         """What the projection of the weights as they are keeps, P(W); nothing is changed.
 
         Args:
@@ -268,7 +269,7 @@ class ADMM:
         plans = {}
         for name, projected in self._projected(constraints).items():
             kept = (projected != 0).cpu().numpy()
-            layer = replace(LayerPlan.from_mask(kept, constraints[name].groups), transposed=self._turned(name))
+            layer = replace(LayerPlan.from_mask(kept, _groups(constraints[name])), transposed=self._turned(name))
             plans[name] = _without_elements(layer, constraints[name])
         return Plan(plans) if self.report is None else Plan(plans).tied(self.report)
 
@@ -317,7 +318,7 @@ class ADMM:
                     f"the weight of {name!r} has {wrong} values that are NaN or infinite; training diverged"
                 )
 
-    def _projected(self, constraints: Mapping[str, Constraint]) -> dict[str, torch.Tensor]:
+    def _projected(self, constraints: Mapping[str, Constraint | LevelConstraint]) -> dict[str, torch.Tensor]:
         """P(W) of every layer in turn, tied filters together, columns on living channels alone."""
         self._check_finite()
         values = {name: self._plain(name) for name in self.constraints}
@@ -337,35 +338,39 @@ class ADMM:
         return projected
 
     def _tied_rows(
-        self, values: Mapping[str, torch.Tensor], constraints: Mapping[str, Constraint]
+        self, values: Mapping[str, torch.Tensor], constraints: Mapping[str, Constraint | LevelConstraint]
     ) -> dict[str, npt.NDArray[np.bool_]]:
         """Layer -> which of its filters stay, for layers whose filters are tied: those with the largest joint norm."""
+        pruned = {name: c for name, c in constraints.items() if isinstance(c, Constraint)}
         rows: dict[str, npt.NDArray[np.bool_]] = {}
         for tied in self.report.sets if self.report is not None else ():
-            members = [name for name in tied.layers if name in constraints and "filter" in constraints[name].structure]
+            members = [name for name in tied.layers if name in pruned and "filter" in pruned[name].structure]
             whole = all((tied.rows[name] >= 0).all() and tied.size == len(tied.rows[name]) for name in members)
             if not members or (len(tied.layers) == 1 and whole):
                 continue
             norms = {name: _plain(values[name]).double().flatten(1).norm(dim=1).cpu().numpy() for name in members}
             norms |= {name: np.zeros(len(tied.rows[name])) for name in tied.layers if name not in norms}
-            keep = {name: constraints[name].keep for name in members}
+            keep = {name: pruned[name].keep for name in members}
             counts = {name: k[0] if isinstance(k, tuple) else k for name, k in keep.items()}
             groups = min(tied.groups(name, count) for name, count in counts.items())
             chosen = np.append(tied.chosen(tied.joint(norms), groups), True)  # the last is for frozen filters
             rows.update({name: chosen[tied.rows[name]] for name in members})
         return rows
 
-    def _update_tied(
+    def _update_by_projecting(
         self,
         weight: torch.Tensor,
         z: torch.Tensor,
         u: torch.Tensor,
-        constraint: Constraint,
-        rows: npt.NDArray[np.bool_],
+        constraint: Constraint | LevelConstraint,
+        rows: npt.NDArray[np.bool_] | None,
     ) -> tuple[float, float]:
-        """Z and U of a layer whose filters have been chosen; returns the norms of W - Z and of the change of Z."""
+        """Z and U of a layer whose filters have been chosen, or that is to lie on levels; as `ops.admm_update` does it.
+
+        Returns the norms of W - Z and of the change of Z.
+        """
         v = weight + u
-        new = constraint.project(v.masked_fill(_row_mask(~rows, v), 0))
+        new = constraint.project(v if rows is None else v.masked_fill(_row_mask(~rows, v), 0))
         dual = float((new - z).norm())
         z.copy_(new)
         u.copy_(v - new)
@@ -374,7 +379,7 @@ class ADMM:
     def _plain(self, name: str) -> torch.Tensor:
         """A layer's weight as (P, C / groups, ...), without its graph, contiguous."""
         return _plain(
-            oriented(self._weights[name].detach(), self.constraints[name].groups, transposed=self._turned(name))
+            oriented(self._weights[name].detach(), _groups(self.constraints[name]), transposed=self._turned(name))
         )
 
     def _turned(self, name: str) -> bool:
@@ -386,7 +391,9 @@ class ADMM:
 
         self._targets = {
             name: torch.empty_like(weight)
-            .copy_(oriented(self.z[name] - self.u[name], self.constraints[name].groups, transposed=self._turned(name)))
+            .copy_(
+                oriented(self.z[name] - self.u[name], _groups(self.constraints[name]), transposed=self._turned(name))
+            )
             .detach()
             for name, weight in self._weights.items()
         }
@@ -442,9 +449,13 @@ def _plain(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().contiguous()
 
 
-def _without_elements(layer: LayerPlan, constraint: Constraint) -> LayerPlan:
+def _groups(constraint: Constraint | LevelConstraint) -> int:
+    return constraint.groups if isinstance(constraint, Constraint) else 1
+
+
+def _without_elements(layer: LayerPlan, constraint: Constraint | LevelConstraint) -> LayerPlan:
     """Single zeros inside kept filters and columns (exact zeros happen) are no constraint of a structured plan."""
-    if constraint.structure == "element" or layer.elements is None:
+    if isinstance(constraint, LevelConstraint) or constraint.structure == "element" or layer.elements is None:
         return layer
     return replace(layer, elements=None)
 

@@ -462,6 +462,76 @@ class MaskedParameters:
         self.remove()
 
 
+class FixedParameters:
+    """Keeps some values of a model's parameters as they are while any optimizer trains the rest.
+
+    They get no gradient, and after every step they are what they were when this began. Use as a context, or call
+    `remove` when done.
+
+    Args:
+        model: trained in place by the caller's loop.
+        fixed: parameter, by its name in the model -> bools of its shape: which values stay.
+        optimizer: the optimizer that trains the model.
+
+    Raises:
+        ValueError: an unknown parameter, or another shape; nothing is changed then.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> before = model.weight.tolist()[0]
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+        >>> with FixedParameters(model, {"weight": torch.tensor([[True, False]])}, optimizer):
+        ...     model(torch.ones(4, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> [now == was for now, was in zip(model.weight.tolist()[0], before)]
+        [True, False]
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, fixed: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        import torch
+
+        parameters = dict(model.named_parameters())
+        for name, stays in fixed.items():
+            if name not in parameters:
+                raise ValueError(f"fixed names {name!r}, which is no parameter of the model")
+            if stays.shape != parameters[name].shape:
+                raise ValueError(f"fixed is {tuple(stays.shape)} for {name!r} of {tuple(parameters[name].shape)}")
+        self._parameters: list[torch.Tensor] = [parameters[name] for name in fixed]
+        self._factors = [
+            torch.empty_like(p, requires_grad=False).copy_(~stays.to(p.device))
+            for p, stays in zip(self._parameters, fixed.values(), strict=True)
+        ]
+        with torch.no_grad():
+            self._values = [p - p * factor for p, factor in zip(self._parameters, self._factors, strict=True)]
+
+        def put_back(*_: object) -> None:
+            if self._parameters:
+                with torch.no_grad():
+                    torch._foreach_mul_(self._parameters, self._factors)
+                    torch._foreach_add_(self._parameters, self._values)
+
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(_Multiply(factor))  # type: ignore[no-untyped-call]
+            for parameter, factor in zip(self._parameters, self._factors, strict=True)
+        ]
+        self._handles = [*hooks, optimizer.register_step_post_hook(put_back)]
+
+    def remove(self) -> None:
+        """Detach from model and optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> FixedParameters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
 class _Multiply:
     """Gradient hook: gradient times mask."""
 

@@ -29,7 +29,7 @@ from torch import nn
 from autocompress_fast._files import write_atomically
 from autocompress_fast.admm import ADMM
 from autocompress_fast.data import Batches, BatchLoader
-from autocompress_fast.plan import MaskedParameters, Plan
+from autocompress_fast.plan import FixedParameters, MaskedParameters, Plan
 from autocompress_fast.progress import Progress
 
 __all__ = ["Evaluation", "Trainer", "TrainingConfig", "best_precision", "evaluate", "evaluate_together", "recalibrate"]
@@ -240,6 +240,7 @@ class Trainer:
         teacher: the network to compare with when `config.distillation` is above 0; in eval mode.
         admm: its penalty is added to the loss; updated at the end of every `admm_every`-th epoch.
         plan: what of the weights is kept; the rest stays zero.
+        fixed: parameter -> bools of its shape: values that stay as they are.
         checkpoint: file that is written after every epoch; when it exists, the run goes on from there.
         log: file to which a line of JSON is added after every epoch.
         name: of this stage, in the log and the progress.
@@ -270,6 +271,7 @@ class Trainer:
         admm: ADMM | None = None,
         admm_every: int = 1,
         plan: Plan | None = None,
+        fixed: Mapping[str, torch.Tensor] | None = None,
         checkpoint: Path | None = None,
         log: Path | None = None,
         name: str = "training",
@@ -281,7 +283,7 @@ class Trainer:
             raise ValueError(f"admm_every must be 1 or more, got {admm_every}")
         self.model, self.train, self.config, self.validation = model, train, config, validation
         self.teacher = teacher if config.distillation > 0 else None
-        self.admm, self.admm_every, self.plan = admm, admm_every, plan
+        self.admm, self.admm_every, self.plan, self.fixed = admm, admm_every, plan, fixed or {}
         self.checkpoint, self.log, self.name = checkpoint, log, name
         self.progress = progress or Progress()
         self.history: list[dict[str, Any]] = []
@@ -312,7 +314,7 @@ class Trainer:
                 self._known_logits = _known_logits(self.teacher.eval(), self.train)
             self.progress.start(self.name, self.config.epochs * batches, done * batches)
             masks = nullcontext() if self.plan is None else MaskedParameters(self.model, self.plan, self.optimizer)
-            with masks:
+            with masks, FixedParameters(self.model, self.fixed, self.optimizer):
                 for epoch in range(done, self.config.epochs):
                     self._epoch(epoch)
         self.progress.finish()
@@ -426,6 +428,11 @@ class Trainer:
                 for part in (layer.mask(), layer.filters):
                     digest.update(name.encode() + np.packbits(part).tobytes())
             described["plan"] = digest.hexdigest()
+        if self.fixed:
+            digest = hashlib.sha256()
+            for name, stays in self.fixed.items():
+                digest.update(name.encode() + np.packbits(stays.cpu().numpy()).tobytes())
+            described["fixed"] = digest.hexdigest()
         decoded: dict[str, Any] = json.loads(json.dumps(described))
         return decoded
 

@@ -1,0 +1,157 @@
+"""Weights on few levels: scale * {levels}, by the ADMM that prunes (arXiv 1903.09769, section IV).
+
+    minimise f(W)  subject to  w in scale * levels      for every weight that is not pruned
+
+`LevelConstraint` projects onto that set, with the scale that is nearest; `ADMM` trains towards it. What is left between
+the weights and their levels is then closed in portions: the weights that are closest to a level are set to it and stay
+there (`snap`), the others are trained on, until none is left. Weights that are zero are pruned, and stay zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autocompress_fast import ops
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["KINDS", "LevelConstraint", "LevelError", "bits_of", "snap"]
+
+Floats = npt.NDArray[np.float64]
+
+KINDS = ("equal", "power", "ternary", "binary")
+_MOST_BITS = 8
+
+
+class LevelError(ValueError):
+    """Weights that cannot be put on levels."""
+
+
+@dataclass(frozen=True)
+class LevelConstraint:
+    """Every weight of a layer that is not zero lies on a level: scale * one of `levels`.
+
+    Args:
+        bits: of a code, from 1 to 8: there are 2^bits levels.
+        kind: "equal" for equal distances, as -2, -1, 1, 2 of 2 bits; "power" for powers of two, as -1, -1/2, 1/2, 1;
+            "binary" for -1, 1 (1 bit) and "ternary" for -1, 0, 1 (2 bits). None of the first three has zero: what is
+            zero is pruned and takes no code.
+        per_filter: a scale for every filter instead of one for the layer.
+
+    Raises:
+        ValueError: an unknown kind, bits out of range, or other bits than the kind has.
+
+    Example:
+        >>> import numpy as np
+        >>> LevelConstraint(bits=1).project(np.array([[0.9, -1.1, 0.0], [1.0, 1.0, 0.0]]))
+        array([[ 1., -1.,  0.],
+               [ 1.,  1.,  0.]])
+        >>> LevelConstraint(2, "power").levels
+        (-1.0, -0.5, 0.5, 1.0)
+    """
+
+    bits: int
+    kind: str = "equal"
+    per_filter: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= _MOST_BITS:
+            raise ValueError(f"bits must be an int from 1 to {_MOST_BITS}, got {self.bits!r}")
+        wanted = {"binary": 1, "ternary": 2}.get(self.kind, self.bits)
+        if self.bits != wanted:
+            raise ValueError(f"{self.kind} levels have {wanted} bits, got {self.bits}")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """In ascending order, without the scale."""
+        if self.kind == "ternary":
+            return (-1.0, 0.0, 1.0)
+        half = np.arange(1, 2 ** (self.bits - 1) + 1, dtype=np.float64)
+        if self.kind == "power":
+            half = 2.0 ** (1 - half[::-1])
+        if self.bits == 1:
+            half = np.ones(1)
+        return (*(-half[::-1]).tolist(), *half.tolist())
+
+    def project(self, weight: Any) -> Any:
+        """The nearest point to `weight` (numpy or torch) whose weights lie on levels, or are zero where it is zero.
+
+        The scale is the one with the least squared error (`ops.project_levels`).
+
+        Raises:
+            LevelError: NaN or infinity.
+        """
+        array, back = _as_numpy(weight)
+        projected = np.zeros_like(array)
+        for rows in self._parts(array):
+            kept = array[rows] != 0
+            if kept.any():
+                part = projected[rows]
+                try:
+                    part[kept] = ops.project_levels(array[rows][kept], levels=self.levels)[0]
+                except ValueError as error:
+                    raise LevelError(str(error)) from error
+        return back(projected)
+
+    def _parts(self, array: npt.NDArray[Any]) -> Iterator[slice]:
+        """The filters that share a scale."""
+        step = 1 if self.per_filter else len(array)
+        return (slice(start, start + step) for start in range(0, len(array), step))
+
+
+def snap(weight: Any, target: Any, share: float) -> Any:
+    """Which weights to set to their levels: the share of those that are not zero that is closest to them.
+
+    Args:
+        weight: numpy or torch.
+        target: its projection, of the same kind and shape.
+        share: from 0 to 1.
+
+    Returns:
+        Bools of the shape of `weight`; zeros of it are among them always. Of weights as close as each other, the first
+        ones are taken.
+
+    Raises:
+        ValueError: a share out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> snap(np.array([0.9, -1.2, 0.0, 0.4]), np.array([1.0, -1.0, 0.0, 1.0]), 0.5)
+        array([ True,  True,  True, False])
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be from 0 to 1, got {share}")
+    array, back = _as_numpy(weight)
+    distance = np.abs(array - _as_numpy(target)[0]).ravel()
+    fixed: npt.NDArray[np.bool_] = (array == 0).ravel()
+    left = np.flatnonzero(~fixed)
+    chosen = left[np.argsort(distance[left], kind="stable")[: round(share * len(left))]]
+    fixed[chosen] = True
+    return back(fixed.reshape(array.shape))
+
+
+def bits_of(model: torch.nn.Module, constraints: Mapping[str, LevelConstraint]) -> int:
+    """Bits of all codes of the weights that are not zero: the papers' data size, without indices, scales and biases."""
+    total = 0
+    for name, constraint in constraints.items():
+        weight: Any = model.get_submodule(name).weight
+        total += constraint.bits * int((weight != 0).sum())
+    return total
+
+
+def _as_numpy(value: Any) -> tuple[npt.NDArray[Any], Any]:
+    """The array, and what turns one back into the kind and device of `value`."""
+    if isinstance(value, np.ndarray):
+        return value, lambda array: array
+    import torch
+
+    device = value.device
+    return value.detach().cpu().contiguous().numpy(), lambda array: torch.from_numpy(array).to(device)
