@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocompress_fast._files import write_atomically
+from autocompress_fast._files import remove_partial, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -171,6 +171,7 @@ class Summary(Document):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(folder)
         layers = {
             layer.name: (layer.weights, self._result.plan[layer.name].weights) for layer in self._result.layers.layers
         }
