@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["remove_partial", "write_atomically"]
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -25,3 +25,9 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Delete the temporary files that killed processes have left in `folder`; no other process may write there."""
+    for partial in Path(folder).glob("*.????????.partial"):
+        partial.unlink(missing_ok=True)

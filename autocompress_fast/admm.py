@@ -11,6 +11,7 @@ is split into W, trained by any optimizer, and Z in S, with the scaled dual U:
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from autocompress_fast._baked import check_plain
 from autocompress_fast.graph import oriented
 from autocompress_fast.plan import LayerPlan, Plan, apply_masks
 from autocompress_fast.quantize import LevelConstraint
+from autocompress_fast.trace import check_unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +147,8 @@ class ADMM:
 
     Raises:
         ValueError: no constraint, an unknown layer, one that computes its weight (`acf.baked` makes it plain) or is
-            excluded from the report, counts that do not fit its weight, NaN or infinity in a weight.
+            excluded from the report, counts that do not fit its weight, NaN or infinity in a weight, a model wrapped
+            in DistributedDataParallel.
 
     Example:
         >>> import torch
@@ -176,6 +179,7 @@ class ADMM:
     ) -> None:
         import torch
 
+        check_unwrapped(model)
         if not constraints:
             raise ValueError("constraints must name at least one layer, got none")
         if rho is None:
@@ -284,6 +288,33 @@ class ADMM:
         plan = self.plan()
         apply_masks(self.model, plan)
         return plan
+
+    def check_ranks(self) -> None:
+        """Check that all ranks of `torch.distributed` have the same constraints, weights, Z and U, bit for bit.
+
+        A digest of each is sent, so every rank has to call this; without distributed training nothing happens. Z and U
+        follow from the weights, which DistributedDataParallel keeps the same on all ranks. They differ when ADMM was
+        made before the weights were the same, with constraints of a rank's own, or on devices of several kinds, which
+        may add in different orders (processors do not).
+
+        Raises:
+            RuntimeError: on every rank; says what differs.
+        """
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        own = {"the constraints": repr((sorted(self.constraints.items()), self.rho_schedule, self.updates))}
+        for part, values in (("weight", self._weights), ("Z", self.z), ("U", self.u)):
+            own |= {f"{part} of {name!r}": _digest(value) for name, value in values.items()}
+        everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        first = everyone[0]
+        if differing := [what for what in first if any(other.get(what) != first[what] for other in everyone)]:
+            raise RuntimeError(
+                f"the ranks differ in {', '.join(differing[:3])}{', ...' * (len(differing) > 3)}: make ADMM after "
+                "DistributedDataParallel, which gives all ranks the weights of rank 0, and with the same constraints"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Z, U and the number of updates; tensors and ints only."""
@@ -451,6 +482,10 @@ def _plain(weight: torch.Tensor) -> torch.Tensor:
 
 def _groups(constraint: Constraint | LevelConstraint) -> int:
     return constraint.groups if isinstance(constraint, Constraint) else 1
+
+
+def _digest(values: torch.Tensor) -> str:
+    return hashlib.sha256(_plain(values).cpu().numpy().tobytes()).hexdigest()
 
 
 def _without_elements(layer: LayerPlan, constraint: Constraint | LevelConstraint) -> LayerPlan:

@@ -19,6 +19,7 @@ from autocompress_fast._baked import baked, computed, copied
 from autocompress_fast.graph import Layer, Report, inspect
 from autocompress_fast.graph.rebuild import as_graph
 from autocompress_fast.plan import LayerPlan, Plan, apply_masks, mask
+from autocompress_fast.trace import check_unwrapped
 from autocompress_fast.unused import check_something_left, kept_labels, read_labels, settled, whole
 
 if TYPE_CHECKING:
@@ -303,6 +304,7 @@ def compact(
         >>> small.model[0].weight.shape, small.model[3].weight.shape, small.max_difference < 1e-5, small.kind
         (torch.Size([2, 1, 3, 3]), torch.Size([2, 72]), True, 'module')
     """
+    check_unwrapped(model)
     inputs = (example_input,) if isinstance(example_input, torch.Tensor) else tuple(example_input)
     if changed := computed(model):
         plain = baked(model)

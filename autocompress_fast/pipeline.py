@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from autocompress_fast._baked import baked
-from autocompress_fast._files import write_atomically
+from autocompress_fast._files import remove_partial, write_atomically
 from autocompress_fast.admm import ADMM, Constraint, RhoSchedule
 from autocompress_fast.compact import Kept, compact, restore
 from autocompress_fast.data import Augmentation, Batches, Dataset, Splits, UserBatches, batches
@@ -285,6 +285,7 @@ def train(
     folder = None if workdir is None else Path(workdir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(folder)
     Trainer(
         trained,
         loader,
@@ -762,6 +763,7 @@ def _claimed(
             raise ValueError(f"{folder} holds a run with another {differing}; choose another work directory")
     else:
         write_atomically(path, json.dumps(settings, indent=1).encode())
+    remove_partial(folder)
     return folder
 
 

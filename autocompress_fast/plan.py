@@ -17,6 +17,7 @@ from autocompress_fast import ops
 from autocompress_fast._baked import baked, check_plain
 from autocompress_fast._files import write_atomically
 from autocompress_fast.graph.operators import oriented
+from autocompress_fast.trace import check_unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -372,6 +373,7 @@ def mask(model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
 
 def check_fits(model: torch.nn.Module, plan: Plan) -> None:
     """Raise ValueError unless every layer of `plan` is a layer of `model` with a weight of that shape."""
+    check_unwrapped(model)
     modules = dict(model.named_modules())
     for name, layer in plan.items():
         weight = getattr(modules.get(name), "weight", None)

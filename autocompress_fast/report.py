@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocompress_fast import _plots
-from autocompress_fast._files import write_atomically
+from autocompress_fast._files import remove_partial, write_atomically
 from autocompress_fast._page import Code, Picture, Section, Tile, page
 from autocompress_fast._plots import LayerSizes, duration, rate
 from autocompress_fast.config import show_config
@@ -184,6 +184,7 @@ class Summary(Document):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(folder)
         title = f"{self._name()}, target {self._result.target}"
         figures = {"weights.png": _plots.layers(self._layer_sizes(), title)}
         if history := self._validated():

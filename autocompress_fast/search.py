@@ -215,7 +215,7 @@ class Search:
         head = self._head(budget)
         if not self.trace.exists():
             self.trace.parent.mkdir(parents=True, exist_ok=True)
-            self.trace.write_text(json.dumps(head) + "\n")
+            write_atomically(self.trace, (json.dumps(head) + "\n").encode())
             return []
         whole, found, known = _parsed(self.trace)
         if found != head:

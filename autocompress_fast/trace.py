@@ -168,6 +168,7 @@ def trace(model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch.T
 
     Raises:
         TraceError: the model cannot be copied or exported; says why.
+        ValueError: the model is wrapped in DistributedDataParallel.
         TypeError: `model` is no module, or `example_input` no tensor or sequence of tensors.
 
     >>> import torch
@@ -182,12 +183,23 @@ def trace(model: torch.nn.Module, example_input: torch.Tensor | Sequence[torch.T
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    check_unwrapped(model)
     inputs = (example_input,) if isinstance(example_input, torch.Tensor) else example_input
     if not isinstance(inputs, Sequence) or not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
         raise TypeError(f"example_input must be a tensor or a sequence of tensors, not {type(example_input).__name__}")
     with _quiet():
         exported, dynamic = _export(model, tuple(inputs))
     return _Reader(model, exported).read(dynamic)
+
+
+def check_unwrapped(model: torch.nn.Module) -> None:
+    """Raise ValueError when `model` is what synchronises a network's gradients, not the network."""
+    import torch
+
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "the model is wrapped in DistributedDataParallel: call it to train, and pass the network in it, ddp.module"
+        )
 
 
 @contextmanager

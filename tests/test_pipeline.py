@@ -516,6 +516,8 @@ def test_a_dry_run_counts_the_search(trained):
 def test_the_same_call_in_a_finished_directory_trains_nothing(trained, whole):
     expected, folder = whole
     before = (folder / "result.json").read_bytes()
+    listed = files(folder)
+    (folder / "round2.final.ckpt.x3_k9a0b.partial").write_bytes(b"of a process that was killed")
     watcher = Watcher()
     result = run(trained, workdir=folder, progress=watcher)
     assert watcher.steps == 0
@@ -523,6 +525,7 @@ def test_the_same_call_in_a_finished_directory_trains_nothing(trained, whole):
     assert_same(state(result.model), state(expected.model))
     assert result.history == expected.history
     assert (folder / "result.json").read_bytes() == before
+    assert files(folder) == listed
 
 
 def test_other_settings_in_a_used_directory_are_refused(trained, whole):
@@ -560,6 +563,13 @@ def test_train_goes_on_too(tmp_path):
     continued = train(model, SPLITS, config, batch_size=32, workdir=tmp_path / "a")
     assert_same(state(continued), state(expected))
     assert files(tmp_path / "a") == ["base.ckpt", "log.jsonl"]
+
+
+def test_what_killed_processes_left_half_written_goes_and_nothing_else(tmp_path):
+    for name in ("base.ckpt.x3_k9a0b.partial", "mine.partial"):
+        (tmp_path / name).touch()
+    train(network(), SPLITS, TrainingConfig(1), batch_size=32, workdir=tmp_path)
+    assert files(tmp_path) == ["base.ckpt", "log.jsonl", "mine.partial"]
 
 
 # Before anything is trained

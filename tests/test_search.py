@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -171,6 +172,21 @@ def test_a_search_that_was_stopped_goes_on(small, tmp_path):
     again = Search(report, Target(params=8), counted, trace=path).run(40)
     assert len(scored) == done
     assert again.constraints == found.constraints
+
+
+def test_a_search_that_is_killed_as_it_begins_leaves_no_trace_without_a_head(small, tmp_path, monkeypatch):
+    _, report = small
+    path = tmp_path / "trace.jsonl"
+
+    def killed(*_):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(InterruptedError):
+            Search(report, Target(params=8), lambda _: 0.0, trace=path).run(5)
+    assert not path.exists()
+    assert len(Search(report, Target(params=8), lambda _: 0.0, trace=path).run(5).trace) == 5
 
 
 def test_the_trace_of_another_search_is_refused(small, tmp_path):
