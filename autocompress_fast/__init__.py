@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from autocompress_fast.engine import load as load
     from autocompress_fast.graph import inspect as inspect
     from autocompress_fast.latency import LatencyModel as LatencyModel
+    from autocompress_fast.meter import Meter as Meter
     from autocompress_fast.pipeline import Recipe as Recipe
     from autocompress_fast.pipeline import compress as compress
     from autocompress_fast.pipeline import train as train
@@ -61,6 +62,7 @@ _LAZY = {
     "FileFormatError": "engine",
     "LatencyModel": "latency",
     "MaskedParameters": "plan",
+    "Meter": "meter",
     "Plan": "plan",
     "Recipe": "pipeline",
     "RhoSchedule": "admm",
@@ -92,6 +94,7 @@ __all__ = [
     "FileFormatError",
     "LatencyModel",
     "MaskedParameters",
+    "Meter",
     "Plan",
     "Recipe",
     "RhoSchedule",
