@@ -60,7 +60,7 @@ class Meter:
         >>> meter.measure(Plan.uniform(report, filters=0.5)).params, meter.dense.params
         (2750, 5500)
         >>> meter.dense.bytes - meter.measure(Plan.uniform(report, filters=0.5)).bytes
-        11106
+        11100
     """
 
     def __init__(self, report: Report, *, latency: LatencyModel | None = None, file: FileSize | None = None) -> None:
@@ -115,13 +115,17 @@ class Meter:
         if path is not None and path.exists():
             write_atomically(folder / path.name, path.read_bytes())
 
-    def measure(self, plan: Plan) -> Counts:
+    def measure(self, plan: Plan, *, settled: bool = False) -> Counts:
         """What the network is when `plan` and all that is dead then are cut out.
+
+        Args:
+            plan: what is kept.
+            settled: the plan is a result of `unused_paths` or `compact`: nothing more is dead.
 
         Raises:
             ValueError: the plan does not fit the network, or leaves nothing of an output layer.
         """
-        return self._sizes(unused_paths(plan, self.report))
+        return self._sizes(plan if settled else unused_paths(plan, self.report))
 
     def allowed(self, constraints: Mapping[str, Constraint]) -> Counts:
         """What a network has that keeps as much as it can under constraints: columns of as many channels as can be.

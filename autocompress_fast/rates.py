@@ -301,7 +301,7 @@ def allocate(
         [406, 144]
         >>> constraints = allocate(report, Target(params=10), report.counts(), "element", keep={"2": 0.5})
         >>> [constraint.keep for constraint in constraints.values()]
-        [299, 250]
+        [300, 250]
     """
     if structure not in STRUCTURES:
         raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {structure!r}")
@@ -368,6 +368,7 @@ def fill(
 
     Example:
         >>> import torch
+        >>> from autocompress_fast import unused_paths
         >>> from autocompress_fast.admm import ADMM
         >>> from autocompress_fast.graph import inspect
         >>> _ = torch.manual_seed(0)

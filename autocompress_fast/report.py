@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autocompress_fast.graph import Counts, Kind, Layer, Report
     from autocompress_fast.pipeline import DryRun, Result
     from autocompress_fast.purify import Purified
+    from autocompress_fast.rates import Target
 
 __all__ = ["Document", "Inspection", "Outlook", "Purification", "Summary", "Table"]
 
@@ -113,6 +114,8 @@ class Summary(Document):
         data = result.info.get("provenance", {}).get("data")
         yield f"{result.layers.model_name}{f' on {data}' if data else ''}, target {result.target}"
         yield self._layers()
+        if text := _in_engine(result.dense, result.small, result.target):
+            yield text
         if table := self._accuracy():
             yield table
         if found := result.purification:
@@ -355,6 +358,8 @@ class Outlook(Document):
         run = self._dry_run
         goal = run.rounds[-1][0]
         yield f"{run.report.model_name}: the target {goal} can be met"
+        if text := _in_engine(run.dense, run.small, goal):
+            yield f"in one shot, at the rates of the last round, {text}"
         rows = []
         for layer in run.report.layers:
             kept = (_keep_text(constraints.get(layer.name)) for _, constraints in run.rounds)
@@ -372,6 +377,8 @@ class Outlook(Document):
             "model": run.report.model_name,
             "target": str(run.rounds[-1][0]),
             "can_be_met": True,
+            "dense": asdict(run.dense),
+            "small": asdict(run.small),
             "base_epochs": self._base_epochs,
             "epochs": run.epochs,
             "seconds_at_most": round(run.seconds, 1),
@@ -392,6 +399,18 @@ def _changes(dense: Counts, small: Counts) -> list[tuple[str, int, int]]:
     """(what, before, after) of everything that is counted, without what the network does not have."""
     pairs = [(name, getattr(dense, key), getattr(small, key)) for name, key in _COUNTED.items()]
     return [(name, before, after) for name, before, after in pairs if after]
+
+
+def _in_engine(dense: Any, small: Any, target: Target) -> str:
+    """Latency and bytes, where the target limits them."""
+    texts = []
+    if "seconds" in target.measured:
+        before, after, count = 1e3 * dense.seconds, 1e3 * small.seconds, target.threads
+        times = f"{before:.4g} -> {after:.4g} ms, {_rate(before, after)} faster"
+        texts.append(f"predicted latency of one sample on {count} thread{'s' * (count > 1)}: {times}")
+    if "bytes" in target.measured:
+        texts.append(f"bytes of the file: {dense.bytes:,} -> {small.bytes:,}, {_rate(dense.bytes, small.bytes)}")
+    return "; ".join(texts)
 
 
 def _rate(before: float, after: float) -> str:
