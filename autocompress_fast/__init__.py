@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from autocompress_fast.engine import load as load
     from autocompress_fast.graph import inspect as inspect
     from autocompress_fast.latency import LatencyModel as LatencyModel
+    from autocompress_fast.meter import Meter as Meter
     from autocompress_fast.pipeline import Recipe as Recipe
     from autocompress_fast.pipeline import compress as compress
     from autocompress_fast.pipeline import train as train
@@ -64,6 +65,7 @@ _LAZY = {
     "LatencyModel": "latency",
     "FixedParameters": "plan",
     "MaskedParameters": "plan",
+    "Meter": "meter",
     "Plan": "plan",
     "Recipe": "pipeline",
     "RhoSchedule": "admm",
@@ -97,6 +99,7 @@ __all__ = [
     "FixedParameters",
     "LatencyModel",
     "MaskedParameters",
+    "Meter",
     "Plan",
     "Recipe",
     "RhoSchedule",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from autocompress_fast.graph import Report
 
-__all__ = ["ADMM", "Constraint", "Residuals", "RhoSchedule"]
+__all__ = ["ADMM", "Constraint", "Residuals", "RhoSchedule", "projected"]
 
 _STRUCTURES = ("filter", "channel", "column", "element", "filter+column")
 
@@ -231,7 +231,7 @@ class ADMM:
         """
         self._check_finite()
         values = {name: self._plain(name) for name in self.constraints}
-        rows = self._tied_rows({name: w + self.u[name] for name, w in values.items()}, self.constraints)
+        rows = _tied_rows({name: w + self.u[name] for name, w in values.items()}, self.constraints, self.report)
         residuals = {}
         living = _Living(self.report, rows)
         for name, constraint in self.constraints.items():
@@ -270,12 +270,7 @@ class ADMM:
         constraints = self.constraints if constraints is None else constraints
         if set(constraints) != set(self.constraints):
             raise ValueError(f"constraints must name {sorted(self.constraints)}, got {sorted(constraints)}")
-        plans = {}
-        for name, projected in self._projected(constraints).items():
-            kept = (projected != 0).cpu().numpy()
-            layer = replace(LayerPlan.from_mask(kept, _groups(constraints[name])), transposed=self._turned(name))
-            plans[name] = _without_elements(layer, constraints[name])
-        return Plan(plans) if self.report is None else Plan(plans).tied(self.report)
+        return _plan(self._projected(constraints), constraints, self.report)
 
     def finish(self) -> Plan:
         """Project the weights themselves, W <- P(W), and return what is kept.
@@ -352,41 +347,7 @@ class ADMM:
     def _projected(self, constraints: Mapping[str, Constraint | LevelConstraint]) -> dict[str, torch.Tensor]:
         """P(W) of every layer in turn, tied filters together, columns on living channels alone."""
         self._check_finite()
-        values = {name: self._plain(name) for name in self.constraints}
-        rows = self._tied_rows(values, constraints)
-        living = _Living(self.report, rows)
-        projected: dict[str, torch.Tensor] = {}
-        for name, weight in values.items():
-            if (dead := living.dead_columns(name, weight)) is not None:
-                weight = weight.masked_fill(dead, 0)
-            if name in rows:
-                weight = weight.masked_fill(_row_mask(~rows[name], weight), 0)
-            try:
-                projected[name] = constraints[name].project(weight)
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from error
-            living.found(name, projected[name])
-        return projected
-
-    def _tied_rows(
-        self, values: Mapping[str, torch.Tensor], constraints: Mapping[str, Constraint | LevelConstraint]
-    ) -> dict[str, npt.NDArray[np.bool_]]:
-        """Layer -> which of its filters stay, for layers whose filters are tied: those with the largest joint norm."""
-        pruned = {name: c for name, c in constraints.items() if isinstance(c, Constraint)}
-        rows: dict[str, npt.NDArray[np.bool_]] = {}
-        for tied in self.report.sets if self.report is not None else ():
-            members = [name for name in tied.layers if name in pruned and "filter" in pruned[name].structure]
-            whole = all((tied.rows[name] >= 0).all() and tied.size == len(tied.rows[name]) for name in members)
-            if not members or (len(tied.layers) == 1 and whole):
-                continue
-            norms = {name: _plain(values[name]).double().flatten(1).norm(dim=1).cpu().numpy() for name in members}
-            norms |= {name: np.zeros(len(tied.rows[name])) for name in tied.layers if name not in norms}
-            keep = {name: pruned[name].keep for name in members}
-            counts = {name: k[0] if isinstance(k, tuple) else k for name, k in keep.items()}
-            groups = min(tied.groups(name, count) for name, count in counts.items())
-            chosen = np.append(tied.chosen(tied.joint(norms), groups), True)  # the last is for frozen filters
-            rows.update({name: chosen[tied.rows[name]] for name in members})
-        return rows
+        return _projected({name: self._plain(name) for name in self.constraints}, constraints, self.report)
 
     def _update_by_projecting(
         self,
@@ -428,6 +389,75 @@ class ADMM:
             .detach()
             for name, weight in self._weights.items()
         }
+
+
+def projected(report: Report, constraints: Mapping[str, Constraint]) -> Plan:
+    """What the projection of the weights that a report is on keeps: as `ADMM.plan` of the model, without it.
+
+    Raises:
+        ValueError: counts that do not fit a layer, NaN or infinity in a weight.
+    """
+    values = {layer.name: _plain(report.weight(layer.name)) for layer in report.layers if layer.name in constraints}
+    return _plan(_projected(values, constraints, report), constraints, report)
+
+
+def _projected(
+    values: Mapping[str, torch.Tensor],
+    constraints: Mapping[str, Constraint | LevelConstraint],
+    report: Report | None,
+) -> dict[str, torch.Tensor]:
+    """P(W) of every layer in turn, tied filters together, columns on living channels alone."""
+    rows = _tied_rows(values, constraints, report)
+    living = _Living(report, rows)
+    found: dict[str, torch.Tensor] = {}
+    for name, weight in values.items():
+        if (dead := living.dead_columns(name, weight)) is not None:
+            weight = weight.masked_fill(dead, 0)
+        if name in rows:
+            weight = weight.masked_fill(_row_mask(~rows[name], weight), 0)
+        try:
+            found[name] = constraints[name].project(weight)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        living.found(name, found[name])
+    return found
+
+
+def _plan(
+    projections: Mapping[str, torch.Tensor],
+    constraints: Mapping[str, Constraint | LevelConstraint],
+    report: Report | None,
+) -> Plan:
+    """What is not zero of projected weights."""
+    plans = {}
+    for name, weight in projections.items():
+        transposed = report is not None and report[name].transposed
+        layer = LayerPlan.from_mask((weight != 0).cpu().numpy(), _groups(constraints[name]))
+        plans[name] = _without_elements(replace(layer, transposed=transposed), constraints[name])
+    return Plan(plans) if report is None else Plan(plans).tied(report)
+
+
+def _tied_rows(
+    values: Mapping[str, torch.Tensor],
+    constraints: Mapping[str, Constraint | LevelConstraint],
+    report: Report | None,
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Layer -> which of its filters stay, for layers whose filters are tied: those with the largest joint norm."""
+    pruned = {name: c for name, c in constraints.items() if isinstance(c, Constraint)}
+    rows: dict[str, npt.NDArray[np.bool_]] = {}
+    for tied in report.sets if report is not None else ():
+        members = [name for name in tied.layers if name in pruned and "filter" in pruned[name].structure]
+        whole = all((tied.rows[name] >= 0).all() and tied.size == len(tied.rows[name]) for name in members)
+        if not members or (len(tied.layers) == 1 and whole):
+            continue
+        norms = {name: _plain(values[name]).double().flatten(1).norm(dim=1).cpu().numpy() for name in members}
+        norms |= {name: np.zeros(len(tied.rows[name])) for name in tied.layers if name not in norms}
+        keep = {name: pruned[name].keep for name in members}
+        counts = {name: k[0] if isinstance(k, tuple) else k for name, k in keep.items()}
+        groups = min(tied.groups(name, count) for name, count in counts.items())
+        chosen = np.append(tied.chosen(tied.joint(norms), groups), True)  # the last is for frozen filters
+        rows.update({name: chosen[tied.rows[name]] for name in members})
+    return rows
 
 
 class _Living:

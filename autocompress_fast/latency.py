@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from autocompress_fast.graph import Report
     from autocompress_fast.plan import LayerPlan, Plan
 
-__all__ = ["Latency", "LatencyModel", "StepLatency"]
+__all__ = ["LATENCIES", "Compaction", "Latency", "LatencyModel", "Matrix", "Sizes", "StepLatency"]
 
 BoolArray = npt.NDArray[np.bool_]
+
+LATENCIES = "latency-*.json"
+"""Names of the files in which measurements are kept."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class LatencyModel:
         True
     """
 
-    def __init__(self, program: Program, costs: Costs, sizes: Callable[[Plan, bool], _Sizes] | None) -> None:
+    def __init__(self, program: Program, costs: Costs, sizes: Callable[[Plan, bool], Sizes] | None) -> None:
         self._outline, self._costs, self._sizes = Outline(program, validate(program)), costs, sizes
         self._call = call_work(program)
         self.threads, self.samples, self.path = costs.threads, costs.samples, costs.path
@@ -142,7 +145,7 @@ class LatencyModel:
             ValueError: the plan does not fit the report, or leaves nothing of an output layer; the program has steps
                 of a kind that was not timed.
         """
-        outline, sizes = self._outline, _Sizes()
+        outline, sizes = self._outline, Sizes()
         if isinstance(network, Program | Engine):
             program = network.program if isinstance(network, Engine) else network
             outline = Outline(program, validate(program))
@@ -173,14 +176,46 @@ class LatencyModel:
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """What a program becomes: shapes of all values, and columns left per value of a layer; None for as it is."""
+class Matrix:
+    """What is left of the weight of a layer, (filters, columns) for each of its groups.
+
+    Attributes:
+        filters, columns: of the compacted layer.
+        filled, kept: filters and columns with any weight.
+        weights: in them.
+        groups: of the convolution; columns of grouped ones are never cut out one by one.
+    """
+
+    filters: int
+    columns: int
+    filled: int
+    kept: int
+    weights: int
+    groups: int
+
+    @property
+    def read(self) -> int:
+        """Columns that the engine reads: all where a part of the weight and its index (uint16) take more bytes."""
+        if self.groups > 1:
+            return self.groups * self.columns
+        part, whole = self.filled * self.kept, self.filters * self.columns
+        index = self.kept * (self.kept < self.columns) + self.filled * (self.filled < self.filters)
+        return self.columns if 2 * whole <= 2 * part + index else max(1, self.kept)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a program becomes: shapes of all values, columns that are read and the weight, both per value of a layer.
+
+    None for as it is.
+    """
 
     shapes: list[Shape] | None = None
     columns: Mapping[int, int] | None = None
+    matrices: Mapping[int, Matrix] | None = None
 
 
-def _read(network: Any) -> tuple[Program, Callable[[Plan, bool], _Sizes] | None]:
+def _read(network: Any) -> tuple[Program, Callable[[Plan, bool], Sizes] | None]:
     if isinstance(network, Program):
         return network, None
     if isinstance(network, Engine):
@@ -188,22 +223,25 @@ def _read(network: Any) -> tuple[Program, Callable[[Plan, bool], _Sizes] | None]
     from autocompress_fast.engine.lower import lower_trace
 
     program, names = lower_trace(network.trace)
-    return program, _Compaction(network, program, names).sizes
+    return program, Compaction(network, program, names).sizes
 
 
-class _Compaction:
+class Compaction:
     """What the values and layers of a program become when a network is compacted.
 
     Args:
         report: on the network.
         program: of the same.
         names: of the nodes of the trace whose results the program's values are.
+
+    Attributes:
+        whole: value of a layer -> its columns before.
     """
 
     def __init__(self, report: Report, program: Program, names: tuple[str, ...]) -> None:
         self._report = report
         outline = Outline(program, validate(program))
-        self._shapes, self._whole = outline.shapes, outline.columns
+        self._shapes, self.whole = outline.shapes, outline.columns
         layers = {layer.name for layer in report.layers}
         self._layers = {
             step.output: step.name for step in program.steps if step.op in ("conv", "linear") and step.name in layers
@@ -213,7 +251,7 @@ class _Compaction:
             if found := _labels(report.channels.values.get(name), self._shapes[value]):
                 self._along[value] = found
 
-    def sizes(self, plan: Plan, settled: bool) -> _Sizes:
+    def sizes(self, plan: Plan, settled: bool) -> Sizes:
         """Of the values and layers."""
         from autocompress_fast.unused import kept_labels, unused_paths
 
@@ -224,21 +262,18 @@ class _Compaction:
             shape = list(shapes[value])
             shape[axis] = max(1, int(keep[labels].sum()))
             shapes[value] = tuple(shape)
-        columns = dict(self._whole)
-        for value, name in self._layers.items():
-            columns[value] = self._columns(left[name], name, keep, shapes[value])
-        return _Sizes(shapes, columns)
+        matrices = {value: self._matrix(left[name], name, keep, shapes[value]) for value, name in self._layers.items()}
+        columns = {value: matrix.read for value, matrix in matrices.items()}
+        return Sizes(shapes, self.whole | columns, matrices)
 
-    def _columns(self, plan: LayerPlan, name: str, keep: BoolArray, made: Shape) -> int:
-        living = self._report.living_columns(keep, name)
-        whole = int(living.sum())
-        if plan.groups > 1:
-            return whole
+    def _matrix(self, plan: LayerPlan, name: str, keep: BoolArray, made: Shape) -> Matrix:
+        layer, living = self._report[name], self._report.living_columns(keep, name)
         rows, used = plan.used()
-        kept, filled, filters = int((living & used).sum()), int(rows.sum()), made[0 if len(made) == 3 else -1]
-        # A program has the whole weight where a part of it and its index (uint16) would take more bytes.
-        index = (kept if kept < whole else 0) + (filled if filled < filters else 0)
-        return whole if 2 * filters * whole <= 2 * filled * kept + index else max(1, kept)
+        filters, whole = made[0 if len(made) == 3 else -1], int(living.sum())
+        groups = layer.groups
+        if groups > 1 and layer.shape[1] == 1:  # depthwise: a group goes with its channel
+            groups = max(1, whole * layer.groups // layer.columns)
+        return Matrix(filters, whole // groups, int(rows.sum()), int((living & used).sum()), plan.weights, groups)
 
 
 def _labels(value: Any, shape: Shape) -> tuple[int, npt.NDArray[np.int64]] | None:

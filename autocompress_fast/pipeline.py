@@ -32,21 +32,25 @@ from torch import nn
 
 from autocompress_fast._baked import baked
 from autocompress_fast._files import remove_partial, write_atomically
-from autocompress_fast.admm import ADMM, Constraint, RhoSchedule
+from autocompress_fast.admm import ADMM, Constraint, RhoSchedule, projected
 from autocompress_fast.compact import Kept, compact, restore
 from autocompress_fast.data import Augmentation, Batches, Dataset, Splits, UserBatches, batches
+from autocompress_fast.engine import file
+from autocompress_fast.engine.lower import lower
 from autocompress_fast.graph import Counts, Pattern, Report, inspect
+from autocompress_fast.latency import LATENCIES
+from autocompress_fast.meter import Meter, Size
 from autocompress_fast.plan import Plan, apply_masks
 from autocompress_fast.progress import Progress, default_progress
 from autocompress_fast.purify import purify
-from autocompress_fast.rates import STRUCTURES, Target, allocate, fill, smallest
+from autocompress_fast.rates import STRUCTURES, Keep, Target, allocate, fill, relative, smallest
 from autocompress_fast.search import Found, Search, quick_score
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
 
 if TYPE_CHECKING:
     from autocompress_fast.report import Summary
 
-__all__ = ["DryRun", "Recipe", "Result", "compress", "train"]
+__all__ = ["DryRun", "Recipe", "Result", "compress", "meter_for", "train"]
 
 Example = torch.Tensor | Sequence[torch.Tensor]
 
@@ -71,6 +75,8 @@ class Recipe:
         search: how many candidates to try in every round for the rates of the layers (`acf.Search`), scored by the loss
             of the network pruned in one shot on some validation samples. 0 leaves them to experience: larger layers
             lose more.
+        keep: pattern of layers (a path, a glob) -> share of its weights that each keeps at least, or (at least, at
+            most), as of `acf.allocate`.
         admm_epochs, retrain_epochs: in every round; final_epochs: instead of the latter in the last round.
         purify_rounds: rounds of purification (`acf.purify`) after the target is met; they remove more, as far as the
             accuracy on some validation samples stays within `purify_tolerance` points of what it was before, until
@@ -93,6 +99,7 @@ class Recipe:
     structure: str = "filter+column"
     rounds: int | None = None
     search: int = 0
+    keep: Keep = field(default_factory=dict)
     admm_epochs: int = 5
     retrain_epochs: int = 2
     final_epochs: int = 25
@@ -151,9 +158,9 @@ class Recipe:
             seed=self.seed + 1000 * number + _KINDS.index(kind),
         )
 
-    def rounds_for(self, target: Target) -> int:
-        """Number of rounds: as given, or so that each is about 4x."""
-        return self.rounds or max(1, round(math.log(max(target.rates().values())) / math.log(_EACH_ROUND)))
+    def rounds_for(self, target: Target, dense: Counts) -> int:
+        """Number of rounds for a network of these sizes: as given, or so that each is about 4x."""
+        return self.rounds or max(1, round(target.excess(dense, dense) / math.log(_EACH_ROUND)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,12 +171,16 @@ class DryRun:
         report: of the dense network.
         rounds: the target of each round and the constraints it would set; those of later rounds are estimates, as
             they are decided anew from the weights that the round before leaves.
+        dense, small: sizes of the network, and of what the last of these constraints would leave of it now; with the
+            predicted latency and the bytes of the file (`Size`) if the target limits them.
         epochs: of all trainings.
         seconds: at most: at the speed of the dense network, measured on a few batches.
     """
 
     report: Report
     rounds: tuple[tuple[Target, dict[str, Constraint]], ...]
+    dense: Counts
+    small: Counts
     epochs: int
     seconds: float
 
@@ -181,7 +192,8 @@ class Result:
     Attributes:
         model: the compacted network; plain torch, trainable.
         plan: what is kept, in the shapes of the network that was given.
-        dense, small: sizes before and after.
+        dense, small: sizes before and after; with the predicted latency and the bytes of the file (`Size`) if the
+            target limits them.
         accuracy: "base" and "final" on the validation set, and on the test set as "base_test" and "final_test"
             when there is one; percent.
         history: a row of metrics for every epoch of every stage.
@@ -219,9 +231,12 @@ class Result:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Dense / remaining of CONV weights ("conv"), all weights ("params") and multiply-adds ("macs")."""
-        names = [name for name in ("conv", "params", "macs") if getattr(self.small, name)]
-        return {name: getattr(self.dense, name) / getattr(self.small, name) for name in names}
+        """Dense / remaining of CONV weights ("conv"), all weights ("params") and multiply-adds ("macs").
+
+        Of predicted latency ("seconds") and the bytes of the file ("bytes") as well, if the target limits them.
+        """
+        small = {name: value for name, value in asdict(self.small).items() if value}
+        return {name: getattr(self.dense, name) / value for name, value in small.items()}
 
     def to_json(self) -> dict[str, Any]:
         """The figures of the run as plain numbers and strings."""
@@ -319,8 +334,9 @@ def compress(
         model: trained; it is not changed.
         data: `acf.data.Splits`, or (train, validation) or (train, validation, test) of data sets or re-iterable
             batches (x, y). The validation part decides; the test part is read once, at the end.
-        target: "20x" (all weights), "conv=40", "macs=4", a number (all weights) or a `Target`. Not given: the smallest
-            network that `max_drop` allows, counted in all weights.
+        target: "20x" (all weights), "conv=40", "macs=4", "3x faster", "latency_ms=2.5", "bytes=100k", several with
+            commas, a number (all weights) or a `Target`. Not given: the smallest network that `max_drop` allows,
+            counted in all weights.
         max_drop: points of validation accuracy that may be lost. A round that loses more is taken back, the next one
             goes half as far, and after three such rounds the smallest network that held is the result, whether it meets
             the target or not.
@@ -353,19 +369,20 @@ def compress(
     report = inspect(model, example, select=select, exclude=exclude)  # classes are those of the model that was given
     model = baked(model)  # weights that are computed cannot be pulled towards zero
     if goal is None:
-        goal = Target(params=report.counts().params / smallest(report, recipe.structure).params)
-    rounds = recipe.rounds_for(goal)
+        goal = Target(params=report.counts().params / smallest(report, recipe.structure, keep=recipe.keep).params)
+    meter = meter_for(report, goal, data, workdir, progress)
+    rounds = recipe.rounds_for(goal, meter.dense)
     if dry_run:
-        return _dry_run(model, loader, validation, report, goal, recipe, rounds)
-    allocate(report, goal, report.counts(), recipe.structure)  # says now what cannot be met
-    folder = None if workdir is None else _claimed(Path(workdir), model, report, goal, max_drop, recipe, train_part)
+        return _dry_run(model, loader, validation, meter, goal, recipe, rounds)
+    allocate(report, goal, meter, recipe.structure, keep=recipe.keep)  # says now what cannot be met
+    folder = None if workdir is None else _claimed(Path(workdir), model, meter, goal, max_drop, recipe, train_part)
 
     told = progress or default_progress()
     with told:
         stages = _Stages(loader, validation, copy.deepcopy(model).eval(), folder, told)
         base = evaluate(model, validation)
         told.note(f"dense: {base.accuracy:.2f}% of {base.samples} validation samples, {report.params:,} weights")
-        run = _Run(report, example, goal, recipe, stages)
+        run = _Run(report, meter, example, goal, recipe, stages)
         kept = {n.name: Kept(np.arange(n.shape[0]), np.arange(n.weights // n.shape[0])) for n in report.layers}
         state = _State(copy.deepcopy(model), None, kept, base.accuracy, polished=True)
         floor = -math.inf if max_drop is None else base.accuracy - max_drop
@@ -378,11 +395,14 @@ def compress(
             test = batches(test_part, _EVALUATION_BATCH)
             before, after = evaluate_together([model, final.model], test)
             accuracy |= {"base_test": before.accuracy, "final_test": after.accuracy}
+    info, small = _info(data, report, plan, accuracy, goal), meter.measure(plan, settled=True)
+    if isinstance(small, Size) and small.bytes is not None:
+        small = dataclasses.replace(small, bytes=file.size(lower(final.model, example), info))
     result = Result(
         model=final.model.eval(),
         plan=plan,
-        dense=report.counts(),
-        small=report.counts(plan),
+        dense=meter.dense,
+        small=small,
         accuracy=accuracy,
         history=stages.history,
         rounds=run.rounds,
@@ -392,9 +412,9 @@ def compress(
         recipe=recipe,
         layers=report,
         example_input=example,
-        info=_info(data, report, plan, accuracy, goal),
         sizes=stages.sizes,
         searches=stages.searches,
+        info=info,
     )
     if folder is not None:
         plan.save(folder / "plan.json")
@@ -418,6 +438,7 @@ class _Run:
     """What all rounds of a run share."""
 
     report: Report
+    meter: Meter
     example: tuple[torch.Tensor, ...]
     goal: Target
     recipe: Recipe
@@ -431,7 +452,7 @@ class _Run:
 
     def counts(self, state: _State) -> Counts:
         """Sizes of what is kept."""
-        return self.report.counts(self.whole(state))
+        return self.meter.measure(self.whole(state), settled=True)
 
     def tell(self, number: int, part: Target, state: _State, *, accepted: bool = True) -> None:
         """Keep, and say, what a round left."""
@@ -439,7 +460,7 @@ class _Run:
         found = {"round": number, "target": str(part), "accepted": accepted, "validation": state.accuracy}
         self.rounds.append(found | asdict(counts))
         self.stages.progress.note(
-            f"round {number}: {_rates(self.report.counts(), counts)} at {state.accuracy:.2f}%"
+            f"round {number}: {_rates(self.meter.dense, counts)} at {state.accuracy:.2f}%"
             + ("" if accepted else ", which is too little: taken back")
         )
 
@@ -447,7 +468,7 @@ class _Run:
 def _rounds(run: _Run, state: _State, rounds: int) -> _State:
     """Prune, compact and retrain round by round, until the target is met."""
     for number in range(1, rounds + 1):
-        part = run.goal.part(_share(number, rounds))
+        part = run.goal.part(_share(number, rounds), run.meter.dense)
         run.stages.progress.note(f"round {number} of {rounds}: to {part}")
         state = _round(run, state, number, part)
         state = _trained(run, state, f"round{number}", number, "final" if number == rounds else "retrain")
@@ -467,7 +488,7 @@ def _rounds_within(run: _Run, state: _State, rounds: int, floor: float) -> _Stat
         number += 1
         step = scale * (min(share for share in [*shares, 1.0] if share > reached + 1e-9) - reached)
         share = min(1.0, reached + step) if 1 - reached - step > 1e-9 else 1.0
-        part = run.goal.part(share)
+        part = run.goal.part(share, run.meter.dense)
         run.stages.progress.note(f"round {number}: to {part}")
         trial = _trained(run, _round(run, state, number, part), f"round{number}", number, "retrain")
         if trial.accuracy < floor:
@@ -498,8 +519,10 @@ def _round(run: _Run, state: _State, number: int, part: Target) -> _State:
     report, recipe, stages = run.report, run.recipe, run.stages
     small, masks = copy.deepcopy(state.small), state.masks
     now = report if masks is None else inspect(small, run.example, exclude=sorted(report.held))
-    allowed = _allowed(small, now, part, report.counts(), recipe, number, stages)
-    filled = functools.partial(fill, now, part, report.counts(), allowed)
+    meter = run.meter if masks is None else run.meter.after(now, state.kept)
+    keep = recipe.keep if masks is None else relative(recipe.keep, report, now, recipe.structure)
+    allowed = _allowed(small, meter, part, recipe, keep, number, stages)
+    filled = functools.partial(fill, now, part, meter, allowed, keep=keep)
     constraints = filled(ADMM(small, allowed, report=now).plan)
     for step, step_constraints in enumerate(_steps(constraints, recipe.structure)):
         admm = ADMM(small, step_constraints, rho=recipe.rho, report=now)
@@ -524,15 +547,16 @@ def _trained(run: _Run, state: _State, prefix: str, number: int, kind: str) -> _
 
 
 def _allowed(
-    small: nn.Module, now: Report, part: Target, dense: Counts, recipe: Recipe, number: int, stages: _Stages
+    small: nn.Module, meter: Meter, part: Target, recipe: Recipe, keep: Keep, number: int, stages: _Stages
 ) -> dict[str, Constraint]:
     """What every layer may keep in a round: by experience, or the best that a search finds."""
+    now, structure = meter.report, recipe.structure
     if recipe.search == 0:
-        return allocate(now, part, dense, recipe.structure)
+        return allocate(now, part, meter, structure, keep=keep)
     score = _search_score(small, now, stages.loader, stages.validation, recipe)
     trace = None if stages.folder is None else stages.folder / f"round{number}.search.jsonl"
     seed = recipe.seed + 1000 * number
-    search = Search(now, part, score, dense=dense, structure=recipe.structure, seed=seed, trace=trace)
+    search = Search(now, part, score, dense=meter, structure=structure, keep=keep, seed=seed, trace=trace)
     found = search.run(recipe.search, progress=stages.progress)
     stages.searches.append(found)
     stages.progress.note(f"round {number}: loss in one shot {-found.score:.4g}, by experience {-found.start:.4g}")
@@ -578,6 +602,10 @@ def _purified(run: _Run, state: _State, least: float) -> tuple[_State, list[dict
         if masks.weights == state.masks.weights:
             steps.append(found)
             break
+        before, after = run.counts(state), run.meter.measure(restore(masks, state.kept, run.report))
+        if run.goal.met(run.meter.dense, before) and not run.goal.met(run.meter.dense, after):
+            stages.progress.note(f"purification {number}: fewer weights would be slower here, nothing is removed")
+            break  # fewer filters may fit the kernels less well
         cut = compact(state.small, masks, run.example, columns=False)
         kept = state.kept | {layer: state.kept[layer].then(inner) for layer, inner in cut.kept.items()}
         trial = _trained(run, _State(cut.model, cut.plan, kept, 0.0, polished=False), name, number, "purify")
@@ -586,7 +614,7 @@ def _purified(run: _Run, state: _State, least: float) -> tuple[_State, list[dict
             break
         steps.append(found)
         state = trial
-        rates = _rates(run.report.counts(), run.counts(state))
+        rates = _rates(run.meter.dense, run.counts(state))
         stages.progress.note(f"purification {number} of {recipe.purify_rounds}: {rates}")
         assert state.masks is not None
     return state, steps
@@ -676,15 +704,16 @@ def _dry_run(
     model: nn.Module,
     loader: Batches,
     validation: Batches,
-    report: Report,
+    meter: Meter,
     goal: Target,
     recipe: Recipe,
     rounds: int,
 ) -> DryRun:
+    report = meter.report
     chosen: list[tuple[Target, dict[str, Constraint]]] = []
     for number in range(rounds, 0, -1):  # what cannot be met is said of the whole target
-        part = goal.part(_share(number, rounds))
-        chosen.insert(0, (part, allocate(report, part, report.counts(), recipe.structure)))
+        part = goal.part(_share(number, rounds), meter.dense)
+        chosen.insert(0, (part, allocate(report, part, meter, recipe.structure, keep=recipe.keep)))
     trainings = len(_steps(chosen[-1][1], recipe.structure))
     epochs = rounds * trainings * recipe.admm_epochs + (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
     epochs += recipe.purify_rounds * recipe.purify_epochs
@@ -694,7 +723,8 @@ def _dry_run(
         begun = time.monotonic()
         score(chosen[0][1])
         seconds += rounds * recipe.search * (time.monotonic() - begun)
-    return DryRun(report, tuple(chosen), epochs, seconds)
+    small = meter.measure(projected(report, chosen[-1][1]))
+    return DryRun(report, tuple(chosen), meter.dense, small, epochs, seconds)
 
 
 def _epoch_seconds(model: nn.Module, loader: Batches, recipe: Recipe) -> float:
@@ -728,10 +758,23 @@ def _example(example_input: Example | None, validation: Batches) -> tuple[torch.
     return (example_input,) if isinstance(example_input, torch.Tensor) else tuple(example_input)
 
 
+def meter_for(
+    report: Report, goal: Target, data: Any, workdir: str | Path | None = None, progress: Progress | None = None
+) -> Meter:
+    """Of all that the target asks for; with the latencies that an earlier run in the work directory went by.
+
+    A run that goes on must decide as it did before, whatever else has been timed on this machine since.
+    """
+    known = workdir is not None and any(Path(workdir).glob(LATENCIES))
+    accuracy = dict.fromkeys(("base", "final", "base_test", "final_test"), 100 / 7)  # has as many digits as any
+    info = _info(data, report, None, accuracy, goal)
+    return Meter.of(report, goal, info=info, directory=workdir if known else "", progress=progress)
+
+
 def _claimed(
     folder: Path,
     model: nn.Module,
-    report: Report,
+    meter: Meter,
     goal: Target,
     max_drop: float | None,
     recipe: Recipe,
@@ -742,14 +785,16 @@ def _claimed(
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     settings = {
-        "target": asdict(goal),
+        "target": goal.given(),
         "max_drop": max_drop,
         "recipe": asdict(recipe),
-        "choice of layers": sorted(report.held),
+        "choice of layers": sorted(meter.report.held),
         "weights": digest.hexdigest(),
     }
     if isinstance(data, Dataset):
         settings["data"] = _digest_of(data)
+    if "seconds" in goal.measured:
+        settings["latency of the dense network (or machine)"] = asdict(meter.dense)["seconds"]
     settings = json.loads(json.dumps(settings))
     path = folder / "run.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -762,6 +807,7 @@ def _claimed(
             differing = ", ".join(key for key in settings if found.get(key) != settings[key])
             raise ValueError(f"{folder} holds a run with another {differing}; choose another work directory")
     else:
+        meter.keep_latencies(folder)
         write_atomically(path, json.dumps(settings, indent=1).encode())
     remove_partial(folder)
     return folder
@@ -773,7 +819,7 @@ def _digest_of(data: Dataset) -> str:
     return hashlib.sha256(f"{data.images.shape}".encode() + data.labels.tobytes() + some.tobytes()).hexdigest()
 
 
-def _info(data: Any, report: Report, plan: Plan, accuracy: dict[str, float], goal: Target) -> dict[str, Any]:
+def _info(data: Any, report: Report, plan: Plan | None, accuracy: dict[str, float], goal: Target) -> dict[str, Any]:
     """What a reader of the saved file wants to know, and `predict` needs."""
     dense, small = report.counts(), report.counts(plan)
     info: dict[str, Any] = {
@@ -789,6 +835,6 @@ def _info(data: Any, report: Report, plan: Plan, accuracy: dict[str, float], goa
 
 
 def _rates(dense: Counts, small: Counts) -> str:
-    parts = {"CONV weights": "conv", "all weights": "params", "MACs": "macs"}
-    found = {what: (getattr(dense, name), getattr(small, name)) for what, name in parts.items()}
+    parts = {"CONV weights": "conv", "all weights": "params", "MACs": "macs", "latency": "seconds", "bytes": "bytes"}
+    found = {what: (getattr(dense, n, None) or 0, getattr(small, n, None) or 0) for what, n in parts.items()}
     return ", ".join(f"{before / after:.1f}x {what}" for what, (before, after) in found.items() if after)

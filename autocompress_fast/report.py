@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from autocompress_fast.graph import Counts, Kind, Layer, Report
     from autocompress_fast.pipeline import DryRun, Result
     from autocompress_fast.purify import Purified
+    from autocompress_fast.rates import Target
     from autocompress_fast.search import Found, Trial
 
 __all__ = ["Document", "Inspection", "Outlook", "Purification", "Speed", "Summary", "Table", "plot_search"]
@@ -122,6 +123,8 @@ class Summary(Document):
         result = self._result
         yield f"{self._name()}, target {result.target}"
         yield self._layers()
+        if text := _in_engine(result.dense, result.small, result.target):
+            yield text
         if table := self._accuracy():
             yield table
         if searches := result.searches:
@@ -562,6 +565,8 @@ class Outlook(Document):
         run = self._dry_run
         goal = run.rounds[-1][0]
         yield f"{run.report.model_name}: the target {goal} can be met"
+        if text := _in_engine(run.dense, run.small, goal):
+            yield f"in one shot, at the rates of the last round, {text}"
         rows = []
         for layer in run.report.layers:
             kept = (_keep_text(constraints.get(layer.name)) for _, constraints in run.rounds)
@@ -579,6 +584,8 @@ class Outlook(Document):
             "model": run.report.model_name,
             "target": str(run.rounds[-1][0]),
             "can_be_met": True,
+            "dense": asdict(run.dense),
+            "small": asdict(run.small),
             "base_epochs": self._base_epochs,
             "epochs": run.epochs,
             "seconds_at_most": round(run.seconds, 1),
@@ -711,6 +718,18 @@ def _seconds(seconds: float) -> str:
     """
     unit, size = _plots.unit(seconds)
     return f"{seconds / size:.3g} {unit}"
+
+
+def _in_engine(dense: Any, small: Any, target: Target) -> str:
+    """Latency and bytes, where the target limits them."""
+    texts = []
+    if "seconds" in target.measured:
+        before, after, count = 1e3 * dense.seconds, 1e3 * small.seconds, target.threads
+        times = f"{before:.4g} -> {after:.4g} ms, {rate(before, after)} faster"
+        texts.append(f"predicted latency of one sample on {count} thread{'s' * (count > 1)}: {times}")
+    if "bytes" in target.measured:
+        texts.append(f"bytes of the file: {dense.bytes:,} -> {small.bytes:,}, {rate(dense.bytes, small.bytes)}")
+    return "; ".join(texts)
 
 
 def _share(part: int, whole: int) -> str:

@@ -23,9 +23,10 @@ import numpy.typing as npt
 from autocompress_fast._files import write_atomically
 from autocompress_fast.admm import ADMM, Constraint
 from autocompress_fast.graph import Counts, Report
+from autocompress_fast.meter import Meter
 from autocompress_fast.plan import Plan, mask
 from autocompress_fast.progress import Progress
-from autocompress_fast.rates import STRUCTURES, Action, Target, allocate
+from autocompress_fast.rates import STRUCTURES, Action, Keep, Target, allocate
 
 if TYPE_CHECKING:
     import torch
@@ -111,8 +112,9 @@ class Search:
         report: of the network as it is now.
         target: relative to `dense`.
         score: of constraints, higher is better; any function. `quick_score` makes one.
-        dense: sizes that the target counts from; those of `report` when not given.
+        dense: sizes that the target counts from, or a `Meter`; those of `report` when not given.
         structure: one of `rates.STRUCTURES`.
+        keep: shares that layers keep at least and at most, as of `allocate`.
         profile: whether to measure first how sensitive every layer is; a quarter of the evaluations at most.
         temperature: factor on the temperatures; 0 accepts nothing that is worse.
         seed: of the moves.
@@ -143,8 +145,9 @@ class Search:
         target: Target,
         score: Callable[[Constraints], float],
         *,
-        dense: Counts | None = None,
+        dense: Counts | Meter | None = None,
         structure: str = "filter+column",
+        keep: Keep | None = None,
         profile: bool = True,
         temperature: float = 1.0,
         seed: int = 0,
@@ -155,7 +158,10 @@ class Search:
         if structure not in STRUCTURES:
             raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {structure!r}")
         self.report, self.target, self.score = report, target, score
-        self.dense = report.counts() if dense is None else dense
+        if dense is None:
+            dense = Meter.of(report, target)
+        self.meter, self.keep = dense, dict(keep or {})
+        self.dense = dense.dense if isinstance(dense, Meter) else dense
         self.structure, self.profile, self.temperature, self.seed = structure, profile, temperature, seed
         self.trace = None if trace is None else Path(trace)
         constraints = self.constraints(Action())  # says now what cannot be met
@@ -167,7 +173,7 @@ class Search:
 
     def constraints(self, action: Action) -> Constraints:
         """Those that an action leads to; they meet the target."""
-        return allocate(self.report, self.target, self.dense, self.structure, action=action)
+        return allocate(self.report, self.target, self.meter, self.structure, action=action, keep=self.keep)
 
     def run(
         self, evaluations: int | None = None, *, minutes: float | None = None, progress: Progress | None = None
@@ -204,8 +210,8 @@ class Search:
     def _head(self, budget: _Budget) -> dict[str, Any]:
         names = {name: list(self.report[name].shape) for name in self.constraints(Action())}
         settings = {"structure": self.structure, "profile": self.profile, "temperature": self.temperature}
-        settings |= {"budget": asdict(budget)}
-        head = {"format": _FORMAT, "target": self.target.rates(), "dense": asdict(self.dense), "layers": names}
+        settings |= {"budget": asdict(budget)} | ({"keep": self.keep} if self.keep else {})
+        head = {"format": _FORMAT, "target": self.target.given(), "dense": asdict(self.dense), "layers": names}
         return dict(json.loads(json.dumps(head | settings | {"seed": self.seed})))
 
     def _read(self, budget: _Budget) -> list[Trial]:

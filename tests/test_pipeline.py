@@ -13,7 +13,7 @@ from torch import nn
 from autocompress_fast.admm import RhoSchedule
 from autocompress_fast.compact import ColumnConv2d, ColumnLinear
 from autocompress_fast.data import BatchLoader, Dataset, Splits, UserBatches
-from autocompress_fast.graph import inspect
+from autocompress_fast.graph import Counts, inspect
 from autocompress_fast.pipeline import DryRun, Recipe, Result, _share, compress, train
 from autocompress_fast.plan import Plan, mask
 from autocompress_fast.progress import Progress
@@ -275,7 +275,7 @@ def test_a_round_after_one_that_was_taken_back_goes_half_as_far(trained):
     reached, last = 0.0, tried[0]
     for row, at in list(zip(result.rounds, tried, strict=True))[1:]:
         if reached == 0:
-            assert at == pytest.approx(last / 2, rel=1e-4)
+            assert at == pytest.approx(last / 2, rel=1e-3)
         if row["accepted"]:
             break
         last = at
@@ -635,8 +635,9 @@ def test_recipes_out_of_range_are_refused(options, message):
 
 
 def test_rounds_are_about_fourfold():
-    assert [Recipe().rounds_for(Target(params=rate)) for rate in (1, 2, 6, 16, 230)] == [1, 1, 1, 2, 4]
-    assert Recipe(rounds=5).rounds_for(Target(params=2)) == 5
+    dense = Counts(1000, 1000, 1000)
+    assert [Recipe().rounds_for(Target(params=rate), dense) for rate in (1, 2, 6, 16, 230)] == [1, 1, 1, 2, 4]
+    assert Recipe(rounds=5).rounds_for(Target(params=2), dense) == 5
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3, 8])

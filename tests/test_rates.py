@@ -40,7 +40,7 @@ def test_targets_are_read(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "many", "conv", "conv=", "=40", "conv=40,conv=3", "bytes=3", "20x,", "1e", "20x,30x"]
+    "text", ["", "x", "many", "conv", "conv=", "=40", "conv=40,conv=3", "bytes=3x", "20x,", "1e", "20x,30x"]
 )
 def test_texts_that_are_no_targets_are_refused(text):
     with pytest.raises(ValueError, match=r"a target (is like|names each)"):
@@ -54,7 +54,7 @@ def test_rates_below_one_are_refused(text):
 
 
 def test_a_target_has_a_rate():
-    with pytest.raises(ValueError, match="at least one of conv, params, macs"):
+    with pytest.raises(ValueError, match="at least one of conv, params, macs, speedup, latency_ms, bytes"):
         Target()
 
 

@@ -411,7 +411,7 @@ def test_page_shows_the_figures(result, written):
     assert [row[0] for row in stages] == ["round1.admm", "round1.retrain", "round2.admm", "round2.final"]
     assert [row[1] for row in stages] == ["1", "1", "1", "2"]
     assert stages[-1][3] == f"{result.history[-1]['validation']:.2f}%"
-    assert stages[1][5] == f"{result.sizes['round1.retrain'].params:,}, 2.5x"
+    assert stages[1][5] == f"{result.sizes['round1.retrain'].params:,}, 3.3x"
     assert stages[-1][5] == f"{result.small.params:,}, {result.rates['params']:.1f}x"
     assert "1 sample a call, 1 thread, medians of " in text
     assert page.table("filters that are frozen")[0][0] == "it is an output of the model"

@@ -111,7 +111,10 @@ def compress(
     model: Model,
     data: Annotated[str, typer.Option(help='Folder with a data set, or "digits" for those of scikit-learn.')],
     target: Annotated[
-        str | None, typer.Option(help="20x (all weights), conv=40, macs=4, or several with commas.")
+        str | None,
+        typer.Option(
+            help="20x (all weights), conv=40, macs=4, 3x faster, latency_ms=2.5, bytes=100k, or several with commas."
+        ),
     ] = None,
     max_drop: Annotated[
         float | None,
@@ -135,6 +138,13 @@ def compress(
     search: Annotated[
         int | None,
         typer.Option(min=0, help="Candidates to try, every round, for the rates of the layers; none by default."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=SHARE",
+            help="Share of its weights that a layer keeps at least, or LEAST:MOST. May be repeated.",
+        ),
     ] = None,
     admm_epochs: Annotated[int | None, typer.Option(min=1, help="Of ADMM training, every round.")] = None,
     retrain_epochs: Annotated[int | None, typer.Option(min=0, help="After pruning, every round but the last.")] = None,
@@ -180,12 +190,13 @@ def compress(
     threads: Threads = None,
 ) -> None:
     """Compress a network, until it meets the target or as far as its accuracy holds; a stopped run goes on."""
-    from autocompress_fast.cli.job import Job, threads_set
+    from autocompress_fast.cli.job import Job, shares, threads_set
 
     recipe = {
         "structure": structure,
         "rounds": rounds,
         "search": search,
+        "keep": shares(keep) if keep else None,
         "admm_epochs": admm_epochs,
         "retrain_epochs": retrain_epochs,
         "final_epochs": final_epochs,

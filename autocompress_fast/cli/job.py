@@ -26,7 +26,7 @@ from autocompress_fast.data import Dataset, Splits
 from autocompress_fast.engine import load
 from autocompress_fast.graph import Pattern, Report, inspect
 from autocompress_fast.models import load_pretrained
-from autocompress_fast.pipeline import DryRun, Recipe, Result, compress, train
+from autocompress_fast.pipeline import DryRun, Recipe, Result, compress, meter_for, train
 from autocompress_fast.progress import default_progress
 from autocompress_fast.rates import Target, allocate
 from autocompress_fast.report import Document, Inspection, Outlook, Table
@@ -181,7 +181,8 @@ class Job:
     def _check_target(self, report: Report) -> None:
         """Raise ValueError if no network of this shape can be as small as the target."""
         if self.target is not None:
-            allocate(report, self.target, report.counts(), self.recipe.structure)
+            meter = meter_for(report, self.target, self.data, self.folder)
+            allocate(report, self.target, meter, self.recipe.structure, keep=self.recipe.keep)
 
 
 @dataclass(frozen=True)
@@ -347,8 +348,8 @@ def base_recipe(name: str, recipe: Recipe, changes: Mapping[str, Any]) -> Base:
 
 def run_name(model: str, data: str, target: Target | None, max_drop: float | None, recipe: Recipe) -> str:
     """The folder of a run, as "lenet5-mnist-conv40-seed0"."""
-    rates = {} if target is None else target.rates()
-    parts = [model.rpartition(":")[2], data, *(f"{name}{rate:g}" for name, rate in rates.items())]
+    goal = {} if target is None else target.given()
+    parts = [model.rpartition(":")[2], data, *(f"{name}{value:g}" for name, value in goal.items())]
     parts += [] if max_drop is None else [f"drop{max_drop:g}"]
     if recipe.structure != Recipe().structure:
         parts.append(recipe.structure)
@@ -380,6 +381,29 @@ def inspected(
 def named(name: str, shape: Sequence[int]) -> nn.Module:
     """The user's own network ("module:callable"), or one of ours, for images of that shape."""
     return _own(name) if ":" in name else models.create(name, in_channels=shape[0])
+
+
+def shares(texts: Sequence[str]) -> dict[str, float | tuple[float, float]]:
+    """What `Recipe` takes as `keep`, from the user's words.
+
+    Raises:
+        ValueError: something else.
+
+    Example:
+        >>> shares(["conv1=0.5", "layer4.*=0.1:0.3"])
+        {'conv1': 0.5, 'layer4.*': (0.1, 0.3)}
+    """
+    found: dict[str, float | tuple[float, float]] = {}
+    for text in texts:
+        pattern, _, given = text.rpartition("=")
+        try:
+            least, *most = map(float, given.split(":"))
+        except ValueError:
+            least, most = math.nan, []
+        if not pattern or math.isnan(least) or len(most) > 1 or pattern in found:
+            raise ValueError(f"--keep is PATTERN=SHARE or PATTERN=LEAST:MOST, each pattern once, got {text!r}")
+        found[pattern] = (least, most[0]) if most else least
+    return found
 
 
 def patterns(texts: Sequence[str] | None, model: nn.Module) -> list[Pattern] | None:

@@ -27,7 +27,7 @@ from autocompress_fast.engine.program import (
     validate,
 )
 
-__all__ = ["FORMAT_VERSION", "METADATA_KEY", "FileFormatError", "check_info", "read", "write"]
+__all__ = ["FORMAT_VERSION", "METADATA_KEY", "FileFormatError", "check_info", "read", "size", "write"]
 
 METADATA_KEY: Final = "autocompress_fast"
 FORMAT_VERSION: Final = 1
@@ -55,11 +55,36 @@ def write(path: str | Path, program: Program, info: dict[str, Any]) -> None:
     """
     infos = validate(program)
     check_info(info, program, infos)
-    content = {"format_version": FORMAT_VERSION, "program": program_to_json(program), "info": info}
     # One key: safetensors writes several in any order, and the same program should be the same file.
-    metadata = {METADATA_KEY: json.dumps(content, allow_nan=False)}
+    metadata = {METADATA_KEY: _content(program, info)}
     tensors = {name: np.asarray(tensor, order="C") for name, tensor in program.tensors.items()}
     write_atomically(path, safetensors.numpy.save(tensors, metadata))
+
+
+def size(program: Program, info: dict[str, Any]) -> int:
+    """Bytes of the file that `write` makes; of the tensors, shapes and dtypes alone count.
+
+    Example:
+        >>> from autocompress_fast.engine.program import Input, Step
+        >>> steps = (Step("activation", (0,), 1, {"activation": "relu"}),)
+        >>> size(Program((Input("x", (4,)),), steps, (1,), {}), {})
+        336
+    """
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _content(program, info)}}
+    end = 0
+    order = [np.dtype(np.float32), np.dtype(np.uint32), np.dtype(np.uint16)]  # of safetensors, then by name
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    for name, tensor in sorted(program.tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+        offsets = [end, end + tensor.nbytes]
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        end = offsets[1]
+    length = len(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode())
+    return 8 + -(-length // 8) * 8 + end
+
+
+def _content(program: Program, info: dict[str, Any]) -> str:
+    content = {"format_version": FORMAT_VERSION, "program": program_to_json(program), "info": info}
+    return json.dumps(content, allow_nan=False)
 
 
 def read(path: str | Path) -> tuple[Program, tuple[StepInfo, ...], dict[str, Any]]:

@@ -3,7 +3,7 @@
 from autocompress_fast.graph.channels import DATA, Channels
 from autocompress_fast.graph.operators import oriented
 from autocompress_fast.graph.report import Counts, Frozen, Group, Kind, Layer, Report, Set, inspect
-from autocompress_fast.graph.selection import Pattern
+from autocompress_fast.graph.selection import Pattern, matched
 
 __all__ = [
     "DATA",
@@ -17,5 +17,6 @@ __all__ = [
     "Report",
     "Set",
     "inspect",
+    "matched",
     "oriented",
 ]

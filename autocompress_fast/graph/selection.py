@@ -15,7 +15,7 @@ from autocompress_fast.graph.channels import DATA, Channels, Join
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Pattern", "hold", "shown", "to_hold"]
+__all__ = ["Pattern", "hold", "matched", "shown", "to_hold"]
 
 Pattern: TypeAlias = "str | re.Pattern[str] | type[torch.nn.Module]"
 """A module path (of a layer, or of what contains it), a glob, a regular expression, or a class of modules."""
@@ -96,6 +96,20 @@ def hold(channels: Channels, layers: Mapping[str, str], filters: Mapping[str, in
         read=np.unique(np.concatenate(read)),
         constant=constant,
     )
+
+
+def matched(argument: str, pattern: str, layers: Collection[str]) -> list[str]:
+    """The layers that a path or a glob means.
+
+    Raises:
+        ValueError: there is none; it names the argument.
+
+    Example:
+        >>> matched("keep", "body", ["stem", "body.0", "body.1"])
+        ['body.0', 'body.1']
+    """
+    found = _matched(argument, pattern, layers, {})
+    return [name for name in layers if name in found]
 
 
 def _all(argument: str, patterns: Pattern | Sequence[Pattern] | None) -> Sequence[Pattern]:
