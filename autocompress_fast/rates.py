@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 
 from autocompress_fast import ops
 from autocompress_fast.admm import Constraint
@@ -34,7 +34,7 @@ _ROUNDED = 2  # steps in which a search rounds budgets, to a factor of two, for 
 _MOST_GROWTH, _GROWTH_STEPS = 64.0, 16  # of `fill`: factors up to the first, found to a relative 64^(2^-16)
 
 
-_CHOSEN: WeakKeyDictionary[Report, dict[tuple[Any, ...], int]] = WeakKeyDictionary()  # filters of sets, by budgets
+_ENERGIES: WeakKeyDictionary[Report, dict[tuple[str, int], list[float]]] = WeakKeyDictionary()  # by layer and budget
 
 
 @dataclass(frozen=True)
@@ -253,48 +253,48 @@ def _budget(
     A target for convolutions alone leaves the linear layers a rate of their own: what `params` asks for when it is
     given, otherwise a gentler one than the convolutions'.
     """
-    wanted = {
-        layer.name: math.exp(action.weights.get(layer.name, 0.0)) * layer.weights ** (1 - alpha)
-        for layer in report.layers
-    }
-    everything = max(layer.weights / wanted[layer.name] for layer in report.layers)
-    scales = {True: everything, False: everything}  # of convolutions; of linear layers
+    names = [layer.name for layer in report.layers]
+    weights, outputs = (np.array([getattr(layer, of) for layer in report.layers]) for of in ("weights", "outputs"))
+    convolutions = np.array([layer.is_conv for layer in report.layers])
+    departures = np.array([math.exp(action.weights.get(name, 0.0)) for name in names])
+    wanted = departures * np.array([layer.weights ** (1 - alpha) for layer in report.layers])
+    least = np.array([_least(layer, structure) for layer in report.layers])
+    scales = np.full(len(names), float((weights / wanted).max()))
 
-    def budget(factors: dict[bool, float]) -> dict[str, int]:
-        return {
-            layer.name: max(
-                _least(layer, structure), min(layer.weights, int(factors[layer.is_conv] * wanted[layer.name]))
-            )
-            for layer in report.layers
-        }
+    def budget(scales: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        kept: npt.NDArray[np.int64] = np.maximum(least, np.minimum(weights, scales * wanted).astype(np.int64))
+        return kept
 
-    def shrink(kinds: tuple[bool, ...], fits: Callable[[Counts], bool]) -> None:
-        """Scale these kinds of layers down until the counts fit; as far as it goes when they never do."""
+    def counts(kept: npt.NDArray[np.int64]) -> Counts:
+        if structure == "filter":
+            return _counts(report, dict(zip(names, kept.tolist(), strict=True)), structure)
+        return Counts(conv=int(kept @ convolutions), params=int(kept.sum()), macs=int(kept @ outputs))
 
-        def fit(share: float) -> bool:
-            factors = {kind: scale * (share if kind in kinds else 1.0) for kind, scale in scales.items()}
-            return fits(_counts(report, budget(factors), structure))
-
-        low, high = (1.0, 1.0) if fit(1.0) else (0.0, 1.0)
+    def shrink(chosen: npt.NDArray[np.bool_], fits: Callable[[Counts], bool]) -> None:
+        """Scale these layers down until the counts fit; as far as it goes when they never do."""
+        low, high = 0.0, 1.0
+        if fits(counts(budget(scales))):
+            return
         for _ in range(60):
             middle = 0.5 * (low + high)
-            low, high = (middle, high) if fit(middle) else (low, middle)
-        scales.update({kind: scales[kind] * low for kind in kinds})
+            fitting = fits(counts(budget(np.where(chosen, middle * scales, scales))))
+            low, high = (middle, high) if fitting else (low, middle)
+        scales[chosen] *= low
 
     if target.conv is not None:
-        shrink((True,), Target(conv=target.conv).met_by(dense))
+        shrink(convolutions, Target(conv=target.conv).met_by(dense))
         if target.params is None:
             linear = (dense.params - dense.conv) / target.conv**_UNCOUNTED
-            shrink((False,), lambda now: now.params - now.conv <= linear)
+            shrink(~convolutions, lambda now: now.params - now.conv <= linear)
         else:
-            shrink((False,), Target(params=target.params).met_by(dense))
-    shrink((True, False), target.met_by(dense))
+            shrink(~convolutions, Target(params=target.params).met_by(dense))
+    shrink(np.ones(len(names), bool), target.met_by(dense))
     result = budget(scales)
-    if not target.met(dense, _counts(report, result, structure)):
-        least = smallest(report, structure)
-        possible = ", ".join(f"{name} {getattr(dense, name) / getattr(least, name):.4g}x" for name in target.rates())
+    if not target.met(dense, counts(result)):
+        lowest = smallest(report, structure)
+        possible = ", ".join(f"{name} {getattr(dense, name) / getattr(lowest, name):.4g}x" for name in target.rates())
         raise ValueError(f"the target {target} cannot be met with structure {structure!r}: at most {possible}")
-    return result
+    return dict(zip(names, result.tolist(), strict=True))
 
 
 def _least(layer: Layer, structure: str) -> int:
@@ -394,31 +394,39 @@ def _groups(
     low = max(1, min(tied.size, max(least, fewest)))
     if action is None:
         return _with_most_energy(report, tied, {m.name: budget[m.name] for m in members}, low, max(low, most))
-    # A search asks thousands of times, for budgets that differ little.
+    # A search asks thousands of times, for budgets that differ little: each layer's energies are known by then.
     rounded = {m.name: max(1, round(2 ** (round(math.log2(budget[m.name]) * _ROUNDED) / _ROUNDED))) for m in members}
-    known, key = _CHOSEN.setdefault(report, {}), (tied.layers[0], *rounded.values())
-    if key not in known:
-        known[key] = _with_most_energy(report, tied, rounded, 1, min(tied.size, *rounded.values()))
+    known = _ENERGIES.setdefault(report, {})
+    choices = _choices(1, tied.size)
+    for name, weights in rounded.items():
+        if (name, weights) not in known:
+            known[name, weights] = [_energy(report, tied, name, weights, number) for number in choices]
+    allowed = [i for i, number in enumerate(choices) if number <= min(rounded.values())]
+    chosen = choices[max(allowed, key=lambda i: sum(known[one][i] for one in rounded.items()))]
     departure = math.exp(action.filters.get(tied.layers[0], 0.0))
-    return max(low, min(max(low, most), round(known[key] * departure)))
+    return max(low, min(max(low, most), round(chosen * departure)))
 
 
 def _with_most_energy(report: Report, tied: Set, budget: dict[str, int], low: int, high: int) -> int:
     """The number of groups of tied filters with which layers of these budgets keep the most energy."""
-    candidates = sorted({round(n) for n in np.geomspace(low, high, _FILTER_CHOICES)})
-    weights = {name: report.weight(name) for name in budget}
 
     def energy(groups: int) -> float:
-        total = 0.0
-        for name, weight in weights.items():
-            filters, width = tied.filters(name, groups), report[name].weights // report[name].shape[0]
-            columns = min(width, max(1, budget[name] // filters))
-            kept = ops.project_filters_and_columns(weight, filters=filters, columns=columns)
-            total += float((kept**2).sum())
-        return total
+        return sum(_energy(report, tied, name, weights, groups) for name, weights in budget.items())
 
-    best: int = max(candidates, key=energy)
-    return best
+    return max(_choices(low, high), key=energy)
+
+
+def _choices(low: int, high: int) -> list[int]:
+    return sorted({round(n) for n in np.geomspace(low, high, _FILTER_CHOICES).tolist()})
+
+
+def _energy(report: Report, tied: Set, name: str, weights: int, groups: int) -> float:
+    """What so many weights of a layer keep, with so many groups of its filters."""
+    layer = report[name]
+    filters = tied.filters(name, groups)
+    columns = min(layer.weights // layer.shape[0], max(1, weights // filters))
+    kept = ops.project_filters_and_columns(report.weight(name), filters=filters, columns=columns)
+    return float((kept**2).sum())
 
 
 def _weights(layer: Layer, constraint: Constraint) -> int:
