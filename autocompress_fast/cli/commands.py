@@ -130,6 +130,9 @@ def compress(
         int | None,
         typer.Option(min=0, help="Candidates to try, every round, for the rates of the layers; none by default."),
     ] = None,
+    search_workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that score candidates at the same time; one by default.")
+    ] = None,
     admm_epochs: Annotated[int | None, typer.Option(min=1, help="Of ADMM training, every round.")] = None,
     retrain_epochs: Annotated[int | None, typer.Option(min=0, help="After pruning, every round but the last.")] = None,
     final_epochs: Annotated[int | None, typer.Option(min=1, help="After the last pruning.")] = None,
@@ -180,6 +183,7 @@ def compress(
         "structure": structure,
         "rounds": rounds,
         "search": search,
+        "search_workers": search_workers,
         "admm_epochs": admm_epochs,
         "retrain_epochs": retrain_epochs,
         "final_epochs": final_epochs,
