@@ -17,8 +17,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -195,15 +195,16 @@ class Search:
         found: Found | None = None
         progress = progress or Progress()
         progress.start("search", evaluations or 0)
-        for found in self.steps(evaluations, minutes=minutes):
-            progress.advance()
-            progress.tell(f"best {found.score:.4g}, experience {found.start:.4g}")
+        with closing(self.steps(evaluations, minutes=minutes)) as steps:
+            for found in steps:
+                progress.advance()
+                progress.tell(f"best {found.score:.4g}, experience {found.start:.4g}")
         progress.finish()
         assert found is not None
         return found
 
-    def steps(self, evaluations: int | None = None, *, minutes: float | None = None) -> Iterator[Found]:
-        """As `run`, with what has been found after every evaluation."""
+    def steps(self, evaluations: int | None = None, *, minutes: float | None = None) -> Generator[Found, None, None]:
+        """As `run`, with what has been found after every evaluation; workers end when it is closed."""
         for name, value in (("evaluations", evaluations), ("minutes", minutes)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be more than 0, got {value}")

@@ -420,17 +420,18 @@ def sleep(item):
 
 if __name__ == "__main__":
     with Workers(sleep, 2) as workers:
-        list(workers.map([1.5, 1.5, 600, 600][int(sys.argv[2]):]))
+        list(workers.map([float(sys.argv[2])] * 2))
+        time.sleep(600)
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize(("kill", "first"), [(signal.SIGINT, 2), (signal.SIGKILL, 0)])
-def test_no_worker_outlives_its_search(tmp_path, kill, first):
+@pytest.mark.parametrize(("kill", "seconds"), [(signal.SIGINT, 600), (signal.SIGKILL, 0)])
+def test_no_worker_outlives_its_search(tmp_path, kill, seconds):
     script, pids = tmp_path / "script.py", tmp_path / "pids"
     script.write_text(SLEEPER)
     pids.mkdir()
-    command = [sys.executable, str(script), str(pids), str(first)]
+    command = [sys.executable, str(script), str(pids), str(seconds)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, env=environment)
     waits_for(lambda: len(list(pids.iterdir())) == 2)
