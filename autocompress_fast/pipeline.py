@@ -58,6 +58,7 @@ _KINDS = ("admm", "retrain", "final", "purify")  # of stages
 _EVALUATION_BATCH = 1000
 _QUICK_BATCHES = 2  # of validation, on which searches and purification score networks
 _CALIBRATION_BATCHES = 8  # of training, before a search scores a network
+_SEARCH_BATCH = 4  # candidates of a search that are proposed together
 _TIMED_BATCHES = 8  # of a dry run
 _EACH_ROUND = 4.0  # rate, unless the recipe says how many rounds there are
 _MOST_REFUSED = 3  # rounds that cost too much accuracy, before a run ends with what it has
@@ -77,6 +78,8 @@ class Recipe:
             lose more.
         keep: pattern of layers (a path, a glob) -> share of its weights that each keeps at least, or (at least, at
             most), as of `acf.allocate`.
+        search_workers: processes that score candidates at the same time, each on one thread; up to 4 find the same as
+            one. They are worth it where a candidate takes about a second or more and cores would wait.
         admm_epochs, retrain_epochs: in every round; final_epochs: instead of the latter in the last round.
         purify_rounds: rounds of purification (`acf.purify`) after the target is met; they remove more, as far as the
             accuracy on some validation samples stays within `purify_tolerance` points of what it was before, until
@@ -100,6 +103,7 @@ class Recipe:
     rounds: int | None = None
     search: int = 0
     keep: Keep = field(default_factory=dict)
+    search_workers: int = 1
     admm_epochs: int = 5
     retrain_epochs: int = 2
     final_epochs: int = 25
@@ -129,7 +133,7 @@ class Recipe:
             raise ValueError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
         if self.rounds is not None and self.rounds < 1:
             raise ValueError(f"rounds must be 1 or more, got {self.rounds}")
-        for name in ("admm_epochs", "final_epochs", "batch_size"):
+        for name in ("search_workers", "admm_epochs", "final_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("search", "purify_rounds"):
@@ -556,7 +560,9 @@ def _allowed(
     score = _search_score(small, now, stages.loader, stages.validation, recipe)
     trace = None if stages.folder is None else stages.folder / f"round{number}.search.jsonl"
     seed = recipe.seed + 1000 * number
-    search = Search(now, part, score, dense=meter, structure=structure, keep=keep, seed=seed, trace=trace)
+    workers = recipe.search_workers
+    options: dict[str, Any] = {"batch": max(_SEARCH_BATCH, workers), "workers": workers, "seed": seed, "trace": trace}
+    search = Search(now, part, score, dense=meter, structure=structure, keep=keep, **options)
     found = search.run(recipe.search, progress=stages.progress)
     stages.searches.append(found)
     stages.progress.note(f"round {number}: loss in one shot {-found.score:.4g}, by experience {-found.start:.4g}")
@@ -787,7 +793,7 @@ def _claimed(
     settings = {
         "target": goal.given(),
         "max_drop": max_drop,
-        "recipe": asdict(recipe),
+        "recipe": {name: value for name, value in asdict(recipe).items() if name != "search_workers"},
         "choice of layers": sorted(meter.report.held),
         "weights": digest.hexdigest(),
     }

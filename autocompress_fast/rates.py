@@ -41,7 +41,7 @@ _STEPS, _CLOSE = 16, 0.01  # of the search for a latency: at most so many, and t
 _ATTEMPTS, _MARGIN = 12, 0.03  # for what the weights keep to meet it, each aiming by so much (a logarithm) lower
 
 
-_CHOSEN: WeakKeyDictionary[Report, dict[tuple[Any, ...], int]] = WeakKeyDictionary()  # filters of sets, by budgets
+_ENERGIES: WeakKeyDictionary[Report, dict[tuple[str, int], list[float]]] = WeakKeyDictionary()  # by layer and budget
 
 
 _RATES = ("conv", "params", "macs")
@@ -727,31 +727,39 @@ def _groups(
     low = max(1, min(tied.size, max(least, fewest)))
     if action is None:
         return _with_most_energy(report, tied, {m.name: budget[m.name] for m in members}, low, max(low, most))
-    # A search asks thousands of times, for budgets that differ little.
+    # A search asks thousands of times, for budgets that differ little: each layer's energies are known by then.
     rounded = {m.name: max(1, round(2 ** (round(math.log2(budget[m.name]) * _ROUNDED) / _ROUNDED))) for m in members}
-    known, key = _CHOSEN.setdefault(report, {}), (tied.layers[0], *rounded.values())
-    if key not in known:
-        known[key] = _with_most_energy(report, tied, rounded, 1, min(tied.size, *rounded.values()))
+    known = _ENERGIES.setdefault(report, {})
+    choices = _choices(1, tied.size)
+    for name, weights in rounded.items():
+        if (name, weights) not in known:
+            known[name, weights] = [_energy(report, tied, name, weights, number) for number in choices]
+    allowed = [i for i, number in enumerate(choices) if number <= min(rounded.values())]
+    chosen = choices[max(allowed, key=lambda i: sum(known[one][i] for one in rounded.items()))]
     departure = math.exp(action.filters.get(tied.layers[0], 0.0))
-    return max(low, min(max(low, most), round(known[key] * departure)))
+    return max(low, min(max(low, most), round(chosen * departure)))
 
 
 def _with_most_energy(report: Report, tied: Set, budget: dict[str, int], low: int, high: int) -> int:
     """The number of groups of tied filters with which layers of these budgets keep the most energy."""
-    candidates = sorted({round(n) for n in np.geomspace(low, high, _FILTER_CHOICES)})
-    weights = {name: report.weight(name) for name in budget}
 
     def energy(groups: int) -> float:
-        total = 0.0
-        for name, weight in weights.items():
-            filters, width = tied.filters(name, groups), report[name].weights // report[name].shape[0]
-            columns = min(width, max(1, budget[name] // filters))
-            kept = ops.project_filters_and_columns(weight, filters=filters, columns=columns)
-            total += float((kept**2).sum())
-        return total
+        return sum(_energy(report, tied, name, weights, groups) for name, weights in budget.items())
 
-    best: int = max(candidates, key=energy)
-    return best
+    return max(_choices(low, high), key=energy)
+
+
+def _choices(low: int, high: int) -> list[int]:
+    return sorted({round(n) for n in np.geomspace(low, high, _FILTER_CHOICES).tolist()})
+
+
+def _energy(report: Report, tied: Set, name: str, weights: int, groups: int) -> float:
+    """What so many weights of a layer keep, with so many groups of its filters."""
+    layer = report[name]
+    filters = tied.filters(name, groups)
+    columns = min(layer.weights // layer.shape[0], max(1, weights // filters))
+    kept = ops.project_filters_and_columns(report.weight(name), filters=filters, columns=columns)
+    return float((kept**2).sum())
 
 
 def _weights(layer: Layer, constraint: Constraint) -> int:

@@ -3,24 +3,32 @@
 The four steps of the paper, each of which can be replaced: an *action* says how the layers depart from experience
 (`rates.Action`) and becomes constraints that meet the target exactly (`rates.allocate`); a *quick evaluation* scores
 the network pruned so in one shot (`quick_score`); the *decision* is that of simulated annealing; the *actual pruning*
-is left to ADMM. Beyond the paper, experience guides the moves and forbids none: a profile says which layers are
-sensitive and gives the directions to start from, and moves that were accepted lately are tried again in part.
+is left to ADMM.
+
+Beyond the paper, no move is blind: of many that are drawn, those are tried which a regression over all trials so far
+(`_Regression`) holds for the best. How well a network does follows closely from the logarithms of the filters and
+columns that its layers keep, so that some ten trials tell more about a move than its size does.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from autocompress_fast._files import write_atomically
+from autocompress_fast._workers import Workers
 from autocompress_fast.admm import ADMM, Constraint
 from autocompress_fast.graph import Counts, Report
 from autocompress_fast.meter import Meter
@@ -40,13 +48,18 @@ Constraints = dict[str, Constraint]
 
 _STEP = 0.5  # standard deviation of a move of one coordinate at the start: a factor of e^0.5
 _LEAST_STEP = 0.2  # of that, at the end
-_PROFILE_STEP = -math.log(2)  # a layer at half its budget
-_DIRECTIONS = (0.25, 0.5, 1.0)  # how far towards the sensitive layers the first candidates go
+_CHANGED = ((3, 1.0), (10, 0.8), (math.inf, 0.6))  # coordinates that a move changes, about; how far, in steps
+_DRAWN = 64  # moves, of which the most promising are tried
+_BOLDNESS = 0.5  # what the regression does not know counts so much in that
+_FIRST = 0.2  # share of the evaluations that go to directions and departures, before the annealing
+_MOST_FIRST = 24
+_DIRECTION = 0.25  # how far: the power of a layer's size by which its budget changes
+_DEPARTURE = 0.3  # standard deviation of each coordinate
 _FIRST_TEMPERATURE, _LAST_TEMPERATURE = 0.5, 0.01  # of the spread of the scores
-_MEMORY = 0.8  # of the moves accepted before, in what guides the next
-_GUIDED = 0.5  # share of what they say in a move
 _PATIENCE = 30  # evaluations without a better score after which the best is gone back to
-_FORMAT = 1
+_KNOWN = 300  # latest trials that the regression sees
+_LENGTHS, _NOISES = (1.0, 2.0, 4.0, 8.0), (0.03, 0.1, 0.3, 1.0)  # of the regression
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -55,8 +68,8 @@ class Trial:
 
     Attributes:
         number: counted from 1.
-        kind: "start", "profile" (a layer at half its budget), "direction" (towards sensitive layers), "move" or
-            "restart" (a move from the best).
+        kind: "start", "departure" (far from it, in a direction or at random), "move", or "restart" (a move from the
+            best).
         action: what was tried.
         score: of it; higher is better.
         temperature: of the decision; 0 before the annealing begins.
@@ -111,12 +124,14 @@ class Search:
     Args:
         report: of the network as it is now.
         target: relative to `dense`.
-        score: of constraints, higher is better; any function. `quick_score` makes one.
+        score: of constraints, higher is better; any function that says the same of the same. `quick_score` makes one.
         dense: sizes that the target counts from, or a `Meter`; those of `report` when not given.
         structure: one of `rates.STRUCTURES`.
         keep: shares that layers keep at least and at most, as of `allocate`.
-        profile: whether to measure first how sensitive every layer is; a quarter of the evaluations at most.
         temperature: factor on the temperatures; 0 accepts nothing that is worse.
+        batch: candidates that are proposed together, from the same trials; 1 knows most at every one.
+        workers: processes that score the candidates of a batch at the same time, each on one thread; 1: this one. What
+            is found depends on `batch` and not on them. See `Workers` for what they are.
         seed: of the moves.
         trace: a file of JSON lines, written after every evaluation. A search that finds its own trace goes on from
             there, with the same moves as if it had not been stopped.
@@ -148,8 +163,9 @@ class Search:
         dense: Counts | Meter | None = None,
         structure: str = "filter+column",
         keep: Keep | None = None,
-        profile: bool = True,
         temperature: float = 1.0,
+        batch: int = 4,
+        workers: int = 1,
         seed: int = 0,
         trace: str | Path | None = None,
     ) -> None:
@@ -157,12 +173,16 @@ class Search:
             raise ValueError(f"temperature must be 0 or more, got {temperature}")
         if structure not in STRUCTURES:
             raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {structure!r}")
+        for what, number in (("batch", batch), ("workers", workers)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"{what} must be an integer of 1 or more, got {number!r}")
         self.report, self.target, self.score = report, target, score
         if dense is None:
             dense = Meter.of(report, target)
         self.meter, self.keep = dense, dict(keep or {})
         self.dense = dense.dense if isinstance(dense, Meter) else dense
-        self.structure, self.profile, self.temperature, self.seed = structure, profile, temperature, seed
+        self.structure, self.temperature, self.seed = structure, temperature, seed
+        self.batch, self.workers = batch, workers
         self.trace = None if trace is None else Path(trace)
         constraints = self.constraints(Action())  # says now what cannot be met
         both = structure in ("filter+column", "filter-then-column")
@@ -181,35 +201,39 @@ class Search:
         """Search until the budget is used up: evaluations, minutes, or what comes first.
 
         Raises:
-            ValueError: no budget, or none left for a single evaluation.
+            ValueError: no budget, or a score that is NaN.
+            RuntimeError: a worker died.
         """
         found: Found | None = None
         progress = progress or Progress()
         progress.start("search", evaluations or 0)
-        for found in self.steps(evaluations, minutes=minutes):
-            progress.advance()
-            progress.tell(f"best {found.score:.4g}, experience {found.start:.4g}")
+        with closing(self.steps(evaluations, minutes=minutes)) as steps:
+            for found in steps:
+                progress.advance()
+                progress.tell(f"best {found.score:.4g}, experience {found.start:.4g}")
         progress.finish()
         assert found is not None
         return found
 
-    def steps(self, evaluations: int | None = None, *, minutes: float | None = None) -> Iterator[Found]:
-        """As `run`, with what has been found after every evaluation."""
+    def steps(self, evaluations: int | None = None, *, minutes: float | None = None) -> Generator[Found, None, None]:
+        """As `run`, with what has been found after every evaluation; workers end when it is closed."""
         for name, value in (("evaluations", evaluations), ("minutes", minutes)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be more than 0, got {value}")
         if evaluations is None and minutes is None:
             raise ValueError("a search needs a number of evaluations or minutes, got neither")
         budget = _Budget(evaluations, minutes)
-        annealing = _Annealing(self, budget, self._read(budget))
-        for _ in annealing.trials():
-            yield annealing.found()
+        known = self._read(budget)
+        with Workers(self.score, min(self.workers, self.batch)) if self.workers > 1 else nullcontext() as workers:
+            annealing = _Annealing(self, budget, known, workers)
+            for _ in annealing.trials():
+                yield annealing.found()
 
     # ---- the trace ----
 
     def _head(self, budget: _Budget) -> dict[str, Any]:
         names = {name: list(self.report[name].shape) for name in self.constraints(Action())}
-        settings = {"structure": self.structure, "profile": self.profile, "temperature": self.temperature}
+        settings: dict[str, Any] = {"structure": self.structure, "temperature": self.temperature, "batch": self.batch}
         settings |= {"budget": asdict(budget)} | ({"keep": self.keep} if self.keep else {})
         head = {"format": _FORMAT, "target": self.target.given(), "dense": asdict(self.dense), "layers": names}
         return dict(json.loads(json.dumps(head | settings | {"seed": self.seed})))
@@ -247,6 +271,25 @@ class _Budget:
         by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
         return max(by_count, by_time)
 
+    def left(self, evaluations: int) -> int:
+        """How many more there may be."""
+        return sys.maxsize if self.evaluations is None else self.evaluations - evaluations
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A departure from experience, and what it leads to."""
+
+    vector: Floats
+    action: Action
+    constraints: Constraints
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """What is kept of each layer."""
+        keeps = (c.keep if isinstance(c.keep, tuple) else (c.keep,) for c in self.constraints.values())
+        return tuple(number for keep in keeps for number in keep)
+
 
 @dataclass
 class _Annealing:
@@ -255,123 +298,182 @@ class _Annealing:
     search: Search
     budget: _Budget
     known: list[Trial]  # of an earlier run
+    workers: Workers[Constraints, float] | None
     trace: list[Trial] = field(default_factory=list)
-    scores: dict[str, float] = field(default_factory=dict)  # of constraints seen before
-    best: tuple[float, Floats] | None = None
-    chosen: tuple[Action, Constraints] | None = None  # what the best leads to
+    tried: list[_Candidate] = field(default_factory=list)  # those of the trace
+    scores: dict[tuple[int, ...], float] = field(default_factory=dict)  # of what was kept before
+    best: int = 0  # its place in the trace
+    current: int = 0  # where the search goes on from
+    improved: int = 0  # trials when there was a new best
 
     def __post_init__(self) -> None:
-        self.random = np.random.default_rng(self.search.seed)
         self.begun = time.monotonic()
         self.before = self.known[-1].seconds if self.known else 0.0
         self.used = 0.0
 
     def trials(self) -> Iterator[Trial]:
-        """Score candidate after candidate."""
-        size = len(self.search.coordinates)
-        current = np.zeros(size)
-        yield self.scored("start", current)
-        score = self.trace[-1].score
-        if self.search.profile:
-            yield from self.profiled(score)
-            assert self.best is not None
-            score, current = self.best
-        spread = self.spread()
-        guide, since = np.zeros(size), 0
+        """Score candidate after candidate: experience, departures far from it, then the moves of the annealing."""
+        yield from self.scored("start", lambda: [np.zeros(len(self.search.coordinates))])
+        while self.used < _FIRST and len(self.trace) < _MOST_FIRST:
+            yield from self.scored("departure", self.departures)
+        self.current, spread = self.best, self.spread()
         while self.used < 1:
             cold = min(1.0, self.used)
             temperature = self.search.temperature * spread * _FIRST_TEMPERATURE
             temperature *= (_LAST_TEMPERATURE / _FIRST_TEMPERATURE) ** cold
             kind = "move"
-            if since >= _PATIENCE:
-                assert self.best is not None
-                kind, since = "restart", 0
-                score, current = self.best
-            step = self.move(guide, 1 - (1 - _LEAST_STEP) * cold)
-            proposed, before = current + step, self.best
-            trial = self.scored(kind, proposed, score, temperature, chance=self.random.random())
-            if trial.accepted:
-                guide = _MEMORY * guide + (1 - _MEMORY) * step / _STEP
-                current, score = proposed, trial.score
-            since = since + 1 if self.best is before else 0
-            yield trial
+            if len(self.trace) - self.improved >= _PATIENCE:
+                kind, self.current, self.improved = "restart", self.best, len(self.trace)
+            size = 1 - (1 - _LEAST_STEP) * cold
+            yield from self.scored(kind, functools.partial(self.moves, size), temperature)
 
-    def profiled(self, start: float) -> Iterator[Trial]:
-        """Every layer at half its budget, then candidates that give more to those at which the score fell most."""
-        layers: list[int] = []  # as many as the budget of a profile is enough for
-        drops = np.zeros(len(self.search.coordinates))
-        for i, (kind, _) in enumerate(self.search.coordinates):
-            if kind != "weights":
-                continue
-            if self.used >= 0.25:
-                break
-            layers.append(i)
-            halved = np.zeros(len(drops))
-            halved[i] = _PROFILE_STEP
-            yield self.scored("profile", halved)
-            drops[i] = start - self.trace[-1].score
-        deviation = float(drops[layers].std()) if layers else 0.0
-        if deviation > 0:
-            direction = np.zeros(len(drops))
-            direction[layers] = np.clip((drops[layers] - drops[layers].mean()) / deviation, -2, 2)
-            for share in _DIRECTIONS:
-                if self.used < 1:
-                    yield self.scored("direction", share * direction)
+    def departures(self) -> list[Floats]:
+        """Directions from experience, then departures from the best: at random, in pairs of opposites."""
+        random, best = self.random("departures"), self.tried[self.best].vector
+        steps = _DEPARTURE * random.standard_normal(((self.search.batch + 1) // 2, len(best)))
+        pairs = [best + sign * step for step in steps for sign in (1, -1)]
+        return (self.directions()[len(self.trace) - 1 :] + pairs)[: self.search.batch]
 
-    def move(self, guide: Floats, size: float) -> Floats:
-        """A step along a few coordinates, drawn at random and towards where accepted moves have gone."""
-        count = len(guide)
-        changed = self.random.random(count) < min(1.0, 3 / count)
-        changed[self.random.integers(count)] = True
-        step = self.random.standard_normal(count) + _GUIDED * guide
-        return np.where(changed, _STEP * size * step, 0.0)
+    def directions(self) -> list[Floats]:
+        """Larger layers lose less than by experience, and more; so do later ones; more filters, and fewer."""
+        coordinates = self.search.coordinates
+        of_weights = np.array([kind == "weights" for kind, _ in coordinates])
+        sizes = np.log([self.search.report[name].weights for _, name in coordinates])
+        depths = np.linspace(0, float(np.ptp(sizes[of_weights])), int(of_weights.sum()))
+        directions = np.zeros((3, len(coordinates)))
+        directions[0, of_weights] = sizes[of_weights] - sizes[of_weights].mean()
+        directions[1, of_weights] = depths - depths.mean()
+        directions[2, ~of_weights] = 1.0
+        return [sign * _DIRECTION * one for one in directions if one.any() for sign in (1, -1)]
 
-    def scored(
-        self, kind: str, vector: Floats, against: float = -math.inf, temperature: float = 0.0, chance: float = 0.0
-    ) -> Trial:
-        """Score a candidate, or take its score from the trace, decide, and write it down."""
-        action = self.action(vector)
-        number = len(self.trace) + 1
-        if number <= len(self.known):
-            old = self.known[number - 1]
-            if old.kind != kind or old.action != action:
-                raise ValueError(f"evaluation {number} in {self.search.trace} is not what this search does there")
-            score, seconds = old.score, old.seconds
-        else:
-            constraints = self.search.constraints(action)
-            key = repr([(name, c.keep) for name, c in constraints.items()])
-            if key not in self.scores:
-                self.scores[key] = float(self.search.score(constraints))
-            score, seconds = self.scores[key], self.before + time.monotonic() - self.begun
-            if math.isnan(score):
-                raise ValueError(f"the score of evaluation {number} is NaN, of {constraints}")
-        if self.best is None or score > self.best[0]:
-            self.best = (score, vector)
-        accepted = _accepts(score - against, temperature, chance)
-        trial = Trial(number, kind, action, score, temperature, accepted, self.best[0], seconds)
+    def moves(self, size: float) -> list[Floats]:
+        """From where the search is, the most promising of many, as one regression after the other sees it."""
+        random, here = self.random("move"), self.tried[self.current].vector
+        drawn = max(_DRAWN, 4 * self.search.batch)
+        counts, lengths = np.array(_CHANGED)[random.integers(len(_CHANGED), size=drawn)].T
+        changed = random.random((drawn, len(here))) < counts[:, None] / len(here)
+        changed[np.arange(drawn), random.integers(len(here), size=drawn)] = True
+        steps = np.where(changed, random.standard_normal(changed.shape), 0.0) * (_STEP * size * lengths[:, None])
+        moved = [self.candidate(here + step) for step in steps]
+        candidates = list({c.kept: c for c in moved if c.kept not in self.scores}.values()) or moved
+        latest = slice(max(0, len(self.tried) - _KNOWN), None)
+        regression = _Regression(_features(self.tried[latest]), np.array([t.score for t in self.trace[latest]]))
+        promise = regression.expected(_features(candidates), _BOLDNESS, self.search.batch, random)
+        chosen: list[int] = []
+        for values in promise:
+            values[chosen] = -math.inf
+            chosen.append(int(values.argmax()))
+        return [candidates[index].vector for index in chosen]
+
+    def random(self, what: str) -> np.random.Generator:
+        """Of its own for every batch: what lies before it can then be taken from a trace."""
+        return np.random.default_rng((self.search.seed, len(self.trace), len(what)))
+
+    def scored(self, kind: str, propose: Callable[[], list[Floats]], temperature: float = 0.0) -> Iterator[Trial]:
+        """Score a batch of candidates, or take scores from the trace; decide on one by one, and write them down."""
+        begun = len(self.trace)
+        count = min(1 if kind == "start" else self.search.batch, self.budget.left(begun))
+        known = self.known[begun : begun + count]
+        if any(trial.kind != kind for trial in known):
+            raise ValueError(f"evaluation {begun + 1} in {self.search.trace} is not what this search does there")
+        vectors = [self.vector(trial.action) for trial in known]
+        if len(known) < count:
+            vectors += propose()[len(known) : count]
+        chances = self.random("chances").random(count).tolist()
+        batch = [self.candidate(vector) for vector in vectors]
+        self.scores |= {candidate.kept: trial.score for candidate, trial in zip(batch, known, strict=False)}
+        fresh = {c.kept: c.constraints for c in batch if c.kept not in self.scores}
+        score = self.search.score
+        scores = map(score, fresh.values()) if self.workers is None else self.workers.map(list(fresh.values()))
+        for candidate, chance in zip(batch, chances, strict=True):
+            if candidate.kept not in self.scores:
+                self.scores[candidate.kept] = float(next(scores))
+            yield self.decided(kind, candidate, temperature, chance)
+
+    def decided(self, kind: str, candidate: _Candidate, temperature: float, chance: float) -> Trial:
+        """A line of the trace: whether the search goes on from the candidate."""
+        place, score = len(self.trace), self.scores[candidate.kept]
+        if math.isnan(score):
+            raise ValueError(f"the score of evaluation {place + 1} is NaN, of {candidate.constraints}")
+        accepted = place == 0 or _accepts(score - self.trace[self.current].score, temperature, chance)
+        self.current = place if accepted else self.current
+        if place == 0 or score > self.trace[self.best].score:
+            self.best, self.improved = place, place + 1
+        best = score if self.best == place else self.trace[self.best].score
+        known = place < len(self.known)
+        seconds = self.known[place].seconds if known else self.before + time.monotonic() - self.begun
+        trial = Trial(place + 1, kind, candidate.action, score, temperature, accepted, best, seconds)
         self.trace.append(trial)
-        if number > len(self.known):
+        self.tried.append(candidate)
+        if not known:
             self.search._write(trial)
-        self.used = self.budget.used(number, seconds)
+        self.used = self.budget.used(place + 1, seconds)
         return trial
 
-    def action(self, vector: Floats) -> Action:
+    def candidate(self, vector: Floats) -> _Candidate:
         parts: dict[str, dict[str, float]] = {"weights": {}, "filters": {}}
         for (kind, name), value in zip(self.search.coordinates, vector.tolist(), strict=True):
             parts[kind][name] = value
-        return Action(**parts)
+        action = Action(**parts)
+        return _Candidate(vector, action, self.search.constraints(action))
+
+    def vector(self, action: Action) -> Floats:
+        parts = {"weights": action.weights, "filters": action.filters}
+        return np.array([parts[kind].get(name, 0.0) for kind, name in self.search.coordinates])
 
     def spread(self) -> float:
-        """Standard deviation of the finite scores so far."""
+        """Of the finite scores so far: as a standard deviation, but a few that are far away do not count."""
         scores = np.array([t.score for t in self.trace if math.isfinite(t.score)])
-        return float(scores.std()) if len(scores) > 1 else 0.0
+        low, high = np.quantile(scores, (0.25, 0.75)) if len(scores) else (0.0, 0.0)
+        return float(high - low) / 1.35
 
     def found(self) -> Found:
-        assert self.best is not None
-        action = self.action(self.best[1])
-        if self.chosen is None or self.chosen[0] != action:
-            self.chosen = (action, self.search.constraints(action))
-        return Found(self.chosen[1], action, self.best[0], self.trace[0].score, tuple(self.trace))
+        best = self.tried[self.best]
+        return Found(best.constraints, best.action, self.trace[self.best].score, self.trace[0].score, tuple(self.trace))
+
+
+class _Regression:
+    """What scores to expect elsewhere: a Gaussian process on their ranks, which has neither scale nor outliers.
+
+    The kernel is exp(-d^2 / 2 l^2), and noise stands for the roughness of the scores; both are as likely as can be.
+    """
+
+    def __init__(self, points: Floats, scores: Floats) -> None:
+        ordered, count = np.sort(scores), len(scores)
+        ranks = (np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")) / (2 * count)
+        values = np.array([NormalDist().inv_cdf(rank) for rank in ranks.tolist()])
+        self.points, distances = points, _distances(points, points)
+        likeliest = -math.inf
+        for length in _LENGTHS:
+            kernel = np.exp(-0.5 * distances / length**2)
+            for noise in _NOISES:
+                factor = np.linalg.cholesky(kernel + noise * np.eye(count))
+                whitened = np.linalg.solve(factor, values)
+                variance = max(float(whitened @ whitened) / count, 1e-12)
+                likelihood = -0.5 * count * math.log(variance) - float(np.log(np.diag(factor)).sum())
+                if likelihood > likeliest:
+                    likeliest = likelihood
+                    self.length, self.factor, self.whitened, self.variance = length, factor, whitened, variance
+
+    def expected(self, points: Floats, boldness: float, draws: int, random: np.random.Generator) -> Floats:
+        """Scores at points, (draws, points): as they may be, with so much of the deviations from their mean."""
+        across = np.linalg.solve(self.factor, np.exp(-0.5 * _distances(self.points, points) / self.length**2))
+        covariance = np.exp(-0.5 * _distances(points, points) / self.length**2) - across.T @ across
+        deviations = np.linalg.cholesky(self.variance * covariance + 1e-6 * np.eye(len(points)))
+        drawn = random.standard_normal((draws, len(points))) @ deviations.T
+        result: Floats = self.whitened @ across + boldness * drawn
+        return result
+
+
+def _distances(one: Floats, other: Floats) -> Floats:
+    """Squared, between all points of one and the other."""
+    squares: Floats = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1) - 2 * one @ other.T
+    return np.maximum(squares, 0.0, out=squares)
+
+
+def _features(candidates: Sequence[_Candidate]) -> Floats:
+    """What a score depends on: logarithms of what is kept."""
+    return np.log([candidate.kept for candidate in candidates])
 
 
 def read_trace(path: str | Path) -> tuple[Trial, ...]:
@@ -433,20 +535,31 @@ def quick_score(
     Raises:
         ValueError: an unknown measure.
     """
-    from autocompress_fast.training import evaluate, recalibrate
-
     if measure not in ("accuracy", "loss"):
         raise ValueError(f"measure must be accuracy or loss, got {measure!r}")
     batches = None if calibration is None else list(calibration)
+    return _QuickScore(model, report, validation, batches, measure, precision, channels_last)
 
-    def score(constraints: Mapping[str, Constraint]) -> float:
-        pruned = mask(model, one_shot(model, report, constraints))
-        if batches is not None:
-            recalibrate(pruned, batches, precision=precision, channels_last=channels_last)
-        result = evaluate(pruned, validation, precision=precision, channels_last=channels_last)
-        return result.accuracy if measure == "accuracy" else -result.loss
 
-    return score
+@dataclass(frozen=True, eq=False)
+class _QuickScore:
+    model: torch.nn.Module
+    report: Report
+    validation: Batches
+    calibration: list[Any] | None
+    measure: str
+    precision: str
+    channels_last: bool
+
+    def __call__(self, constraints: Mapping[str, Constraint]) -> float:
+        from autocompress_fast.training import evaluate, recalibrate
+
+        pruned = mask(self.model, one_shot(self.model, self.report, constraints))
+        options: dict[str, Any] = {"precision": self.precision, "channels_last": self.channels_last}
+        if self.calibration is not None:
+            recalibrate(pruned, self.calibration, **options)
+        result = evaluate(pruned, self.validation, **options)
+        return result.accuracy if self.measure == "accuracy" else -result.loss
 
 
 def one_shot(model: torch.nn.Module, report: Report, constraints: Mapping[str, Constraint]) -> Plan:

@@ -6,6 +6,12 @@ import itertools
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +19,11 @@ import torch
 from torch import nn
 
 from autocompress_fast import models
+from autocompress_fast._workers import Workers
 from autocompress_fast.data import UserBatches
 from autocompress_fast.graph import inspect
 from autocompress_fast.rates import STRUCTURES, Action, Target
-from autocompress_fast.search import Search, one_shot, quick_score
+from autocompress_fast.search import Search, _Regression, one_shot, quick_score
 from autocompress_fast.unused import unused_paths
 
 
@@ -108,7 +115,7 @@ def test_it_finds_what_it_is_led_to(small):
 def test_at_temperature_zero_it_is_greedy(small):
     _, report = small
     score = towards(report, Action(weights={"0": 0.9}))
-    trace = Search(report, Target(params=8), score, temperature=0, profile=False).run(60).trace
+    trace = Search(report, Target(params=8), score, temperature=0).run(60).trace
     current = trace[0].score
     for trial in trace[1:]:
         if trial.kind == "restart":
@@ -120,10 +127,11 @@ def test_at_temperature_zero_it_is_greedy(small):
 def test_worse_moves_are_accepted_while_it_is_warm(small):
     _, report = small
     score = towards(report, Action(weights={"0": 0.9}))
-    trace = Search(report, Target(params=8), score, temperature=100, profile=True).run(60).trace
+    trace = Search(report, Target(params=8), score, temperature=100).run(60).trace
     moves = [t for t in trace if t.kind in ("move", "restart")]
     assert sum(t.accepted for t in moves[: len(moves) // 2]) >= 0.9 * (len(moves) // 2)
-    assert all(a.temperature > b.temperature > 0 for a, b in itertools.pairwise(moves))
+    assert all(a.temperature >= b.temperature > 0 for a, b in itertools.pairwise(moves))
+    assert moves[0].temperature > 2 * moves[-1].temperature
 
 
 @pytest.mark.parametrize("factor", [2.0**-10, 64.0])
@@ -261,3 +269,214 @@ def test_quick_scores(small):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="measure must be accuracy or loss, got 'speed'"):
         quick_score(model, report, batches, measure="speed")
+
+
+# ---- the regression ----
+
+
+def test_the_regression_interpolates_and_knows_what_it_does_not_know():
+    random = np.random.default_rng(0)
+    points = random.uniform(-1, 1, (40, 3))
+    scores = points @ [1.0, -2.0, 0.5]
+    regression = _Regression(points, scores)
+    between = random.uniform(-1, 1, (50, 3))
+    (expected,) = regression.expected(between, 0.0, 1, random)
+    assert np.corrcoef(expected, between @ [1.0, -2.0, 0.5])[0, 1] > 0.98
+    (mean,) = regression.expected(between, 0.0, 1, random)
+    np.testing.assert_array_equal(expected, mean)
+    far = np.concatenate([points[:5], points[:5] + 50])
+    drawn = regression.expected(far, 1.0, 2000, random).std(axis=0)
+    assert drawn[:5].max() < 0.5 * drawn[5:].min()
+
+
+def test_the_regression_sees_the_order_of_scores_alone():
+    random = np.random.default_rng(0)
+    points = random.standard_normal((20, 2))
+    scores = points[:, 0]
+    one = _Regression(points, scores).expected(points, 0.0, 1, random)
+    other = _Regression(points, np.exp(5 * scores)).expected(points, 0.0, 1, random)
+    np.testing.assert_array_equal(one, other)
+    lowest = np.where(scores == scores.min(), -math.inf, scores)
+    np.testing.assert_array_equal(one, _Regression(points, lowest).expected(points, 0.0, 1, random))
+    assert not _Regression(points, np.zeros(20)).expected(points, 0.0, 1, random).any()
+
+
+def test_it_beats_chance_where_there_are_many_layers(report):
+    search = Search(report, Target.parse("conv=4"), lambda _: 0.0)
+    random = np.random.default_rng(0)
+    names = [name for kind, name in search.coordinates if kind == "weights"]
+
+    def action(scale):
+        return Action(dict(zip(names, random.normal(0, scale, len(names)).tolist(), strict=True)))
+
+    goal = {name: math.log(weights(c)) for name, c in search.constraints(action(0.5)).items()}
+
+    def score(constraints):
+        return -sum((math.log(weights(c)) - goal[name]) ** 2 for name, c in constraints.items())
+
+    by_chance = max(score(search.constraints(action(0.3))) for _ in range(40))
+    found = Search(report, Target.parse("conv=4"), score).run(40)
+    assert found.score > max(0.6 * found.start, 0.8 * by_chance)
+
+
+# ---- workers ----
+
+
+@dataclass(frozen=True)
+class Unsteady:
+    """A score that takes now more time, now less."""
+
+    name: str
+
+    def __call__(self, constraints):
+        kept = weights(constraints[self.name])
+        time.sleep(1e-3 * np.random.default_rng().integers(10))
+        return -abs(math.log(kept / 50))
+
+
+def outcome(found):
+    return [(t.number, t.kind, t.action, t.score, t.accepted, t.best) for t in found.trace]
+
+
+def test_workers_change_nothing(small):
+    _, report = small
+    one, two, many = (Search(report, Target(params=8), Unsteady("3"), workers=n).run(40) for n in (1, 2, 9))
+    assert outcome(one) == outcome(two) == outcome(many)
+    assert one.constraints == two.constraints == many.constraints
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_batches_are_proposed_together(small, batch):
+    _, report = small
+    found = Search(report, Target(params=8), Unsteady("3"), batch=batch).run(50)
+    assert [t.number for t in found.trace] == list(range(1, 51))
+    temperatures = [t.temperature for t in found.trace if t.kind == "move"]
+    assert len(set(temperatures)) == math.ceil(len(temperatures) / batch)
+
+
+@pytest.mark.parametrize("done", [1, 6, 17, 33])
+def test_a_search_goes_on_with_other_workers_anywhere_in_a_batch(small, tmp_path, done):
+    _, report = small
+    path = tmp_path / "trace.jsonl"
+    whole = Search(report, Target(params=8), Unsteady("3"), workers=2, trace=path).run(40)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[: done + 1]))
+    again = Search(report, Target(params=8), Unsteady("3"), trace=path).run(40)
+    assert outcome(again) == outcome(whole)
+    with pytest.raises(ValueError, match="another batch"):
+        Search(report, Target(params=8), Unsteady("3"), batch=5, trace=path).run(40)
+
+
+def test_networks_are_scored_in_forks_and_in_new_interpreters(small):
+    model, report = small
+    x = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            batches = UserBatches([(x, model(x).argmax(dim=1))])
+        score = quick_score(model, report, batches, calibration=batches.epoch(0), measure="loss")
+        rates = [Search(report, Target(params=rate), score).constraints(Action()) for rate in (1.5, 3, 6, 12)]
+        expected = [score(constraints) for constraints in rates]
+        for method in ("fork", "spawn") if sys.platform == "linux" else ("spawn",):
+            with Workers(score, 2, method=method) as workers:
+                np.testing.assert_allclose(list(workers.map(rates)), expected, rtol=1e-4)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def fails(item):
+    if item == "error":
+        raise KeyError("the score failed")
+    if item == "death":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item == "exit":
+        os._exit(3)
+    return item
+
+
+def test_what_goes_wrong_in_a_worker_is_said():
+    with Workers(fails, 2) as workers:
+        assert list(workers.map(["a", "b", "c"])) == ["a", "b", "c"]
+        with pytest.raises(KeyError, match="the score failed"):
+            list(workers.map(["error"]))
+    for item, words in (("death", "died by signal SIGKILL; if memory"), ("exit", "died with exit code 3")):
+        with Workers(fails, 2) as workers:
+            processes = list(workers.processes)
+            with pytest.raises(RuntimeError, match=words):
+                list(workers.map(["a", "b", item, "c"]))
+        assert not any(process.is_alive() for process in processes)
+    with pytest.raises(ValueError, match="can be pickled"), Workers(lambda item: item, 2, method="spawn"):
+        pass
+
+
+def test_a_search_whose_worker_died_goes_on(small, tmp_path):
+    _, report = small
+    path, plain = tmp_path / "trace.jsonl", Unsteady("3")
+
+    def deadly(constraints):
+        if len(path.read_text().splitlines()) > 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(constraints)
+
+    with pytest.raises(RuntimeError, match="died by signal SIGKILL"):
+        Search(report, Target(params=8), deadly if sys.platform == "linux" else fails, workers=2, trace=path).run(40)
+    assert len(path.read_text().splitlines()) >= 13
+    found = Search(report, Target(params=8), plain, trace=path).run(40)
+    assert outcome(found) == outcome(Search(report, Target(params=8), plain).run(40))
+
+
+SLEEPER = """
+import os, pathlib, sys, time
+from autocompress_fast._workers import Workers
+
+def sleep(item):
+    (pathlib.Path(sys.argv[1]) / str(os.getpid())).touch()
+    time.sleep(item)
+
+if __name__ == "__main__":
+    with Workers(sleep, 2) as workers:
+        list(workers.map([float(sys.argv[2])] * 2))
+        time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(("kill", "seconds"), [(signal.SIGINT, 600), (signal.SIGKILL, 0)])
+def test_no_worker_outlives_its_search(tmp_path, kill, seconds):
+    script, pids = tmp_path / "script.py", tmp_path / "pids"
+    script.write_text(SLEEPER)
+    pids.mkdir()
+    command = [sys.executable, str(script), str(pids), str(seconds)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, env=environment)
+    waits_for(lambda: len(list(pids.iterdir())) == 2)
+    if kill == signal.SIGINT:
+        os.killpg(parent.pid, kill)  # what a terminal does
+    else:
+        parent.kill()
+    _, errors = parent.communicate(timeout=60)
+    assert errors.count(b"Traceback") == (kill == signal.SIGINT)
+    waits_for(lambda: not any(alive(int(path.name)) for path in pids.iterdir()))
+
+
+def waits_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_numbers_of_workers_are_checked(small):
+    _, report = small
+    for options, words in (({"workers": 0}, "workers must be .* got 0"), ({"batch": 2.5}, "batch must be .* got 2.5")):
+        with pytest.raises(ValueError, match=words):
+            Search(report, Target(params=8), lambda _: 0.0, **options)

@@ -146,6 +146,9 @@ def compress(
             help="Share of its weights that a layer keeps at least, or LEAST:MOST. May be repeated.",
         ),
     ] = None,
+    search_workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that score candidates at the same time; one by default.")
+    ] = None,
     admm_epochs: Annotated[int | None, typer.Option(min=1, help="Of ADMM training, every round.")] = None,
     retrain_epochs: Annotated[int | None, typer.Option(min=0, help="After pruning, every round but the last.")] = None,
     final_epochs: Annotated[int | None, typer.Option(min=1, help="After the last pruning.")] = None,
@@ -197,6 +200,7 @@ def compress(
         "rounds": rounds,
         "search": search,
         "keep": shares(keep) if keep else None,
+        "search_workers": search_workers,
         "admm_epochs": admm_epochs,
         "retrain_epochs": retrain_epochs,
         "final_epochs": final_epochs,
