@@ -219,12 +219,17 @@ class Target:
 
     def __str__(self) -> str:
         texts = {
-            "speedup": "{:.4g}x faster",
-            "latency_ms": "latency_ms {:.4g}",
+            "speedup": "{}x faster",
+            "latency_ms": "latency_ms {}",
             "bytes": "bytes {}",
             "threads": "threads {}",
         }
-        return ", ".join(texts.get(name, name + " {:.4g}x").format(value) for name, value in self.given().items())
+        return ", ".join(texts.get(name, name + " {}x").format(_text(value)) for name, value in self.given().items())
+
+
+def _text(value: float) -> str:
+    """Four digits of a fraction, all of an integer."""
+    return str(value) if isinstance(value, int) else f"{value:.4g}" if value < 1e4 else f"{value:g}"
 
 
 def _of(sizes: Any, name: str) -> Any:

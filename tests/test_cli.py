@@ -166,13 +166,38 @@ def test_mnist_files_with_lenet5_in_the_usual_folder(mnist, tmp_path, monkeypatc
 
 
 def test_names_of_runs():
-    def name(target, model="lenet5", **recipe):
-        return jobs.run_name(model, "mnist", Target.parse(target), Recipe(**recipe))
+    def name(target, model="lenet5", max_drop=None, **recipe):
+        goal = None if target is None else Target.parse(target)
+        return jobs.run_name(model, "mnist", goal, max_drop, Recipe(**recipe))
 
     assert name("conv=40") == "lenet5-mnist-conv40-seed0"
     assert name("2.5x", seed=3) == "lenet5-mnist-params2.5-seed3"
     assert name("conv=40,macs=4", structure="element") == "lenet5-mnist-conv40-macs4-element-seed0"
     assert name("conv=2", "my.nets:Small") == "Small-mnist-conv2-seed0"
+    assert name("3x faster, threads=2, bytes=20k") == "lenet5-mnist-speedup3-bytes20000-threads2-seed0"
+    assert name(None, max_drop=0.5) == "lenet5-mnist-drop0.5-seed0"
+
+
+@pytest.mark.parametrize("text", ["conv1", "=0.5", "conv1=", "conv1=half", "conv1=0.1:0.2:0.3", "conv1=nan"])
+def test_shares_that_are_none(text):
+    with pytest.raises(ValueError, match=r"--keep is PATTERN=SHARE or PATTERN=LEAST:MOST, each pattern once, got"):
+        jobs.shares([text])
+
+
+def test_a_dry_run_of_bytes_and_shares(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["compress", "lenet_digits", "--data", "digits", "--target", "2x, bytes=12k", "--dry-run", "--json"]
+    printed = json.loads(run(*options, "--keep", "conv1=0.9", "--rounds", "1").stdout)
+    assert printed["can_be_met"]
+    assert printed["small"]["bytes"] <= 12000 < printed["dense"]["bytes"]
+    filters, columns = printed["rounds"][0]["layers"]["conv1"]["keep"]
+    assert (
+        filters * columns >= 0.9 * next(n for n in acf.inspect(*digits_network()).layers if n.name == "conv1").weights
+    )
+
+
+def digits_network():
+    return acf.models.create("lenet_digits"), torch.zeros(1, 1, 8, 8)
 
 
 def test_at_most_5000_images_decide_unless_told(monkeypatch):
@@ -254,7 +279,7 @@ def test_dry_run_says_what_would_happen_and_changes_nothing(tmp_path, monkeypatc
     command = [*DIGITS, "--dry-run", "--rounds", "2", "--threads", "1", "--base-epochs", "7"]
     printed = json.loads(run(*command, "--json").stdout)
     assert printed["can_be_met"]
-    assert [part["target"] for part in printed["rounds"]] == ["params 1.73205x", "params 3x"]
+    assert [part["target"] for part in printed["rounds"]] == ["params 2.08x", "params 3x"]
     recipe = Recipe()
     assert printed["epochs"] == 2 * recipe.admm_epochs + recipe.retrain_epochs + recipe.final_epochs
     assert printed["base_epochs"] == 7
