@@ -465,7 +465,7 @@ def _scores(axes: Axes, trace: Sequence[Trial]) -> None:
     axes.set_ylim(low - room, best + room)
 
     kinds: dict[str, tuple[str, str, str, list[Trial]]] = {
-        "profile, before the annealing": (_ADMM, "s", _ADMM, []),
+        "departures, before the annealing": (_ADMM, "s", _ADMM, []),
         "move, accepted": (_KEPT, "o", _KEPT, []),
         "move, rejected": (_MUTED, "o", "none", []),
     }

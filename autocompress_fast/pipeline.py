@@ -21,7 +21,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ from autocompress_fast.meter import Meter, Size
 from autocompress_fast.plan import Plan, apply_masks
 from autocompress_fast.progress import Progress, default_progress
 from autocompress_fast.purify import purify
+from autocompress_fast.quantize import LevelConstraint, snap
 from autocompress_fast.rates import STRUCTURES, Keep, Target, allocate, fill, relative, smallest
 from autocompress_fast.search import Found, Search, quick_score
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
@@ -54,13 +55,14 @@ __all__ = ["DryRun", "Recipe", "Result", "compress", "meter_for", "train"]
 
 Example = torch.Tensor | Sequence[torch.Tensor]
 
-_KINDS = ("admm", "retrain", "final", "purify")  # of stages
+_KINDS = ("admm", "retrain", "final", "purify", "quantize")  # of stages
 _EVALUATION_BATCH = 1000
 _QUICK_BATCHES = 2  # of validation, on which searches and purification score networks
 _CALIBRATION_BATCHES = 8  # of training, before a search scores a network
 _SEARCH_BATCH = 4  # candidates of a search that are proposed together
 _TIMED_BATCHES = 8  # of a dry run
 _EACH_ROUND = 4.0  # rate, unless the recipe says how many rounds there are
+_PORTIONS = (0.5, 0.8, 0.95, 1.0)  # of the weights of a layer, set to their levels one after the other
 _MOST_REFUSED = 3  # rounds that cost too much accuracy, before a run ends with what it has
 
 
@@ -84,7 +86,12 @@ class Recipe:
         purify_rounds: rounds of purification (`acf.purify`) after the target is met; they remove more, as far as the
             accuracy on some validation samples stays within `purify_tolerance` points of what it was before, until
             `purify_epochs` of masked retraining follow, which may win it back for the next round.
-        admm_lr, retrain_lr, final_lr, purify_lr: peak learning rates.
+        bits: of every weight that is left: at the end the weights are brought to 2^bits levels (`LevelConstraint`) by
+            ADMM, and set to them in portions, the closest first; first and last layer after the others. Not given:
+            float32.
+        levels: "equal", "power", "ternary" or "binary".
+        quantize_epochs: of the ADMM training towards levels, and after every portion; ten such trainings in all.
+        admm_lr, retrain_lr, final_lr, purify_lr, quantize_lr: peak learning rates.
         rho: strength of the ADMM penalty over its updates, one after every epoch.
         optimizer, weight_decay, momentum: of all stages.
         distillation: share of the loss that compares with the dense network.
@@ -110,10 +117,14 @@ class Recipe:
     purify_rounds: int = 0
     purify_tolerance: float = 0.5
     purify_epochs: int = 5
+    bits: int | None = None
+    levels: str = "equal"
+    quantize_epochs: int = 3
     admm_lr: float = 1e-3
     retrain_lr: float = 2e-3
     final_lr: float = 6e-3
     purify_lr: float = 2e-3
+    quantize_lr: float = 1e-3
     rho: RhoSchedule = field(default_factory=lambda: RhoSchedule(1e-2, 2.0, maximum=1.0))
     optimizer: str = "adam"
     weight_decay: float = 0.0
@@ -139,13 +150,17 @@ class Recipe:
         for name in ("search", "purify_rounds"):
             if isinstance(getattr(self, name), bool) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.bits is not None:
+            LevelConstraint(self.bits, self.levels)  # checks both
+        elif self.levels != "equal":
+            raise ValueError(f"levels={self.levels!r} needs bits, got none")
         if not self.purify_tolerance >= 0:
             raise ValueError(f"purify_tolerance must be 0 or more, got {self.purify_tolerance}")
         for stage in _KINDS:
             self.training(stage, 0)  # checks the rest
 
     def training(self, kind: str, number: int) -> TrainingConfig:
-        """The configuration of stage "admm", "retrain", "final" or "purify" of round `number`."""
+        """The configuration of stage "admm", "retrain", "final", "purify" or "quantize" of round `number`."""
         return TrainingConfig(
             epochs=getattr(self, f"{kind}_epochs"),
             optimizer=self.optimizer,
@@ -392,6 +407,7 @@ def compress(
         floor = -math.inf if max_drop is None else base.accuracy - max_drop
         state = _rounds(run, state, rounds) if max_drop is None else _rounds_within(run, state, rounds, floor)
         state, steps = _purified(run, state, floor)
+        state = _quantized(run, state)
         plan = Plan.dense(report) if state.masks is None else run.whole(state)
         final = compact(state.small, plan if state.masks is None else state.masks, example)
         accuracy = {"base": base.accuracy, "final": evaluate(final.model, validation).accuracy}
@@ -626,6 +642,38 @@ def _purified(run: _Run, state: _State, least: float) -> tuple[_State, list[dict
     return state, steps
 
 
+def _quantized(run: _Run, state: _State) -> _State:
+    """Bring the weights that are left to levels: by ADMM, then in portions, of which each is trained around."""
+    recipe, stages = run.recipe, run.stages
+    if recipe.bits is None or state.masks is None:
+        return state
+    small, masks = copy.deepcopy(state.small), state.masks
+    names = [name for name, layer in masks.items() if layer.weights and name not in run.report.held]
+    edges = list(dict.fromkeys([*names[:1], *names[-1:]]))
+    groups = {"inner": [name for name in names if name not in edges], "edge": edges}
+    config = recipe.training("quantize", 0)
+    towards = dataclasses.replace(config, schedule="constant", warmup=0.0)
+    fixed: dict[str, torch.Tensor] = {}
+    for group, layers in groups.items():
+        if not layers:
+            continue
+        constraints = {name: LevelConstraint(recipe.bits, recipe.levels) for name in layers}
+        admm = ADMM(small, constraints, rho=recipe.rho)
+        stages.run(small, f"quantize.{group}.admm", towards, admm=admm, masks=masks, fixed=fixed)
+        weights: dict[str, Any] = {name: small.get_submodule(name).weight for name in layers}
+        scales = {name: constraints[name].scales(weight) for name, weight in weights.items()}
+        for share in _PORTIONS:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    target = constraints[name].project(weight, scales[name])
+                    fixed[f"{name}.weight"] = chosen = snap(weight, target, share)
+                    weight.copy_(torch.where(chosen, target, weight))
+            stages.run(small, f"quantize.{group}.{round(100 * share)}", config, masks=masks, fixed=fixed)
+    accuracy = evaluate(small, stages.validation).accuracy
+    stages.progress.note(f"{recipe.bits} bits a weight: {state.accuracy:.2f} -> {accuracy:.2f}%")
+    return dataclasses.replace(state, small=small, accuracy=accuracy)
+
+
 def _decided(
     small: nn.Module,
     masks: Plan,
@@ -687,6 +735,7 @@ class _Stages:
         *,
         admm: ADMM | None = None,
         masks: Plan | None = None,
+        fixed: Mapping[str, torch.Tensor] | None = None,
     ) -> list[dict[str, Any]]:
         """One training, in place; its rows of the history."""
         rows = Trainer(
@@ -697,6 +746,7 @@ class _Stages:
             teacher=self.teacher,
             admm=admm,
             plan=masks,
+            fixed=fixed,
             checkpoint=None if self.folder is None else self.folder / f"{name}.ckpt",
             log=None if self.folder is None else self.folder / "log.jsonl",
             name=name,
@@ -723,6 +773,7 @@ def _dry_run(
     trainings = len(_steps(chosen[-1][1], recipe.structure))
     epochs = rounds * trainings * recipe.admm_epochs + (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
     epochs += recipe.purify_rounds * recipe.purify_epochs
+    epochs += 0 if recipe.bits is None else 2 * (1 + len(_PORTIONS)) * recipe.quantize_epochs
     seconds = epochs * _epoch_seconds(model, loader, recipe)
     if recipe.search:
         score = _search_score(model, report, loader, validation, recipe)

@@ -9,7 +9,8 @@ there (`snap`), the others are trained on, until none is left. Weights that are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,30 +82,45 @@ class LevelConstraint:
             half = np.ones(1)
         return (*(-half[::-1]).tolist(), *half.tolist())
 
-    def project(self, weight: Any) -> Any:
+    def project(self, weight: Any, scales: Sequence[float] | None = None) -> Any:
         """The nearest point to `weight` (numpy or torch) whose weights lie on levels, or are zero where it is zero.
 
-        The scale is the one with the least squared error (`ops.project_levels`).
+        Args:
+            weight: (filters, ...).
+            scales: as `scales` returns them; those with the least squared error when not given.
+
+        Raises:
+            LevelError: NaN or infinity, or another number of scales.
+        """
+        array, back = _as_numpy(weight)
+        projected = np.zeros_like(array)
+        for rows, scale in zip(self._parts(array), scales or itertools.repeat(None), strict=scales is not None):
+            kept = array[rows] != 0
+            if kept.any():
+                projected[rows][kept] = self._nearest(array[rows][kept], scale)[0]
+        return back(projected)
+
+    def scales(self, weight: Any) -> tuple[float, ...]:
+        """The scale, or that of every filter, with the least squared error (`ops.project_levels`).
 
         Raises:
             LevelError: NaN or infinity.
         """
-        array, back = _as_numpy(weight)
-        projected = np.zeros_like(array)
-        for rows in self._parts(array):
-            kept = array[rows] != 0
-            if kept.any():
-                part = projected[rows]
-                try:
-                    part[kept] = ops.project_levels(array[rows][kept], levels=self.levels)[0]
-                except ValueError as error:
-                    raise LevelError(str(error)) from error
-        return back(projected)
+        array, _ = _as_numpy(weight)
+        kept = [array[rows][array[rows] != 0] for rows in self._parts(array)]
+        return tuple(self._nearest(values)[1] if values.size else 0.0 for values in kept)
 
-    def _parts(self, array: npt.NDArray[Any]) -> Iterator[slice]:
+    def _nearest(self, values: npt.NDArray[Any], scale: float | None = None) -> tuple[npt.NDArray[Any], float]:
+        try:
+            nearest, _, chosen = ops.project_levels(values, levels=self.levels, scale=scale)
+        except ValueError as error:
+            raise LevelError(str(error)) from error
+        return nearest, chosen
+
+    def _parts(self, array: npt.NDArray[Any]) -> list[slice]:
         """The filters that share a scale."""
         step = 1 if self.per_filter else len(array)
-        return (slice(start, start + step) for start in range(0, len(array), step))
+        return [slice(start, start + step) for start in range(0, len(array), step)]
 
 
 def snap(weight: Any, target: Any, share: float) -> Any:

@@ -38,7 +38,7 @@ from test_acf_file import INFO, VERSION_1, Builder, every_operation
 from test_engine_native import Drawn
 
 import autocompress_fast as acf
-from autocompress_fast.engine import Engine, FileFormatError, native
+from autocompress_fast.engine import Engine, FileFormatError, native, packing
 from autocompress_fast.engine.file import FORMAT_VERSION, METADATA_KEY
 from autocompress_fast.engine.program import ACTIVATIONS, Input, Program, Step, program_to_json, validate
 
@@ -69,13 +69,19 @@ class Content:
     tensors: dict[str, Tensor]
 
 
-DTYPES = {"F32": np.float32, "U16": np.uint16, "U32": np.uint32}
+DTYPES = {"F32": np.float32, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
-def content_of(program: Program, info: dict[str, Any]) -> Content:
-    tensors = {k: Tensor(NAMES[v.dtype], list(v.shape), v.tobytes()) for k, v in program.tensors.items()}
-    metadata = {"format_version": FORMAT_VERSION, "program": program_to_json(program), "info": info}
+def content_of(program: Program, info: dict[str, Any], *, few_values: bool = False) -> Content:
+    """As a file has it; with few values, its numbers are rounded to 0, 1/2, 1, 2, ... and packed."""
+    stored, version = dict(program.tensors), {"format_version": 1}
+    if few_values:
+        rounded = {k: np.round(2 * v) / 2 if v.dtype == np.float32 else v for k, v in stored.items()}
+        stored, described = packing.split(rounded, overhead=-(2**20))
+        version = {"format_version": FORMAT_VERSION, "packed": described}
+    tensors = {k: Tensor(NAMES[v.dtype], list(v.shape), v.tobytes()) for k, v in stored.items()}
+    metadata = version | {"program": program_to_json(program), "info": info}
     return Content(json.loads(json.dumps(metadata)), tensors)
 
 
@@ -179,7 +185,8 @@ def beginnings() -> list[tuple[bytes, bytes]]:
     programs = [part(whole, i, i + count) for count in (1, 1, 1, 3) for i in steps[: len(steps) - count + 1]]
     programs += [*special_programs()] * 5
     programs += [Drawn(seed).program for seed in range(20)]
-    contents = [content_of(program, {}) for program in programs] + [content_of(whole, INFO)]
+    contents = [content_of(program, {}, few_values=number % 4 == 3) for number, program in enumerate(programs)]
+    contents.append(content_of(whole, INFO))
     found = [(pickle.dumps(content), packed(content)) for content in contents]
     return [*(pair for pair in found if len(pair[1]) < 2**14), (found[-1][0], VERSION_1.read_bytes())]
 
@@ -193,7 +200,7 @@ NASTY = (
     [2**63, 0], {"x": 1},
 )  # fmt: skip
 WORDS = (
-    *ACTIVATIONS, "dense", "columns", "sparse", "leaky", "F32", "U16", "U32", "F64", "F16", "I64", "BOOL",
+    *ACTIVATIONS, "dense", "columns", "sparse", "leaky", "F32", "U8", "U16", "U32", "F64", "F16", "I64", "BOOL",
     "__metadata__",
 )  # fmt: skip
 TOKENS = (

@@ -13,10 +13,12 @@ from torch import nn
 from autocompress_fast.admm import RhoSchedule
 from autocompress_fast.compact import ColumnConv2d, ColumnLinear
 from autocompress_fast.data import BatchLoader, Dataset, Splits, UserBatches
+from autocompress_fast.engine import load
 from autocompress_fast.graph import Counts, inspect
 from autocompress_fast.pipeline import DryRun, Recipe, Result, _share, compress, train
 from autocompress_fast.plan import Plan, mask
 from autocompress_fast.progress import Progress
+from autocompress_fast.quantize import LevelConstraint
 from autocompress_fast.rates import Target
 from autocompress_fast.training import TrainingConfig, evaluate
 
@@ -332,6 +334,67 @@ def test_a_run_needs_an_end(trained, options, message):
         run(trained, **options)
 
 
+# Weights on levels
+
+LEVELLED = variant(rounds=1, final_epochs=3, bits=2, quantize_epochs=1)
+
+
+@pytest.fixture(scope="module")
+def levelled(trained, tmp_path_factory) -> tuple[Result, Path]:
+    folder = tmp_path_factory.mktemp("levelled")
+    return run(trained, target="3x", recipe=LEVELLED, workdir=folder), folder
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(1, "binary"), (2, "equal"), (3, "power"), (2, "ternary")])
+def test_every_weight_that_is_left_lies_on_a_level(trained, bits, levels):
+    recipe = dataclasses.replace(LEVELLED, bits=bits, levels=levels)
+    result = run(trained, target="3x", recipe=recipe)
+    assert Target(params=3).met(result.dense, result.small)
+    for module in result.model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, ColumnConv2d, ColumnLinear)):
+            values = module.weight[module.weight != 0]
+            units = values.abs() / values.abs().min()
+            allowed = torch.tensor(LevelConstraint(bits, levels).levels)
+            allowed = allowed[allowed > 0]
+            steps = (allowed / allowed.min()).tolist()  # the smallest level may have no weight: any of them is the unit
+            assert any(
+                all(min(abs(u * s - t) for t in steps) < 1e-4 for u in units.unique().tolist()) for s in steps
+            ), units.unique()
+
+
+def test_levels_do_not_cost_the_network_its_sense(levelled):
+    result, _ = levelled
+    assert result.accuracy["final"] > 60
+    stages = list(dict.fromkeys(row["stage"] for row in result.history))
+    portions = ["admm", "50", "80", "95", "100"]
+    assert stages[2:] == [f"quantize.{group}.{part}" for group in ("inner", "edge") for part in portions]
+
+
+def test_a_run_killed_while_it_goes_to_levels_ends_as_one_that_was_not(trained, levelled, tmp_path):
+    expected, _ = levelled
+    for steps in (17, 8, 13):  # 6 of ADMM and 9 of retraining come before the 30 towards levels
+        with pytest.raises(StopError):
+            run(trained, target="3x", recipe=LEVELLED, workdir=tmp_path, progress=Watcher(steps=steps))
+    result = run(trained, target="3x", recipe=LEVELLED, workdir=tmp_path)
+    assert_same(state(result.model), state(expected.model))
+    assert without_seconds(result.history) == without_seconds(expected.history)
+
+
+def test_files_of_levels_are_read_back(levelled, tmp_path):
+    result, _ = levelled
+    path = result.save(tmp_path / "small.acf")
+    x = SPLITS.test.normalized(slice(8))
+    with torch.no_grad():
+        expected = result.model(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(load(path)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dry_run_counts_the_trainings_towards_levels(trained):
+    options = {"target": "3x", "progress": Progress(), "dry_run": True}
+    plain = compress(trained, SPLITS, recipe=dataclasses.replace(LEVELLED, bits=None), **options)
+    assert compress(trained, SPLITS, recipe=LEVELLED, **options).epochs == plain.epochs + 10
+
+
 # Data of every kind
 
 
@@ -623,6 +686,10 @@ def test_targets_out_of_reach_are_refused_before_anything_is_written(trained, tm
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"purify_rounds": -1}, "purify_rounds must be 0 or more"),
         ({"purify_tolerance": -0.5}, "purify_tolerance must be 0 or more"),
+        ({"bits": 0}, "bits must be an int from 1 to 8, got 0"),
+        ({"bits": 3, "levels": "binary"}, "binary levels have 1 bits, got 3"),
+        ({"levels": "ternary"}, "levels='ternary' needs bits, got none"),
+        ({"quantize_epochs": -1}, "epochs must be an int, 0 or more"),
         ({"purify_epochs": -1}, "epochs must be an int, 0 or more"),
         ({"retrain_epochs": -1}, "epochs must be an int, 0 or more"),
         ({"admm_lr": 0.0}, "lr must be positive"),

@@ -216,7 +216,7 @@ def test_names_of_rounds_stand_where_there_is_room():
 
 TRIALS = [
     Trial(1, "start", Action(), -2.0, 0.0, True, -2.0, 1.0),
-    Trial(2, "profile", Action(), -1.5, 0.0, True, -1.5, 2.0),
+    Trial(2, "departure", Action(), -1.5, 0.0, True, -1.5, 2.0),
     Trial(3, "move", Action(), -1.0, 0.5, True, -1.0, 3.0),
     Trial(4, "move", Action(), -math.inf, 0.4, False, -1.0, 4.0),
     Trial(5, "restart", Action(), -1.25, 0.3, False, -1.0, 5.0),
@@ -227,7 +227,7 @@ def test_plot_of_a_search_shows_every_trial():
     scores, temperature, accepted = _plots.search(TRIALS, score="points").axes
     lines = {line.get_label(): line for line in scores.lines}
     shown = {name: (list(line.get_xdata()), list(line.get_ydata())) for name, line in lines.items()}
-    assert shown["profile, before the annealing"] == ([1, 2], [-2, -1.5])
+    assert shown["departures, before the annealing"] == ([1, 2], [-2, -1.5])
     assert shown["move, accepted"] == ([3], [-1])
     assert shown["move, rejected"] == ([5], [-1.25])
     (below,) = (xy for name, xy in shown.items() if name == "1 below this scale")

@@ -163,6 +163,14 @@ def compress(
     retrain_lr: Annotated[float | None, typer.Option(help="Peak learning rate after pruning.")] = None,
     final_lr: Annotated[float | None, typer.Option(help="Peak learning rate after the last pruning.")] = None,
     purify_lr: Annotated[float | None, typer.Option(help="Peak learning rate after purification.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(min=1, max=8, help="Of every weight that is left; float32 by default.")
+    ] = None,
+    levels: Annotated[str | None, typer.Option(help="equal, power, ternary or binary.")] = None,
+    quantize_epochs: Annotated[
+        int | None, typer.Option(min=0, help="Of each of the ten trainings that bring weights to levels.")
+    ] = None,
+    quantize_lr: Annotated[float | None, typer.Option(help="Peak learning rate of these.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd or adam.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="While compressing.")] = None,
     distillation: Annotated[
@@ -211,6 +219,10 @@ def compress(
         "retrain_lr": retrain_lr,
         "final_lr": final_lr,
         "purify_lr": purify_lr,
+        "bits": bits,
+        "levels": levels,
+        "quantize_epochs": quantize_epochs,
+        "quantize_lr": quantize_lr,
         "optimizer": optimizer,
         "weight_decay": weight_decay,
         "distillation": distillation,

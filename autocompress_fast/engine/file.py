@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from autocompress_fast._files import write_atomically
+from autocompress_fast.engine import packing
 from autocompress_fast.engine.program import (
     MAX_FLOAT,
     Program,
@@ -30,7 +31,7 @@ from autocompress_fast.engine.program import (
 __all__ = ["FORMAT_VERSION", "METADATA_KEY", "FileFormatError", "check_info", "read", "size", "write"]
 
 METADATA_KEY: Final = "autocompress_fast"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 MAX_BYTES: Final = 2**32
 """Of a file: more than all weights and values that may be needed take."""
@@ -38,6 +39,7 @@ MAX_INFO_BYTES: Final = 2**20
 _MAX_INFO_DEPTH: Final = 16
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "F32": np.dtype(np.float32),
+    "U8": np.dtype(np.uint8),
     "U16": np.dtype(np.uint16),
     "U32": np.dtype(np.uint32),
 }
@@ -55,14 +57,14 @@ def write(path: str | Path, program: Program, info: dict[str, Any]) -> None:
     """
     infos = validate(program)
     check_info(info, program, infos)
+    tensors, packed = packing.split(program.tensors)
     # One key: safetensors writes several in any order, and the same program should be the same file.
-    metadata = {METADATA_KEY: _content(program, info)}
-    tensors = {name: np.asarray(tensor, order="C") for name, tensor in program.tensors.items()}
+    metadata = {METADATA_KEY: _content(program, info, packed)}
     write_atomically(path, safetensors.numpy.save(tensors, metadata))
 
 
 def size(program: Program, info: dict[str, Any]) -> int:
-    """Bytes of the file that `write` makes; of the tensors, shapes and dtypes alone count.
+    """Bytes of the file that `write` makes, or more if it packs tensors; of these, shapes and dtypes alone count.
 
     Example:
         >>> from autocompress_fast.engine.program import Input, Step
@@ -82,9 +84,10 @@ def size(program: Program, info: dict[str, Any]) -> int:
     return 8 + -(-length // 8) * 8 + end
 
 
-def _content(program: Program, info: dict[str, Any]) -> str:
-    content = {"format_version": FORMAT_VERSION, "program": program_to_json(program), "info": info}
-    return json.dumps(content, allow_nan=False)
+def _content(program: Program, info: dict[str, Any], packed: dict[str, dict[str, Any]] | None = None) -> str:
+    """The text of the header: of version 1, which all releases read, where nothing is packed."""
+    version = {"format_version": FORMAT_VERSION, "packed": packed} if packed else {"format_version": 1}
+    return json.dumps(version | {"program": program_to_json(program), "info": info}, allow_nan=False)
 
 
 def read(path: str | Path) -> tuple[Program, tuple[StepInfo, ...], dict[str, Any]]:
@@ -105,8 +108,8 @@ def read(path: str | Path) -> tuple[Program, tuple[StepInfo, ...], dict[str, Any
         raise FileFormatError(f"{path}: {status.st_size} bytes; a file has at most {MAX_BYTES}")
     content = path.read_bytes()
     try:
-        written, info = _metadata(content)
-        program = program_from_json(written, _tensors(content))
+        written, packed, info = _metadata(content)
+        program = program_from_json(written, packing.joined(_tensors(content), packed, MAX_BYTES // 4))
         infos = validate(program)
         check_info(info, program, infos)
     except (ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
@@ -114,8 +117,8 @@ def read(path: str | Path) -> tuple[Program, tuple[StepInfo, ...], dict[str, Any
     return program, infos, info
 
 
-def _metadata(content: bytes) -> tuple[object, Any]:
-    """The program and the information in the header of a file."""
+def _metadata(content: bytes) -> tuple[object, object, Any]:
+    """The program, which tensors are packed, and the information, in the header of a file."""
     if len(content) < 8:
         raise ValueError(f"{len(content)} bytes are too few for a safetensors file")
     length = int.from_bytes(content[:8], "little")
@@ -128,12 +131,13 @@ def _metadata(content: bytes) -> tuple[object, Any]:
         raise ValueError("a safetensors file at best, but not one of autocompress_fast")
     written = _json(text, "metadata")
     version = written.get("format_version") if isinstance(written, dict) else None
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(f"format version {version!r:.20} is unknown; this release reads version {FORMAT_VERSION}")
-    expected = {"format_version", "program", "info"}
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        known = f"this release reads versions 1 to {FORMAT_VERSION}"
+        raise ValueError(f"format version {version!r:.20} is unknown; {known}")
+    expected = {"format_version", "program", "info"} | ({"packed"} if version > 1 else set())
     if written.keys() != expected:
         raise ValueError(f"the metadata must be {', '.join(sorted(expected))}, not {sorted(written)!r:.80}")
-    return written["program"], written["info"]
+    return written["program"], written.get("packed", {}), written["info"]
 
 
 def _tensors(content: bytes) -> dict[str, np.ndarray[Any, Any]]:
