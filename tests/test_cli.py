@@ -5,7 +5,6 @@ import struct
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import autocompress_fast as acf
