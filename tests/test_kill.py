@@ -24,6 +24,9 @@ from autocompress_fast.training import TrainingConfig
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
+TIMED = ("result.json", "report.txt", "report.html")  # files that say how long it took
+
+
 def rows(path: Path) -> list[dict]:
     """Of a file of JSON lines, without times."""
     return pipeline.without_seconds([json.loads(line) for line in path.read_text().splitlines()])
@@ -38,7 +41,7 @@ def assert_ended_alike(folder: Path, expected: Path) -> None:
         found = folder / path.name
         if path.suffix == ".jsonl":
             assert rows(found) == rows(path), path.name
-        elif path.is_file() and path.suffix != ".ckpt" and path.name not in ("result.json", "report.txt"):
+        elif path.is_file() and path.suffix != ".ckpt" and path.name not in TIMED:
             assert found.read_bytes() == path.read_bytes(), path.name
     logged = [(row["stage"], row["epoch"]) for row in rows(folder / "log.jsonl")]
     assert len(set(logged)) == len(logged)
