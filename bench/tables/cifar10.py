@@ -60,6 +60,16 @@ _RECIPE = {
     "rho": RhoSchedule(1e-2, 1.7, maximum=1.0),
     **_SHARED,
 }
+_LARGE = _RECIPE | {
+    "rounds": 4,
+    "search": 60,
+    "admm_epochs": 5,
+    "retrain_epochs": 2,
+    "final_epochs": 60,
+    "admm_lr": 0.02,
+    "retrain_lr": 0.05,
+    "final_lr": 0.1,
+}
 SETTINGS = {
     "ResNet-20": Setting(
         "resnet20",
@@ -83,33 +93,13 @@ SETTINGS = {
         "vgg16",
         "conv=50,macs=8.8",
         TrainingConfig(60, lr=0.1, weight_decay=5e-4, warmup=0.05, **_SHARED),
-        recipe=_RECIPE
-        | {
-            "rounds": 4,
-            "search": 60,
-            "admm_epochs": 5,
-            "retrain_epochs": 2,
-            "final_epochs": 60,
-            "admm_lr": 0.02,
-            "retrain_lr": 0.05,
-            "final_lr": 0.1,
-        },
+        recipe=_LARGE,
     ),
     "ResNet-18": Setting(
         "resnet18_cifar",
         "conv=54,macs=12",
         TrainingConfig(40, lr=0.1, weight_decay=5e-4, warmup=0.05, **_SHARED),
-        recipe=_RECIPE
-        | {
-            "rounds": 4,
-            "search": 60,
-            "admm_epochs": 5,
-            "retrain_epochs": 2,
-            "final_epochs": 60,
-            "admm_lr": 0.02,
-            "retrain_lr": 0.05,
-            "final_lr": 0.1,
-        },
+        recipe=_LARGE,
     ),
 }
 
