@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from autocompress_fast.plan import Plan as Plan
     from autocompress_fast.plan import mask as mask
     from autocompress_fast.purify import purify as purify
+    from autocompress_fast.quantize import LevelConstraint as LevelConstraint
     from autocompress_fast.rates import Target as Target
     from autocompress_fast.rates import allocate as allocate
     from autocompress_fast.report import plot_search as plot_search
@@ -63,6 +64,7 @@ _LAZY = {
     "Engine": "engine",
     "FileFormatError": "engine",
     "LatencyModel": "latency",
+    "LevelConstraint": "quantize",
     "FixedParameters": "plan",
     "MaskedParameters": "plan",
     "Meter": "meter",
@@ -98,6 +100,7 @@ __all__ = [
     "FileFormatError",
     "FixedParameters",
     "LatencyModel",
+    "LevelConstraint",
     "MaskedParameters",
     "Meter",
     "Plan",
