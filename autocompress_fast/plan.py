@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ __all__ = ["LayerPlan", "Plan", "mask"]
 BoolArray = npt.NDArray[np.bool_]
 
 _FORMAT_VERSION = 1
+_HooksT = TypeVar("_HooksT", bound="_Hooks")
 _MOST_SIZES = 2**26  # filters and columns of all layers of a file; more are no network's
 
 
@@ -403,7 +404,25 @@ def apply_masks(model: torch.nn.Module, plan: Plan) -> None:
             parameter.masked_fill_(~kept, 0)
 
 
-class MaskedParameters:
+class _Hooks:
+    """Hooks on a model and its optimizer, as a context."""
+
+    _handles: Sequence[Any]
+
+    def remove(self) -> None:
+        """Detach from model and optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self: _HooksT) -> _HooksT:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class MaskedParameters(_Hooks):
     """Keeps the dropped weights of a model at zero while any optimizer trains it.
 
     The dropped weights get no gradient, and after every step they are set to zero again, whatever weight decay or
@@ -451,20 +470,8 @@ class MaskedParameters:
 
         self._handles = [*gradient, optimizer.register_step_post_hook(zero_again)]
 
-    def remove(self) -> None:
-        """Detach from model and optimizer."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
-    def __enter__(self) -> MaskedParameters:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-
-class FixedParameters:
+class FixedParameters(_Hooks):
     """Keeps some values of a model's parameters as they are while any optimizer trains the rest.
 
     They get no gradient, and after every step they are what they were when this began. Use as a context, or call
@@ -520,18 +527,6 @@ class FixedParameters:
             for parameter, factor in zip(self._parameters, self._factors, strict=True)
         ]
         self._handles = [*hooks, optimizer.register_step_post_hook(put_back)]
-
-    def remove(self) -> None:
-        """Detach from model and optimizer."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def __enter__(self) -> FixedParameters:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
 
 class _Multiply:
