@@ -447,8 +447,7 @@ def test_no_worker_outlives_its_search(tmp_path, kill, seconds):
     script.write_text(SLEEPER)
     pids.mkdir()
     command = [sys.executable, str(script), str(pids), str(seconds)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    parent = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, env=environment)
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     waits_for(lambda: len(list(pids.iterdir())) == 2)
     if kill == signal.SIGINT:
         os.killpg(parent.pid, kill)  # what a terminal does
