@@ -90,6 +90,10 @@ class Network:
         values: NDArray[np.float32],
         bias: NDArray[np.float32],
         activation: str,
+        precision: str,
+        scale: float,
+        zero: int,
+        scales: NDArray[np.float32],
     ) -> int: ...
     def expansion(
         self,
@@ -130,6 +134,10 @@ class Network:
         values: NDArray[np.float32],
         bias: NDArray[np.float32],
         activation: str,
+        precision: str,
+        scale: float,
+        zero: int,
+        scales: NDArray[np.float32],
     ) -> int: ...
     def sparse_linear(
         self,

@@ -8,6 +8,7 @@
 //   load, store, load_masked(p, m), store_masked(p, m, r)    masked: nothing else is touched, zero elsewhere
 //   load_halves(a, b)                kLanes / 2 floats each
 //   load_strided(a, b)               kLanes floats each, of which the even ones are taken
+//   difference(p, x)                 p[i] - x, of integers, as floats
 //   set(x), broadcast(p), fma(a, b, c), add, sub, mul, div
 //   max(a, b), min(a, b)             b when either is NaN
 //   larger(a, b)                     NaN when either is NaN

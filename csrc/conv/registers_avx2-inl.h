@@ -39,6 +39,10 @@ struct N {
     const Reg even = _mm256_shuffle_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b), 0x88);  // a0 a2 b0 b2 | a4 a6 b4 b6
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
   }
+  static Reg difference(const std::int32_t* p, std::int32_t x) {
+    const __m256i integers = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(integers, _mm256_set1_epi32(x)));
+  }
   static Reg set(float x) { return _mm256_set1_ps(x); }
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }

@@ -29,6 +29,10 @@ struct N {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return _mm512_permutex2var_ps(_mm512_loadu_ps(a), even, _mm512_loadu_ps(b));
   }
+  static Reg difference(const std::int32_t* p, std::int32_t x) {
+    const __m512i integers = _mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(x));
+    return _mm512_maskz_cvtepi32_ps(0xffff, integers);
+  }
   static Reg set(float x) { return _mm512_set1_ps(x); }
   static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }

@@ -32,6 +32,11 @@ struct N {
   }
   static Reg load_halves(const float* a, const float* b) { return Reg{a[0], a[1], b[0], b[1]}; }
   static Reg load_strided(const float* a, const float* b) { return Reg{a[0], a[2], b[0], b[2]}; }
+  static Reg difference(const std::int32_t* p, std::int32_t x) {
+    Reg r;
+    for (int i = 0; i < kLanes; ++i) r[i] = static_cast<float>(p[i] - x);
+    return r;
+  }
   static Reg set(float x) { return Reg{x, x, x, x}; }
   static Reg broadcast(const float* p) { return set(*p); }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }

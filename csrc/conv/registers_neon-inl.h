@@ -32,6 +32,9 @@ struct N {
   }
   static Reg load_halves(const float* a, const float* b) { return vcombine_f32(vld1_f32(a), vld1_f32(b)); }
   static Reg load_strided(const float* a, const float* b) { return vuzp1q_f32(vld1q_f32(a), vld1q_f32(b)); }
+  static Reg difference(const std::int32_t* p, std::int32_t x) {
+    return vcvtq_f32_s32(vsubq_s32(vld1q_s32(p), vdupq_n_s32(x)));
+  }
   static Reg set(float x) { return vdupq_n_f32(x); }
   static Reg broadcast(const float* p) { return vld1q_dup_f32(p); }
   static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }

@@ -60,8 +60,8 @@ std::int64_t pixel_tiles(const Plan& plan, std::int64_t images) {
 // Tiles of pixels that are gathered before they meet the filters.
 std::int64_t block_tiles(const Plan& plan) {
   const std::int64_t weights = filter_tiles(plan) * weight_bytes(plan);
-  const std::int64_t most = weights <= kCachedBytes ? kTogether : kCachedBytes / value_bytes(plan);
-  return std::min(std::clamp<std::int64_t>(most, kTogether, kMaxTiles),
+  const std::int64_t most = weights <= kCachedBytes ? 2 : kCachedBytes / value_bytes(plan);
+  return std::min(std::clamp<std::int64_t>(most, 2, kMaxTiles),
                   std::max<std::int64_t>(1, pixel_tiles(plan, plan.images)));
 }
 
@@ -161,9 +161,8 @@ void pack_all(const Plan& plan, std::int64_t count, const std::int64_t* columns,
     for (; k < count && columns[k] < (g + 1) * (s.columns() / s.groups); ++k) {
       const std::int64_t kw = columns[k] % s.kernel_w, kh = columns[k] / s.kernel_w % s.kernel_h,
                          c = columns[k] / s.kernel_w / s.kernel_h;
-      offsets[g * offsets_per_group(plan) + k - first] =
-          static_cast<std::int32_t>(c * plan.in.plane + (kh * s.dilation_h - s.padding.top) * plan.in.row +
-                                    kw * s.dilation_w - s.padding.left);
+      offsets[g * offsets_per_group(plan) + k - first] = static_cast<std::int32_t>(
+          c * plan.in.plane + (kh * s.dilation_h - s.padding.top) * plan.in.row + kw * s.dilation_w - s.padding.left);
     }
     counts[g] = k - first;
     for (std::int64_t f = 0; f < per_group; ++f, weights += k - first) {
@@ -217,18 +216,17 @@ class Runner {
     const std::int64_t wanted = threads == 1 ? 1 : task_count(threads);
     if (wanted == 1) threads = 1;
     // Threads that take pixels all read all weights, threads that take filters all gather all pixels.
-    const std::int64_t filters = filter_tiles(plan_), pairs = ceil_div(filters, kTogether);
-    const bool by_pixels = tiles_ >= 2 * filters || pairs < threads;
-    const std::int64_t blocks = ceil_div(tiles_, block_tiles(plan_));
-    const Parts pixel_parts(tiles_, by_pixels ? std::min(tiles_, std::max(blocks, wanted)) : blocks),
-        filter_parts(pairs, by_pixels ? 1 : std::min(pairs, wanted));
+    const std::int64_t filters = filter_tiles(plan_);
+    const bool by_pixels = tiles_ >= 2 * filters || filters < 2 * threads;
+    const Parts pixel_parts(tiles_, by_pixels ? std::min(tiles_, wanted) : 1),
+        filter_parts(filters, by_pixels ? 1 : std::min(filters, wanted));
     const std::int64_t groups = plan_.shape.groups;
     Slots slots(static_cast<int>(std::min<std::int64_t>(threads, slot_count(plan_))));
     parallel_for(filter_parts.count * pixel_parts.count * groups, slots.count(), [&](std::int64_t task) {
       slots.with([&](int slot) {
         const std::int64_t group = task % groups, rest = task / groups;
-        run_block(group, pixel_parts[rest % pixel_parts.count], filter_parts[rest / pixel_parts.count],
-                  reinterpret_cast<unsigned char*>(scratch) + slot * slot_bytes(plan_));
+        run_part(group, pixel_parts[rest % pixel_parts.count], filter_parts[rest / pixel_parts.count],
+                 reinterpret_cast<unsigned char*>(scratch) + slot * slot_bytes(plan_));
       });
     });
   }
@@ -238,13 +236,13 @@ class Runner {
     return std::min<std::int64_t>(Slots::most(), tasks);
   }
   static std::int64_t slot_bytes(const Plan& plan) {
-    return block_tiles(plan) * value_bytes(plan) + kTogether * kTogether * kStepBytes;
+    return block_tiles(plan) * value_bytes(plan) + kTogether * kStepBytes;
   }
 
  private:
   std::int64_t task_count(int threads) const {
-    const double cycles = plan_.cycles * static_cast<double>(pixels_) /
-                          static_cast<double>(plan_.images * height_ * width_);
+    const double cycles =
+        plan_.cycles * static_cast<double>(pixels_) / static_cast<double>(plan_.images * height_ * width_);
     constexpr double kTaskCycles = 8'000;
     constexpr std::int64_t kTasksPerThread = 4;
     const auto most = static_cast<double>(kTasksPerThread * threads);
@@ -256,7 +254,18 @@ class Runner {
     return reinterpret_cast<const T*>(bytes_ + at);
   }
 
-  void run_block(std::int64_t group, const conv::Part& tiles, const conv::Part& pairs, unsigned char* values) const {
+  // Some tiles of pixels and of filters, block by block.
+  void run_part(std::int64_t group, const conv::Part& tiles, const conv::Part& filters, unsigned char* values) const {
+    const std::int64_t most = block_tiles(plan_), blocks = ceil_div(tiles.size, most);
+    const Parts cut(tiles.size, blocks);
+    if (all_.begin != nullptr) all_.begin();
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      run_block(group, {tiles.begin + cut[b].begin, cut[b].size}, filters, values);
+    }
+    if (all_.end != nullptr) all_.end();
+  }
+
+  void run_block(std::int64_t group, const conv::Part& tiles, const conv::Part& filters, unsigned char* values) const {
     const std::int64_t columns = part<std::int64_t>(at_.counts)[group],
                        rows = ceil_div(columns, columns_per_row(plan_.number)), pitch = value_bytes(plan_);
     Place places[kMaxTiles];
@@ -269,39 +278,43 @@ class Runner {
       Reads reads;
       gather.in = locate(tiles.begin + t, reads, places[t]);
       gather.reads = &reads;
+      gather.ahead = reads.stretches == 1 ? static_cast<std::int32_t>(tiles.size * kTile * reads.step) : 0;
       gather.to = values + t * pitch;
       table_.gather(gather);
       // Whole steps are read: what no column fills meets weights of zero, and must be finite.
       std::memset(gather.to + rows * kRowBytes, 0, static_cast<std::size_t>(pitch - rows * kRowBytes));
     }
 
-    const std::int64_t filters = filter_tiles(plan_), padded = filters * kTile, weight_pitch = weight_bytes(plan_);
-    const unsigned char* weights = bytes_ + at_.weights + group * filters * weight_pitch;
+    const std::int64_t all = filter_tiles(plan_), weight_pitch = weight_bytes(plan_),
+                       end = filters.begin + filters.size;
+    const unsigned char* weights = bytes_ + at_.weights + group * all * weight_pitch;
     unsigned char* sums = values + block_tiles(plan_) * pitch;
-    const bool streams = filters * weight_pitch > kCachedBytes;
-    if (all_.begin != nullptr) all_.begin();
-    for (std::int64_t f = pairs.begin * kTogether; f < std::min((pairs.begin + pairs.size) * kTogether, filters);
-         f += kTogether) {
-      for (std::int64_t t = 0; t < tiles.size; t += kTogether) {
+    const bool streams = all * weight_pitch > kCachedBytes;
+    // Few tiles of pixels meet every tile of filters at once, so that weights are read once; else two meet two.
+    const std::int64_t pixels = tiles.size <= kTogether && tiles.size != 2 ? tiles.size : 2, some = tiles.size == 1
+                                                                                                        ? kTogether
+                                                                                                    : pixels == 2 ? 2
+                                                                                                                  : 1;
+    for (std::int64_t f = filters.begin; f < end; f += some) {
+      for (std::int64_t t = 0; t < tiles.size; t += pixels) {
         ProductCall product = {};
         product.weights = weights + f * weight_pitch;
         product.weights_pitch = weight_pitch;
         product.pixels = values + t * pitch;
         product.pixels_pitch = pitch;
         product.rows = rows;
-        product.filter_tiles = static_cast<int>(std::min<std::int64_t>(kTogether, filters - f));
-        product.pixel_tiles = static_cast<int>(std::min<std::int64_t>(kTogether, tiles.size - t));
+        product.filter_tiles = static_cast<int>(std::min(some, end - f));
+        product.pixel_tiles = static_cast<int>(std::min(pixels, tiles.size - t));
         product.streams = streams && t == 0;
         product.sums = sums;
         table_.product(product);
         for (int i = 0; i < product.filter_tiles; ++i) {
           for (int p = 0; p < product.pixel_tiles; ++p) {
-            finish(group, f + i, padded, places[t + p], sums + (i * product.pixel_tiles + p) * kStepBytes);
+            finish(group, f + i, all * kTile, places[t + p], sums + (i * product.pixel_tiles + p) * kStepBytes);
           }
         }
       }
     }
-    if (all_.end != nullptr) all_.end();
   }
 
   void finish(std::int64_t group, std::int64_t filter_tile, std::int64_t padded, const Place& place,
@@ -345,9 +358,7 @@ class Runner {
     const conv::Shape& s = plan_.shape;
     const std::int64_t first = tile * kTile, last = std::min(first + kTile, pixels_);
     std::int64_t n = first / (height_ * width_), y = first / width_ % height_, x = first % width_;
-    const auto read_at = [&] {
-      return n * plan_.in.image + y * s.stride_h * plan_.in.row + x * s.stride_w;
-    };
+    const auto read_at = [&] { return n * plan_.in.image + y * s.stride_h * plan_.in.row + x * s.stride_w; };
     const std::int64_t base = read_at();
     reads.step = s.stride_w;
     reads.count = static_cast<int>(last - first);
@@ -397,8 +408,8 @@ double estimated_cycles(const Plan& plan) {
              filters = static_cast<double>(filter_tiles(plan)), groups = static_cast<double>(s.groups);
   const bool apart = s.stride_w > 2 || s.out_width() < 4;
   const double gather = kTile * (plan.number == Number::bfloat16 ? 4.0 : 8.0) * (apart ? 4 : s.stride_w > 1 ? 2 : 1.2);
-  const double product = plan.unit == Unit::amx    ? 18
-                         : plan.unit == Unit::avx2 ? 64.0 * kTile
+  const double product = plan.unit == Unit::amx       ? 18
+                         : plan.unit == Unit::avx2    ? 64.0 * kTile
                          : plan.unit == Unit::generic ? 500.0 * kTile
                                                       : 16.0 * kTile;
   const double finish = 5.0 * static_cast<double>(std::min<std::int64_t>(kTile, group_filters(plan)));

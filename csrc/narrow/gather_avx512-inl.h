@@ -41,9 +41,9 @@ struct Even {
     __m512 r = _mm512_setzero_ps();
     unrolled<kStretches>([&](auto i) {
       const float* from = p + at[i];
-      r = _mm512_mask_mov_ps(r, mask[i],
-                             _mm512_permutex2var_ps(_mm512_maskz_loadu_ps(low[i], from), even,
-                                                    _mm512_maskz_loadu_ps(high[i], from + 16)));
+      r = _mm512_mask_mov_ps(
+          r, mask[i],
+          _mm512_permutex2var_ps(_mm512_maskz_loadu_ps(low[i], from), even, _mm512_maskz_loadu_ps(high[i], from + 16)));
     });
     return r;
   }
@@ -122,6 +122,8 @@ inline void gather_int8(const GatherCall& call) {
     for (; left >= 4; left -= 4, offset += 4, to += kRowBytes) {
       const __m512 x[4] = {pixels.load(call.in + offset[0]), pixels.load(call.in + offset[1]),
                            pixels.load(call.in + offset[2]), pixels.load(call.in + offset[3])};
+      __builtin_prefetch(call.in + offset[0] + call.ahead);
+      __builtin_prefetch(call.in + offset[2] + call.ahead);
       _mm512_store_si512(to, quantize.row(x));
     }
     if (left == 0) return;
@@ -148,6 +150,7 @@ inline void gather_bfloat16(const GatherCall& call) {
     for (std::int64_t left = call.columns; left > 0; left -= 2, offset += 2, to += kRowBytes) {
       const __m512 first = pixels.load(call.in + offset[0]),
                    second = left > 1 ? pixels.load(call.in + offset[1]) : _mm512_setzero_ps();
+      __builtin_prefetch(call.in + offset[0] + call.ahead);
       _mm512_store_si512(to, pairs(first, second));
     }
   });

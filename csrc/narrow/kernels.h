@@ -8,10 +8,10 @@
 
 namespace acf::narrow {
 
-inline constexpr int kTile = 16;             // filters, pixels, and rows of columns of a tile
-inline constexpr int kRowBytes = 64;         // of a row of columns: for every pixel 4 bytes, side by side
+inline constexpr int kTile = 16;      // filters, pixels, and rows of columns of a tile
+inline constexpr int kRowBytes = 64;  // of a row of columns: for every pixel 4 bytes, side by side
 inline constexpr int kStepBytes = kTile * kRowBytes;
-inline constexpr int kTogether = 2;          // tiles of filters, and of pixels, of one product
+inline constexpr int kTogether = 4;  // tiles of sums of one product: 1 x 4, 2 x 2 or 4 x 1, or less
 
 inline constexpr int columns_per_row(Number number) { return number == Number::bfloat16 ? 2 : 4; }
 
@@ -34,13 +34,14 @@ struct GatherCall {
   const float* in;
   const Reads* reads;
   const std::int32_t* offsets;  // of the columns, in floats
+  std::int32_t ahead;           // so far on, a later tile will read: prefetched; 0 for none
   std::int64_t columns;
   float inverse;      // int8: 1 / scale
   std::int32_t zero;  // int8
   unsigned char* to;  // (rows, kRowBytes), 64-byte aligned
 };
 
-// sums[f][p] (kTile, kTile), 1 or 2 tiles of each: for the first filters all pixels, then for the second.
+// sums[f][p] (kTile, kTile), of up to kTogether tiles: for the first filters all pixels, then for the next.
 struct ProductCall {
   const unsigned char* weights;
   std::int64_t weights_pitch;  // from one tile of filters to the next, in bytes
@@ -83,7 +84,7 @@ struct Kernels {
   Order order;
   std::int32_t shift;            // gathered integers are q - shift
   NumberKernels bfloat16, int8;  // null: the unit lacks them
-  void (*begin)();           // around every stretch of products, or null
+  void (*begin)();               // around every stretch of products, or null
   void (*end)();
 };
 

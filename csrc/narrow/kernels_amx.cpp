@@ -41,61 +41,121 @@ void begin() { _tile_loadconfig(&kConfiguration); }
 
 void end() { _tile_release(); }
 
-// How far ahead weights that stream are asked for.
-constexpr std::int64_t kAhead = 4 * kStepBytes;
+// How far ahead weights that stream are asked for, into the second-level cache: some hundred nanoseconds.
+constexpr std::int64_t kAhead = 12 * kStepBytes;
 
 ACF_INLINE void prefetch(const unsigned char* step) {
-  unrolled<kTile>([&](auto row) { __builtin_prefetch(step + kAhead + row * kRowBytes); });
+  unrolled<kTile>([&](auto row) { __builtin_prefetch(step + kAhead + row * kRowBytes, 0, 2); });
 }
 
-#define ACF_DOT(sums, weights, pixels)                                                                \
-  if constexpr (number == Number::bfloat16) {                                                         \
-    _tile_dpbf16ps(sums, weights, pixels);                                                            \
-  } else {                                                                                            \
-    _tile_dpbsud(sums, weights, pixels);                                                              \
+// The instructions take the numbers of tile registers as constants. 0 to 3 are sums, 4 and 5 weights, 6 and 7 values.
+#define ACF_DOT(sums, weights, values)        \
+  if constexpr (number == Number::bfloat16) { \
+    _tile_dpbf16ps(sums, weights, values);    \
+  } else {                                    \
+    _tile_dpbsud(sums, weights, values);      \
   }
 
-template <Number number, int kFilterTiles, int kPixelTiles, bool kStreams>
-void product(const ProductCall& call) {
+// Two tiles of filters, two of pixels.
+template <Number number, bool kStreams>
+void square(const ProductCall& call) {
   const unsigned char *weights = call.weights, *pixels = call.pixels;
   _tile_zero(0);
-  if constexpr (kPixelTiles > 1) _tile_zero(1);
-  if constexpr (kFilterTiles > 1) _tile_zero(2);
-  if constexpr (kFilterTiles * kPixelTiles > 3) _tile_zero(3);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
   for (std::int64_t row = 0; row < call.rows; row += kTile, weights += kStepBytes, pixels += kStepBytes) {
     if constexpr (kStreams) {
       prefetch(weights);
-      if constexpr (kFilterTiles > 1) prefetch(weights + call.weights_pitch);
+      prefetch(weights + call.weights_pitch);
     }
     _tile_loadd(4, weights, kRowBytes);
     _tile_loadd(6, pixels, kRowBytes);
     ACF_DOT(0, 4, 6)
-    if constexpr (kPixelTiles > 1) {
-      _tile_loadd(7, pixels + call.pixels_pitch, kRowBytes);
-      ACF_DOT(1, 4, 7)
+    _tile_loadd(7, pixels + call.pixels_pitch, kRowBytes);
+    ACF_DOT(1, 4, 7)
+    _tile_loadd(5, weights + call.weights_pitch, kRowBytes);
+    ACF_DOT(2, 5, 6)
+    ACF_DOT(3, 5, 7)
+  }
+  auto* sums = static_cast<unsigned char*>(call.sums);
+  _tile_stored(0, sums, kRowBytes);
+  _tile_stored(1, sums + kStepBytes, kRowBytes);
+  _tile_stored(2, sums + 2 * kStepBytes, kRowBytes);
+  _tile_stored(3, sums + 3 * kStepBytes, kRowBytes);
+}
+
+// One tile of filters and up to four of pixels, or one of pixels and up to four of filters: the one is loaded once and
+// the others take turns in two registers, so that loads overlap with products.
+template <Number number, bool kFilters, int kCount, bool kStreams>
+void line(const ProductCall& call) {
+  const unsigned char *one = kFilters ? call.pixels : call.weights, *some = kFilters ? call.weights : call.pixels;
+  const std::int64_t pitch = kFilters ? call.weights_pitch : call.pixels_pitch;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (std::int64_t row = 0; row < call.rows; row += kTile, one += kStepBytes, some += kStepBytes) {
+    if constexpr (kStreams) {
+      const unsigned char* weights = kFilters ? some : one;
+      unrolled<kFilters ? kCount : 1>([&](auto i) { prefetch(weights + i * call.weights_pitch); });
     }
-    if constexpr (kFilterTiles > 1) {
-      _tile_loadd(5, weights + call.weights_pitch, kRowBytes);
-      ACF_DOT(2, 5, 6)
-    }
-    if constexpr (kFilterTiles * kPixelTiles > 3) {
-      ACF_DOT(3, 5, 7)
+    if constexpr (kFilters) {
+      _tile_loadd(6, one, kRowBytes);
+      _tile_loadd(4, some, kRowBytes);
+      ACF_DOT(0, 4, 6)
+      if constexpr (kCount > 1) {
+        _tile_loadd(5, some + pitch, kRowBytes);
+        ACF_DOT(1, 5, 6)
+      }
+      if constexpr (kCount > 2) {
+        _tile_loadd(4, some + 2 * pitch, kRowBytes);
+        ACF_DOT(2, 4, 6)
+      }
+      if constexpr (kCount > 3) {
+        _tile_loadd(5, some + 3 * pitch, kRowBytes);
+        ACF_DOT(3, 5, 6)
+      }
+    } else {
+      _tile_loadd(4, one, kRowBytes);
+      _tile_loadd(6, some, kRowBytes);
+      ACF_DOT(0, 4, 6)
+      if constexpr (kCount > 1) {
+        _tile_loadd(7, some + pitch, kRowBytes);
+        ACF_DOT(1, 4, 7)
+      }
+      if constexpr (kCount > 2) {
+        _tile_loadd(6, some + 2 * pitch, kRowBytes);
+        ACF_DOT(2, 4, 6)
+      }
+      if constexpr (kCount > 3) {
+        _tile_loadd(7, some + 3 * pitch, kRowBytes);
+        ACF_DOT(3, 4, 7)
+      }
     }
   }
   auto* sums = static_cast<unsigned char*>(call.sums);
   _tile_stored(0, sums, kRowBytes);
-  if constexpr (kPixelTiles > 1) _tile_stored(1, sums + kStepBytes, kRowBytes);
-  if constexpr (kFilterTiles > 1) _tile_stored(2, sums + kPixelTiles * kStepBytes, kRowBytes);
-  if constexpr (kFilterTiles * kPixelTiles > 3) _tile_stored(3, sums + 3 * kStepBytes, kRowBytes);
+  if constexpr (kCount > 1) _tile_stored(1, sums + kStepBytes, kRowBytes);
+  if constexpr (kCount > 2) _tile_stored(2, sums + 2 * kStepBytes, kRowBytes);
+  if constexpr (kCount > 3) _tile_stored(3, sums + 3 * kStepBytes, kRowBytes);
 }
 
 template <Number number, bool kStreams>
 void product_of(const ProductCall& call) {
-  switch (2 * call.filter_tiles + call.pixel_tiles) {
-    case 3: return product<number, 1, 1, kStreams>(call);
-    case 4: return product<number, 1, 2, kStreams>(call);
-    case 5: return product<number, 2, 1, kStreams>(call);
-    default: return product<number, 2, 2, kStreams>(call);
+  if (call.filter_tiles == 2 && call.pixel_tiles == 2) return square<number, kStreams>(call);
+  if (call.pixel_tiles == 1) {
+    switch (call.filter_tiles) {
+      case 1: return line<number, true, 1, kStreams>(call);
+      case 2: return line<number, true, 2, kStreams>(call);
+      case 3: return line<number, true, 3, kStreams>(call);
+      default: return line<number, true, 4, kStreams>(call);
+    }
+  }
+  switch (call.pixel_tiles) {
+    case 2: return line<number, false, 2, kStreams>(call);
+    case 3: return line<number, false, 3, kStreams>(call);
+    default: return line<number, false, 4, kStreams>(call);
   }
 }
 

@@ -27,8 +27,8 @@ struct W {
   static void quantize(const float (&pixels)[4][kTile], float inverse, std::int32_t zero, unsigned char* to) {
     const __m256 by = _mm256_set1_ps(inverse);
     const __m256i plus = _mm256_set1_epi32(zero);
-    const __m256i together = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i together =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     for (int half = 0; half < kTile; half += 8) {
       const __m256i ab = _mm256_packs_epi32(integers(pixels[0] + half, by, plus), integers(pixels[1] + half, by, plus)),
                     cd = _mm256_packs_epi32(integers(pixels[2] + half, by, plus), integers(pixels[3] + half, by, plus));
@@ -64,9 +64,8 @@ void product_of_four(const ProductCall& call, const unsigned char* weights, cons
     });
   }
   unrolled<4>([&](auto i) {
-    unrolled<2>([&](auto h) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + i * kRowBytes + 32 * h), sum[i][h]);
-    });
+    unrolled<2>(
+        [&](auto h) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + i * kRowBytes + 32 * h), sum[i][h]); });
   });
 }
 
@@ -84,7 +83,7 @@ void product_int8(const ProductCall& call) {
 
 }  // namespace
 
-const Kernels avx2_kernels = {
-    N::kLanes, Order::halves, 0, {}, {gather_int8, product_int8, finish_int8}, nullptr, nullptr};
+const Kernels avx2_kernels = {N::kLanes, Order::halves, 0, {}, {gather_int8, product_int8, finish_int8},
+                              nullptr,   nullptr};
 
 }  // namespace acf::narrow

@@ -29,7 +29,7 @@ void product_int8(const ProductCall& call) {
 
 }  // namespace
 
-const Kernels dotprod_kernels = {
-    N::kLanes, Order::by_row, 128, {}, {gather_int8, product_int8, finish_int8}, nullptr, nullptr};
+const Kernels dotprod_kernels = {N::kLanes, Order::by_row, 128, {}, {gather_int8, product_int8, finish_int8},
+                                 nullptr,   nullptr};
 
 }  // namespace acf::narrow

@@ -55,7 +55,7 @@ void product_int8(const ProductCall& call) {
 
 }  // namespace
 
-const Kernels generic_kernels = {
-    N::kLanes, Order::by_row, 0, {}, {gather_int8, product_int8, finish_int8}, nullptr, nullptr};
+const Kernels generic_kernels = {N::kLanes, Order::by_row, 0, {}, {gather_int8, product_int8, finish_int8},
+                                 nullptr,   nullptr};
 
 }  // namespace acf::narrow

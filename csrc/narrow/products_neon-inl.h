@@ -16,9 +16,7 @@ ACF_INLINE void product_of_four(const ProductCall& call, const unsigned char* we
     });
   }
   unrolled<4>([&](auto i) {
-    unrolled<4>([&](auto q) {
-      vst1q_u8(sums + i * kRowBytes + 16 * q, vreinterpretq_u8_s32(sum[i][q]));
-    });
+    unrolled<4>([&](auto q) { vst1q_u8(sums + i * kRowBytes + 16 * q, vreinterpretq_u8_s32(sum[i][q])); });
   });
 }
 

@@ -80,8 +80,8 @@ struct Case {
     const auto floats = static_cast<std::size_t>(scratch_size(way));
     AlignedBytes scratch(floats * sizeof(float));
     std::fill_n(static_cast<float*>(scratch.data()), floats, kNaN);
-    run(way, const_cast<AlignedBytes&>(packed).data(), problem.images, in.data(), out.data(), out.layout.pitch, epilogue,
-        static_cast<float*>(scratch.data()), threads);
+    run(way, const_cast<AlignedBytes&>(packed).data(), problem.images, in.data(), out.data(), out.layout.pitch,
+        epilogue, static_cast<float*>(scratch.data()), threads);
     std::vector<float> got = out.interior();
     out.each([](float& value) { value = kNaN; });
     const bool untouched = std::memcmp(out.memory.data(), before.data(), before.size() * sizeof(float)) == 0;
@@ -114,7 +114,8 @@ void check_bfloat16(Random& random, const Problem& problem) {
     const std::vector<float> got = c.run_packed(way, packed, static_cast<int>(between(random, 1, 3)));
     std::size_t wrong = 0;
     for (std::size_t i = 0; i < got.size(); ++i) {
-      const double bound = 1.1 * 6e-8 * (static_cast<double>(c.count() + 3) * sums[i] + 8 * (1 + std::abs(expected[i])));
+      const double bound =
+          1.1 * 6e-8 * (static_cast<double>(c.count() + 3) * sums[i] + 8 * (1 + std::abs(expected[i])));
       if (!(std::abs(static_cast<double>(got[i]) - expected[i]) <= bound)) ++wrong;
     }
     EXPECT_EQ(std::to_string(wrong) + " wrong of " + describe(problem, unit), "0 wrong of " + describe(problem, unit));
@@ -150,8 +151,8 @@ void check_int8(Random& random, const Problem& problem) {
     const std::vector<float> got = c.run_packed(way, packed, static_cast<int>(between(random, 1, 3)));
     std::size_t wrong = 0;
     for (std::size_t i = 0; i < got.size(); ++i) {
-      const bool same = exact ? got[i] == expected[i]
-                              : std::abs(got[i] - expected[i]) <= 1e-6f * (1 + std::abs(expected[i]));
+      const bool same =
+          exact ? got[i] == expected[i] : std::abs(got[i] - expected[i]) <= 1e-6f * (1 + std::abs(expected[i]));
       if (!same) ++wrong;
     }
     EXPECT_EQ(std::to_string(wrong) + " wrong of " + describe(problem, unit), "0 wrong of " + describe(problem, unit));
@@ -272,7 +273,7 @@ ACF_TEST(sums_of_extremes_are_exact) {
 }
 
 ACF_TEST(roundings_are_those_of_the_definition) {
-  EXPECT_EQ(reference::rounded_to_bfloat16(1.00390625f), 1.0f);     // a tie, to even
+  EXPECT_EQ(reference::rounded_to_bfloat16(1.00390625f), 1.0f);       // a tie, to even
   EXPECT_EQ(reference::rounded_to_bfloat16(1.01171875f), 1.015625f);  // a tie, to even
   EXPECT_EQ(reference::quantized(0.5f, {1, 10}), 10);
   EXPECT_EQ(reference::quantized(1.5f, {1, 10}), 12);
