@@ -14,9 +14,11 @@ namespace {
 using conv::ceil_div;
 using conv::Parts;
 
-// Weights up to this size stay in the second-level cache from tile to tile; larger ones meet as many tiles of pixels as
-// fit there beside them.
+// Of the second-level cache: weights up to this size stay there from block to block. Values of a block take a part of
+// it: of more pixels side by side, more is read and written in order; and weights that do not stay are read once a
+// block.
 constexpr std::int64_t kCachedBytes = 512 << 10;
+constexpr std::int64_t kBlockBytes = 256 << 10;
 constexpr std::int64_t kMaxTiles = 32;  // of pixels at a time
 constexpr std::int64_t kMaxColumns = (std::int64_t{1} << 31) / (255 * 128);
 
@@ -57,11 +59,13 @@ std::int64_t pixel_tiles(const Plan& plan, std::int64_t images) {
   return ceil_div(images * plan.shape.out_height() * plan.shape.out_width(), kTile);
 }
 
+// Whether the weights of a group come from far away, every time.
+bool streams(const Plan& plan) { return filter_tiles(plan) * weight_bytes(plan) > kCachedBytes; }
+
 // Tiles of pixels that are gathered before they meet the filters.
 std::int64_t block_tiles(const Plan& plan) {
-  const std::int64_t weights = filter_tiles(plan) * weight_bytes(plan);
-  const std::int64_t most = weights <= kCachedBytes ? 2 : kCachedBytes / value_bytes(plan);
-  return std::min(std::clamp<std::int64_t>(most, 2, kMaxTiles),
+  const std::int64_t bytes = streams(plan) ? kCachedBytes : kBlockBytes;
+  return std::min(std::clamp<std::int64_t>(bytes / value_bytes(plan), 2, kMaxTiles),
                   std::max<std::int64_t>(1, pixel_tiles(plan, plan.images)));
 }
 
@@ -289,7 +293,7 @@ class Runner {
                        end = filters.begin + filters.size;
     const unsigned char* weights = bytes_ + at_.weights + group * all * weight_pitch;
     unsigned char* sums = values + block_tiles(plan_) * pitch;
-    const bool streams = all * weight_pitch > kCachedBytes;
+    const bool far = streams(plan_);
     // Few tiles of pixels meet every tile of filters at once, so that weights are read once; else two meet two.
     const std::int64_t pixels = tiles.size <= kTogether && tiles.size != 2 ? tiles.size : 2, some = tiles.size == 1
                                                                                                         ? kTogether
@@ -305,7 +309,7 @@ class Runner {
         product.rows = rows;
         product.filter_tiles = static_cast<int>(std::min(some, end - f));
         product.pixel_tiles = static_cast<int>(std::min(pixels, tiles.size - t));
-        product.streams = streams && t == 0;
+        product.streams = far && t == 0;
         product.sums = sums;
         table_.product(product);
         for (int i = 0; i < product.filter_tiles; ++i) {
