@@ -19,6 +19,8 @@ using conv::Parts;
 // block.
 constexpr std::int64_t kCachedBytes = 512 << 10;
 constexpr std::int64_t kBlockBytes = 256 << 10;
+// Of the first-level cache: values of a few tiles of pixels that stay there while all filters pass by.
+constexpr std::int64_t kChunkSteps = 8;
 constexpr std::int64_t kMaxTiles = 32;  // of pixels at a time
 constexpr std::int64_t kMaxColumns = (std::int64_t{1} << 31) / (255 * 128);
 
@@ -240,7 +242,7 @@ class Runner {
     return std::min<std::int64_t>(Slots::most(), tasks);
   }
   static std::int64_t slot_bytes(const Plan& plan) {
-    return block_tiles(plan) * value_bytes(plan) + kTogether * kStepBytes;
+    return block_tiles(plan) * value_bytes(plan) + filter_tiles(plan) * kTogether * kStepBytes;
   }
 
  private:
@@ -289,36 +291,56 @@ class Runner {
       std::memset(gather.to + rows * kRowBytes, 0, static_cast<std::size_t>(pitch - rows * kRowBytes));
     }
 
-    const std::int64_t all = filter_tiles(plan_), weight_pitch = weight_bytes(plan_),
+    for (std::int64_t t = 0; t < tiles.size;) {
+      const std::int64_t count = chunked() ? std::min<std::int64_t>(kTogether, tiles.size - t) : tiles.size;
+      multiply(group, filters, count, places + t, rows, values + t * pitch, values + block_tiles(plan_) * pitch);
+      t += count;
+    }
+  }
+
+  // Whether the columns are cut into chunks, for which sums are put aside. Weights that stream are better read in
+  // order.
+  bool chunked() const { return all_.order == Order::by_step && plan_.steps > kChunkSteps && !streams(plan_); }
+
+  // Some tiles of pixels with some of filters.
+  void multiply(std::int64_t group, const conv::Part& filters, std::int64_t tiles, const Place* places,
+                std::int64_t rows, const unsigned char* values, unsigned char* sums) const {
+    const std::int64_t all = filter_tiles(plan_), weight_pitch = weight_bytes(plan_), pitch = value_bytes(plan_),
                        end = filters.begin + filters.size;
-    const unsigned char* weights = bytes_ + at_.weights + group * all * weight_pitch;
-    unsigned char* sums = values + block_tiles(plan_) * pitch;
-    const bool far = streams(plan_);
-    // Few tiles of pixels meet every tile of filters at once, so that weights are read once; else two meet two.
-    const std::int64_t pixels = tiles.size <= kTogether && tiles.size != 2 ? tiles.size : 2, some = tiles.size == 1
-                                                                                                        ? kTogether
-                                                                                                    : pixels == 2 ? 2
-                                                                                                                  : 1;
-    for (std::int64_t f = filters.begin; f < end; f += some) {
-      for (std::int64_t t = 0; t < tiles.size; t += pixels) {
-        ProductCall product = {};
-        product.weights = weights + f * weight_pitch;
-        product.weights_pitch = weight_pitch;
-        product.pixels = values + t * pitch;
-        product.pixels_pitch = pitch;
-        product.rows = rows;
-        product.filter_tiles = static_cast<int>(std::min(some, end - f));
-        product.pixel_tiles = static_cast<int>(std::min(pixels, tiles.size - t));
-        product.streams = far && t == 0;
-        product.sums = sums;
-        table_.product(product);
-        for (int i = 0; i < product.filter_tiles; ++i) {
-          for (int p = 0; p < product.pixel_tiles; ++p) {
-            finish(group, f + i, all * kTile, places[t + p], sums + (i * product.pixel_tiles + p) * kStepBytes);
+    const bool chunks = chunked(), far = streams(plan_);
+    const std::int64_t most = chunks ? kChunkSteps * kTile : std::max<std::int64_t>(rows, 1);
+    // Few tiles of pixels meet those of filters all at once, so that weights are read once; else two meet two.
+    const bool few = chunks || (far && tiles <= kTogether);
+    const std::int64_t pixels = few ? tiles : std::min<std::int64_t>(2, tiles), some = kTogether / pixels;
+    for (std::int64_t row = 0; row == 0 || row < rows; row += most) {
+      for (std::int64_t f = filters.begin; f < end; f += some) {
+        for (std::int64_t t = 0; t < tiles; t += pixels) {
+          ProductCall product = {};
+          product.weights = weights_of(group, f) + row / kTile * kStepBytes;
+          product.weights_pitch = weight_pitch;
+          product.pixels = values + t * pitch + row * kRowBytes;
+          product.pixels_pitch = pitch;
+          product.rows = std::min(most, rows - row);
+          product.filter_tiles = static_cast<int>(std::min(some, end - f));
+          product.pixel_tiles = static_cast<int>(std::min(pixels, tiles - t));
+          product.resumes = row > 0;
+          product.streams = far && t == 0;
+          product.sums = sums + (chunks ? (f - filters.begin) * tiles * kStepBytes : 0);
+          table_.product(product);
+          if (row + most < rows) continue;
+          auto* tile = static_cast<unsigned char*>(product.sums);
+          for (int i = 0; i < product.filter_tiles; ++i) {
+            for (int p = 0; p < product.pixel_tiles; ++p, tile += kStepBytes) {
+              finish(group, f + i, all * kTile, places[t + p], tile);
+            }
           }
         }
       }
     }
+  }
+
+  const unsigned char* weights_of(std::int64_t group, std::int64_t filter_tile) const {
+    return bytes_ + at_.weights + (group * filter_tiles(plan_) + filter_tile) * weight_bytes(plan_);
   }
 
   void finish(std::int64_t group, std::int64_t filter_tile, std::int64_t padded, const Place& place,

@@ -49,6 +49,7 @@ struct ProductCall {
   std::int64_t pixels_pitch;
   std::int64_t rows;  // that hold columns; whole steps can be read
   int filter_tiles, pixel_tiles;
+  bool resumes;  // adds to the sums: for weights by_step alone
   bool streams;  // the weights come from far away
   void* sums;
 };

@@ -56,14 +56,36 @@ ACF_INLINE void prefetch(const unsigned char* step) {
     _tile_dpbsud(sums, weights, values);      \
   }
 
+template <int kCount>
+ACF_INLINE void begin_sums(const ProductCall& call) {
+  if (!call.resumes) {
+    _tile_zero(0);
+    if constexpr (kCount > 1) _tile_zero(1);
+    if constexpr (kCount > 2) _tile_zero(2);
+    if constexpr (kCount > 3) _tile_zero(3);
+    return;
+  }
+  const auto* sums = static_cast<const unsigned char*>(call.sums);
+  _tile_loadd(0, sums, kRowBytes);
+  if constexpr (kCount > 1) _tile_loadd(1, sums + kStepBytes, kRowBytes);
+  if constexpr (kCount > 2) _tile_loadd(2, sums + 2 * kStepBytes, kRowBytes);
+  if constexpr (kCount > 3) _tile_loadd(3, sums + 3 * kStepBytes, kRowBytes);
+}
+
+template <int kCount>
+ACF_INLINE void end_sums(const ProductCall& call) {
+  auto* sums = static_cast<unsigned char*>(call.sums);
+  _tile_stored(0, sums, kRowBytes);
+  if constexpr (kCount > 1) _tile_stored(1, sums + kStepBytes, kRowBytes);
+  if constexpr (kCount > 2) _tile_stored(2, sums + 2 * kStepBytes, kRowBytes);
+  if constexpr (kCount > 3) _tile_stored(3, sums + 3 * kStepBytes, kRowBytes);
+}
+
 // Two tiles of filters, two of pixels.
 template <Number number, bool kStreams>
 void square(const ProductCall& call) {
   const unsigned char *weights = call.weights, *pixels = call.pixels;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  begin_sums<4>(call);
   for (std::int64_t row = 0; row < call.rows; row += kTile, weights += kStepBytes, pixels += kStepBytes) {
     if constexpr (kStreams) {
       prefetch(weights);
@@ -78,11 +100,7 @@ void square(const ProductCall& call) {
     ACF_DOT(2, 5, 6)
     ACF_DOT(3, 5, 7)
   }
-  auto* sums = static_cast<unsigned char*>(call.sums);
-  _tile_stored(0, sums, kRowBytes);
-  _tile_stored(1, sums + kStepBytes, kRowBytes);
-  _tile_stored(2, sums + 2 * kStepBytes, kRowBytes);
-  _tile_stored(3, sums + 3 * kStepBytes, kRowBytes);
+  end_sums<4>(call);
 }
 
 // One tile of filters and up to four of pixels, or one of pixels and up to four of filters: the one is loaded once and
@@ -91,10 +109,7 @@ template <Number number, bool kFilters, int kCount, bool kStreams>
 void line(const ProductCall& call) {
   const unsigned char *one = kFilters ? call.pixels : call.weights, *some = kFilters ? call.weights : call.pixels;
   const std::int64_t pitch = kFilters ? call.weights_pitch : call.pixels_pitch;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  begin_sums<kCount>(call);
   for (std::int64_t row = 0; row < call.rows; row += kTile, one += kStepBytes, some += kStepBytes) {
     if constexpr (kStreams) {
       const unsigned char* weights = kFilters ? some : one;
@@ -134,11 +149,7 @@ void line(const ProductCall& call) {
       }
     }
   }
-  auto* sums = static_cast<unsigned char*>(call.sums);
-  _tile_stored(0, sums, kRowBytes);
-  if constexpr (kCount > 1) _tile_stored(1, sums + kStepBytes, kRowBytes);
-  if constexpr (kCount > 2) _tile_stored(2, sums + 2 * kStepBytes, kRowBytes);
-  if constexpr (kCount > 3) _tile_stored(3, sums + 3 * kStepBytes, kRowBytes);
+  end_sums<kCount>(call);
 }
 
 template <Number number, bool kStreams>
