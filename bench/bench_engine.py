@@ -2,9 +2,11 @@
 
     pytest bench/bench_engine.py                            groups: network, batch
     python bench/bench_engine.py --report docs/benchmarks-engine.md [--threads 1 2] [--only NAME ...]
+    python bench/bench_engine.py --report docs/benchmarks-bfloat16.md --precision bfloat16 ...
 
-All compute in float32; OpenVINO is told so, as its default on some CPUs is bfloat16. torch is taken at its best of
-eager, channels_last and frozen (torch.jit, oneDNN). The runtimes that are installed take part (`pip install onnx
+All compute in float32; OpenVINO is told so, as its default on some CPUs is bfloat16. With --precision bfloat16 we,
+OpenVINO and torch (weights and values in bfloat16) use that; the others have float32 alone. torch is taken at its best
+of eager, channels_last and frozen (torch.jit, oneDNN). The runtimes that are installed take part (`pip install onnx
 onnxruntime openvino litert-torch`); LiteRT, which is XNNPACK here, is given images as NHWC. Every result is compared
 with torch's.
 """
@@ -62,7 +64,7 @@ PRUNED = ("ResNet-18 CIFAR", "VGG-16 CIFAR")
 FILTERS = (0.5, 0.52, 0.75, 0.8, 0.875)
 COLUMNS = (0.5, 0.75, 0.9)  # shares of the columns removed
 TURN = 0.005  # seconds a turn takes at least, in as many calls
-TOLERANCE = 1e-4  # of the largest output
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest output
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -104,9 +106,9 @@ def names() -> Iterator[str]:
 # ---- runtimes
 
 
-def ours(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
+def ours(model: nn.Module, x: torch.Tensor, threads: int, precision: str = "float32") -> Run:
     """The engine."""
-    engine, given = acf.compile(model, x[:1], threads=threads), x.numpy()
+    engine, given = acf.compile(model, x[:1], threads=threads, precision=precision), x.numpy()
     return lambda: engine(given)
 
 
@@ -139,9 +141,9 @@ def as_onnx(model: nn.Module, x: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def other(name: str, model: nn.Module, x: torch.Tensor, threads: int) -> Run:
+def other(name: str, precision: str, model: nn.Module, x: torch.Tensor, threads: int) -> Run:
     """A runtime that reads ONNX."""
-    run, given = OTHERS[name](as_onnx(model, x), threads), [x.numpy()]
+    run, given = OTHERS[name](as_onnx(model, x), threads, precision), [x.numpy()]
     return lambda: run(given)[0]
 
 
@@ -176,24 +178,43 @@ def litert(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
 TORCH = {"torch eager": torch_eager, "torch channels_last": torch_channels_last, "torch frozen": torch_frozen}
 
 
-def runtimes() -> dict[str, Callable[[nn.Module, torch.Tensor, int], Run]]:
+def in_bfloat16(run: Callable[[nn.Module, torch.Tensor, int], Run]) -> Callable[[nn.Module, torch.Tensor, int], Run]:
+    """One of torch's, with weights and values of that kind; the results are converted."""
+
+    def make(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
+        class Converted(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = copy.deepcopy(model).to(torch.bfloat16)
+
+            def forward(self, given: torch.Tensor) -> torch.Tensor:
+                return self.model(given.to(torch.bfloat16)).float()
+
+        return run(Converted().eval(), x, threads)
+
+    return make
+
+
+def runtimes(precision: str) -> dict[str, Callable[[nn.Module, torch.Tensor, int], Run]]:
     """Ours and those that are installed."""
     more = {"litert": litert} if all(map(importlib.util.find_spec, ("litert_torch", "ai_edge_litert"))) else {}
-    return {"ours": ours, **TORCH, **{name: functools.partial(other, name) for name in installed()}, **more}
+    own = TORCH if precision == "float32" else {title: in_bfloat16(run) for title, run in TORCH.items()}
+    others = {name: functools.partial(other, name, precision) for name in installed()}
+    return {"ours": functools.partial(ours, precision=precision), **own, **others, **more}
 
 
-def prepared(name: str, batch: int, threads: int) -> dict[str, Run]:
+def prepared(name: str, batch: int, threads: int, precision: str) -> dict[str, Run]:
     """Every runtime, ready to run, its result checked."""
     model, shape = network(name)
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(x).numpy()
     ready = {}
-    for title, make in runtimes().items():
+    for title, make in runtimes(precision).items():
         run = make(model, x, threads)
         with torch.no_grad():
             error = float(np.abs(run() - expected).max() / np.abs(expected).max())
-        assert error <= TOLERANCE, f"{title} is off by {error:.2g} of the largest output on {name}"
+        assert error <= TOLERANCE[precision], f"{title} is off by {error:.2g} of the largest output on {name}"
         ready[title] = run
     return ready
 
@@ -210,29 +231,32 @@ def test_whole_network(benchmark: Callable[[Run], np.ndarray], name: str, runtim
     with torch.no_grad():
         expected = model(x).numpy()
         found = benchmark({"ours": ours, **TORCH}[runtime](model, x, 1))
-    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= TOLERANCE["float32"] * np.abs(expected).max()
 
 
 # ---- the page
 
 
-def page(chosen: list[str], batches: list[int], threads: list[int], rounds: int, command: str) -> Iterator[str]:
+def page(
+    chosen: list[str], batches: list[int], threads: list[int], rounds: int, command: str, precision: str
+) -> Iterator[str]:
     """Sections by threads and batch; the best of torch, and every other runtime."""
-    yield "# Whole networks\n"
+    yield f"# Whole networks{', in bfloat16' if precision == 'bfloat16' else ''}\n"
     yield (
         f"Median of {rounds} rounds in which the runtimes take turns of {1e3 * TURN:.0f} ms or a call, milliseconds a"
-        " call, float32.\n*against the best* is the fastest of the others on the same network divided by"
-        " ours;\n*against dense* the fastest of the others on the dense network divided by ours. The pruned networks\n"
+        f" call, {precision}{'' if precision == 'float32' else ' (onnxruntime and litert: float32)'}.\n"
+        "*against the best* is the fastest of the others on the same network divided by ours;\n"
+        "*against dense* the fastest of the others on the dense network divided by ours. The pruned networks\n"
         "have the given share of their filters, or of the columns of every convolution, removed.\n"
     )
     yield f"```\n{command}\n```\n\n{conditions('Weights random.')}\n"
-    others = [name for name in runtimes() if name not in TORCH and name != "ours"]
+    others = [name for name in runtimes(precision) if name not in TORCH and name != "ours"]
     for count, batch in itertools.product(threads, batches):
         torch.set_num_threads(count)
         rows, dense = [], 0.0
         for name in chosen:
             with torch.no_grad():
-                times = interleaved(prepared(name, batch, count), lambda: None, rounds, TURN)
+                times = interleaved(prepared(name, batch, count, precision), lambda: None, rounds, TURN)
             best_torch = min(times[title] for title in TORCH)
             best = min(best_torch, *(times[title] for title in others))
             dense = best if ", -" not in name else dense
@@ -252,11 +276,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--precision", choices=TOLERANCE, default="float32")
     parser.add_argument("--only", nargs="+", choices=list(names()), help="networks; all if not given")
     options = parser.parse_args()
     chosen = options.only or list(names())
     command = f"python {' '.join(sys.argv)}"
-    text = "\n".join(page(chosen, options.batches, options.threads, options.rounds, command))
+    text = "\n".join(page(chosen, options.batches, options.threads, options.rounds, command, options.precision))
     if options.report:
         options.report.write_text(text)
     else:

@@ -18,7 +18,7 @@ from autocompress_fast.engine.program import validate
 from autocompress_fast.engine.turns import in_turns
 from autocompress_fast.report import Document, Table
 
-_TOLERANCE = 1e-3  # of the largest output, between two runtimes
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of the largest output, between two runtimes
 
 Call = Callable[[], Sequence[np.ndarray[Any, Any]]]
 
@@ -41,6 +41,7 @@ class Benchmark(Document):
 
     file: Path
     threads: int
+    precision: str
     rounds: int
     rows: tuple[Latency, ...]
     accuracy: Accuracy | None
@@ -52,7 +53,7 @@ class Benchmark(Document):
             ours = rows[0].median
             yield Table(
                 f"{samples} sample{'s' if samples > 1 else ''} a call, {self.threads} "
-                f"thread{'s' if self.threads > 1 else ''}, {self.rounds} calls each in turns",
+                f"thread{'s' if self.threads > 1 else ''}, {self.precision}, {self.rounds} calls each in turns",
                 ("network", "runtime", "median", "half of the calls", "samples a second", "of ours"),
                 [
                     (
@@ -75,6 +76,7 @@ class Benchmark(Document):
         return {
             "file": str(self.file),
             "threads": self.threads,
+            "precision": self.precision,
             "rounds": self.rounds,
             "latencies": [
                 {"network": r.network, "runtime": r.runtime, "samples": r.samples}
@@ -96,6 +98,7 @@ def measured(
     dataset: str | None,
     seed: int,
     threads: int | None,
+    precision: str = "float32",
 ) -> Benchmark:
     """Time the saved network, and the dense one if it is named, in our engine and in other runtimes.
 
@@ -107,12 +110,13 @@ def measured(
         rounds: calls of each, in turns.
         data, dataset, seed: a data set whose test part gives the accuracy, if wanted.
         threads: of all runtimes.
+        precision: of ours, as for `load`, and of OpenVINO; onnxruntime and torch compute in float32.
 
     Raises:
         ValueError: an unknown runtime, or one that is not installed; the dense network takes other inputs.
         AssertionError: a runtime computes something else than ours.
     """
-    engine = load(file, threads=threads)
+    engine = load(file, threads=threads, precision=precision)
     chosen = installed() if against is None else list(against)
     for name in chosen:
         if name not in OTHERS or name not in installed():
@@ -120,7 +124,7 @@ def measured(
                 f"{name} is {'not installed' if name in OTHERS else 'unknown'}; "
                 f"known are {', '.join(OTHERS)}, which need onnx too"
             )
-    accuracy = None if data is None else classify_data(file, data, dataset, seed, threads)
+    accuracy = None if data is None else classify_data(file, data, dataset, seed, threads, precision)
     engines = {"compressed": engine}
     model = None
     if dense is not None:
@@ -135,12 +139,12 @@ def measured(
             calls |= {(network, name): _other(name, one, inputs) for name in chosen}
         if model is not None:
             calls["dense", "torch"] = _torch(model, inputs, engine.threads)
-        _check(calls)
+        _check(calls, _TOLERANCE[precision])
         rows += [
             Latency(network, runtime, count, spread.median, spread.low, spread.high)
             for (network, runtime), spread in in_turns(calls, rounds).items()
         ]
-    return Benchmark(file, engine.threads, rounds, tuple(rows), accuracy)
+    return Benchmark(file, engine.threads, precision, rounds, tuple(rows), accuracy)
 
 
 def _ours(engine: Engine, inputs: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
@@ -157,7 +161,7 @@ def _dense(name: str, engine: Engine) -> tuple[Any, Engine]:
     torch.manual_seed(0)
     model = named(name, shapes[0]).eval()
     example = tuple(torch.zeros(1, *shape) for shape in shapes)
-    return model, compile_engine(model, example, threads=engine.threads)
+    return model, compile_engine(model, example, threads=engine.threads, precision=engine.precision)
 
 
 def _torch(model: Any, inputs: Sequence[np.ndarray[Any, Any]], threads: int) -> Call:
@@ -182,11 +186,11 @@ def _other(name: str, engine: Engine, inputs: Sequence[np.ndarray[Any, Any]]) ->
     from autocompress_fast.engine.onnx import as_onnx
 
     model = as_onnx(engine.program, validate(engine.program)).SerializeToString()
-    run = OTHERS[name](model, engine.threads)
+    run = OTHERS[name](model, engine.threads, engine.precision)
     return lambda: run(inputs)
 
 
-def _check(calls: dict[tuple[str, str], Call]) -> None:
+def _check(calls: dict[tuple[str, str], Call], tolerance: float) -> None:
     """Every runtime computes what ours does."""
     expected: dict[str, Sequence[np.ndarray[Any, Any]]] = {}
     for (network, runtime), call in calls.items():
@@ -194,7 +198,7 @@ def _check(calls: dict[tuple[str, str], Call]) -> None:
         wanted = expected.setdefault(network, found)
         for y, z in zip(found, wanted, strict=True):
             error = float(np.abs(y - z).max()) / max(float(np.abs(z).max()), 1e-30)
-            if not error <= _TOLERANCE:
+            if not error <= tolerance:
                 raise AssertionError(f"{runtime} differs by {error:.2g} of the largest output on the {network} network")
 
 

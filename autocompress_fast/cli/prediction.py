@@ -112,9 +112,11 @@ def classify_files(file: Path, inputs: Sequence[Path], threads: int | None) -> P
     return Predictions(file, tuple(predictions))
 
 
-def classify_data(file: Path, data: str, dataset: str | None, seed: int, threads: int | None) -> Accuracy:
+def classify_data(
+    file: Path, data: str, dataset: str | None, seed: int, threads: int | None, precision: str = "float32"
+) -> Accuracy:
     """Accuracy on the test part of a data set, normalised as the network was trained."""
-    engine = _opened(file, threads)
+    engine = _opened(file, threads, precision)
     splits = datasets.load(data, dataset=dataset, seed=seed)
     if "mean" in engine.info and "std" in engine.info:
         splits = splits.with_normalization(*(_per_channel(engine, key) for key in ("mean", "std")))
@@ -134,8 +136,8 @@ def classify_data(file: Path, data: str, dataset: str | None, seed: int, threads
     )
 
 
-def _opened(file: Path, threads: int | None) -> Engine:
-    engine = load(file, threads=threads)
+def _opened(file: Path, threads: int | None, precision: str = "float32") -> Engine:
+    engine = load(file, threads=threads, precision=precision)
     if len(engine.inputs) != 1 or len(engine.output_shapes) != 1 or len(engine.output_shapes[0]) != 1:
         raise ValueError(
             f"{file} is no classifier of one input: it takes {len(engine.inputs)} inputs and puts out shapes "

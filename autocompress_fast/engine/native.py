@@ -49,9 +49,7 @@ class NativeExecutor:
         steps: of the program, what each operation of the network stands for: one, or a convolution and an addition.
     """
 
-    def __init__(
-        self, program: Program, infos: Sequence[StepInfo], threads: int, precision: str = "float32"
-    ) -> None:
+    def __init__(self, program: Program, infos: Sequence[StepInfo], threads: int, precision: str = "float32") -> None:
         self.program, self.threads = program, threads
         builder = _Builder(program, infos, precision)
         self.network, self.steps = builder.build(), tuple(builder.made)

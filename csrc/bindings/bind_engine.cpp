@@ -146,6 +146,16 @@ py::array_t<double> profile(Network& network, const std::vector<Floats>& inputs,
 // Steps are added by methods named after the operations of docs/acf-format.md; each returns the number of the value.
 void register_engine(py::module_& module) {
   module.def(
+      "narrow_units",
+      [](const std::string& number) {
+        ACF_CHECK(number == "bfloat16" || number == "int8", "number must be bfloat16 or int8, got '", number, "'");
+        std::vector<std::string_view> names;
+        const auto narrow = number == "int8" ? narrow::Number::int8 : narrow::Number::bfloat16;
+        for (const narrow::Unit unit : narrow::units(active_isa(), narrow)) names.push_back(narrow::unit_name(unit));
+        return names;
+      },
+      py::arg("number"));
+  module.def(
       "peak_flops", [] { return conv::peak_flops(active_isa()); }, py::call_guard<py::gil_scoped_release>());
   using Inputs = std::vector<int>;
   using Four = std::array<std::int64_t, 4>;
