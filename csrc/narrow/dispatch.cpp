@@ -326,6 +326,13 @@ class Runner {
           product.resumes = row > 0;
           product.streams = far && t == 0;
           product.sums = sums + (chunks ? (f - filters.begin) * tiles * kStepBytes : 0);
+          if (row + most >= rows) {
+            const bool last = t + pixels >= tiles;
+            const std::int64_t next = last ? 0 : t + pixels, next_filters = last ? f + some : f;
+            for (std::int64_t p = next; p < std::min(next + pixels, tiles); ++p) {
+              prefetch_results(group, next_filters, std::min(next_filters + some, end), places[p]);
+            }
+          }
           table_.product(product);
           if (row + most < rows) continue;
           auto* tile = static_cast<unsigned char*>(product.sums);
@@ -336,6 +343,19 @@ class Runner {
           }
         }
       }
+    }
+  }
+
+  // What the results of some tiles of filters are added to and where they go, one product ahead.
+  void prefetch_results(std::int64_t group, std::int64_t begin, std::int64_t end, const Place& place) const {
+    const std::int64_t per_group = group_filters(plan_);
+    const conv::Segment& s = place.segments[0];
+    for (std::int64_t f = begin * kTile; f < std::min(per_group, end * kTile); ++f) {
+      const std::int64_t filter = group * per_group + f;
+      if (call_.residual != nullptr) {
+        __builtin_prefetch(call_.residual + filter * call_.residual_plane + s.residual + s.from);
+      }
+      __builtin_prefetch(call_.out + filter * call_.out_plane + s.out + s.from, 1);
     }
   }
 
