@@ -16,9 +16,9 @@ using conv::Parts;
 
 // Of the second-level cache: weights up to this size stay there from block to block. Values of a block take a part of
 // it: of more pixels side by side, more is read and written in order; and weights that do not stay are read once a
-// block.
+// block, so it is larger beside those.
 constexpr std::int64_t kCachedBytes = 512 << 10;
-constexpr std::int64_t kBlockBytes = 256 << 10;
+constexpr std::int64_t kBlockBytes = 256 << 10, kLargeBlockBytes = 1 << 20;
 // Of the first-level cache: values of a few tiles of pixels that stay there while all filters pass by.
 constexpr std::int64_t kChunkSteps = 8;
 constexpr std::int64_t kMaxTiles = 32;  // of pixels at a time
@@ -66,7 +66,7 @@ bool streams(const Plan& plan) { return filter_tiles(plan) * weight_bytes(plan) 
 
 // Tiles of pixels that are gathered before they meet the filters.
 std::int64_t block_tiles(const Plan& plan) {
-  const std::int64_t bytes = streams(plan) ? kCachedBytes : kBlockBytes;
+  const std::int64_t bytes = streams(plan) ? kLargeBlockBytes : kBlockBytes;
   return std::min(std::clamp<std::int64_t>(bytes / value_bytes(plan), 2, kMaxTiles),
                   std::max<std::int64_t>(1, pixel_tiles(plan, plan.images)));
 }
