@@ -18,7 +18,16 @@ from autocompress_fast._files import write_atomically
 from autocompress_fast.config import default_threads
 from autocompress_fast.engine.file import FORMAT_VERSION, FileFormatError, check_info, read, write
 from autocompress_fast.engine.native import NativeExecutor
-from autocompress_fast.engine.program import Input, Program, ProgramError, UnsupportedError, VerificationError, validate
+from autocompress_fast.engine.program import (
+    Input,
+    Program,
+    ProgramError,
+    UnsupportedError,
+    VerificationError,
+    is_narrow,
+    validate,
+)
+from autocompress_fast.engine.reference import ReferenceExecutor
 from autocompress_fast.engine.tables import Profile, StepSummary, StepTime, Summary, WeightCounts
 
 if TYPE_CHECKING:
@@ -64,7 +73,9 @@ class Engine:
         self.program = program
         self.threads = _thread_count(threads)
         self.info = {} if info is None else info
-        self._executor = NativeExecutor(program, self._infos, self.threads)
+        # Until the kernels of 8 bits are there, programs that need them run in numpy: exact, and slow.
+        executor = ReferenceExecutor if any(map(is_narrow, program.steps)) else NativeExecutor
+        self._executor = executor(program, self._infos, self.threads)
         self._usual = program.inputs[0].shape if len(program.inputs) == 1 and program.batch is None else None
 
     @property
@@ -171,7 +182,9 @@ class Engine:
     def summary(self) -> Summary:
         """Each step with its output, its weights, multiply-accumulates and bytes, and the totals, for one sample."""
         steps = tuple(
-            StepSummary(s.op, s.name, i.shape, i.storage, i.weights, i.dense_weights, i.macs, i.bytes)
+            StepSummary(
+                s.op, s.name, i.shape, i.storage + " 8-bit" * is_narrow(s), i.weights, i.dense_weights, i.macs, i.bytes
+            )
             for s, i in zip(self.program.steps, self._infos, strict=True)
         )
         return Summary(steps, self.weights, sum(step.macs for step in steps))
