@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from autocompress_fast.engine import compile as compile  # noqa: A004  acf.compile
     from autocompress_fast.engine import load as load
     from autocompress_fast.engine.narrow import quantize as quantize
+    from autocompress_fast.engine.simulation import simulate as simulate
     from autocompress_fast.graph import inspect as inspect
     from autocompress_fast.latency import LatencyModel as LatencyModel
     from autocompress_fast.meter import Meter as Meter
@@ -90,6 +91,7 @@ _LAZY = {
     "quantize": "engine.narrow",
     "quick_score": "search",
     "show_config": "config",
+    "simulate": "engine.simulation",
     "train": "pipeline",
     "unused_paths": "unused",
 }
@@ -131,6 +133,7 @@ __all__ = [
     "quantize",
     "quick_score",
     "show_config",
+    "simulate",
     "train",
     "unused_paths",
 ]

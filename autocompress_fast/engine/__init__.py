@@ -252,7 +252,7 @@ def compile(  # noqa: A001  the name users see is acf.compile
     then run on the example and compared with the model.
 
     Args:
-        model: any model made of supported operators.
+        model: any model made of supported operators, or a `simulate`d one, whose program is taken as it is.
         example_input: a float32 tensor, or a sequence of them, that the model takes; the first dimension is the batch.
         threads: how many processors a call uses; default: those of torch.
         info: what `Engine.info` says at first.
@@ -273,7 +273,10 @@ def compile(  # noqa: A001  the name users see is acf.compile
     324
     """
     from autocompress_fast.engine.lower import lower, verify
+    from autocompress_fast.engine.simulation import Simulation
 
+    if isinstance(model, Simulation):
+        return model.engine(threads=threads, info=info)
     program = lower(model, example_input)
     engine = Engine(program, threads=threads, info=info)
     verify(engine, model, example_input)
