@@ -22,7 +22,8 @@ from autocompress_fast.plan import Plan
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def outputs(simulation, inputs):
+def outputs(simulation, inputs, *, exact=False):
+    simulation.train(not exact)
     with torch.no_grad():
         found = simulation(*map(torch.from_numpy, inputs))
     return [y.numpy() for y in (found if isinstance(found, tuple) else (found,))]
@@ -52,9 +53,10 @@ def test_every_step_of_8_bits_is_that_of_the_engine(seed):
     values = inputs + Reference(everything, validate(everything)).run(inputs)
     simulation = acf.simulate(Engine(program))
     for step, module in zip(program.steps, simulation.steps, strict=True):
-        with torch.no_grad():
-            found = module(*(torch.from_numpy(values[value]) for value in step.inputs)).numpy()
-        assert_close([found], [values[step.output]])
+        inputs = [values[value] for value in step.inputs]
+        assert_close(outputs(module, inputs), [values[step.output]])
+        if is_narrow(step) and step.attributes["activation"] in ("none", "relu"):
+            np.testing.assert_array_equal(outputs(module, inputs, exact=True)[0], values[step.output])
 
 
 @pytest.mark.parametrize("make", [every_operation, lambda: narrowed(every_storage(), 3)])
@@ -112,12 +114,14 @@ def test_engine_and_simulation_agree(make):
     model, samples, unseen = make()
     small = acf.quantize(acf.compile(model, torch.from_numpy(unseen[:2])), samples)
     simulation = acf.simulate(small)
-    found, wanted = small(unseen), outputs(simulation, [unseen])[0]
-    assert (found.argmax(1) == wanted.argmax(1)).mean() > 0.99
-    # all but the few in which a value lay between two numbers, to the last bits
-    differences = np.abs(found - wanted).max(axis=1) / np.abs(wanted).max()
-    assert np.median(differences) < 1e-5
-    assert differences.max() < 0.02
+    found = small(unseen)
+    for exact, least in ((True, 0.9), (False, 0.5)):
+        wanted = outputs(simulation, [unseen], exact=exact)[0]
+        assert (found.argmax(1) == wanted.argmax(1)).mean() > 0.99
+        # all but the few in which a value lay between two numbers, to the last bits
+        differences = np.abs(found - wanted).max(axis=1) / np.abs(wanted).max()
+        assert (differences < 1e-5).mean() > least
+        assert differences.max() < 0.02
     assert np.array_equal(acf.compile(simulation, torch.from_numpy(unseen[:2]))(unseen), found)
 
 

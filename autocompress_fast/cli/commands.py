@@ -171,6 +171,11 @@ def compress(
         int | None, typer.Option(min=0, help="Of each of the ten trainings that bring weights to levels.")
     ] = None,
     quantize_lr: Annotated[float | None, typer.Option(help="Peak learning rate of these.")] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option(help="8: weights and activations of 8 bits at the end; float32 by default.")
+    ] = None,
+    activation_epochs: Annotated[int | None, typer.Option(min=0, help="Of training with their rounding.")] = None,
+    activation_lr: Annotated[float | None, typer.Option(help="Peak learning rate of it.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd or adam.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="While compressing.")] = None,
     distillation: Annotated[
@@ -223,6 +228,9 @@ def compress(
         "levels": levels,
         "quantize_epochs": quantize_epochs,
         "quantize_lr": quantize_lr,
+        "activation_bits": activation_bits,
+        "activation_epochs": activation_epochs,
+        "activation_lr": activation_lr,
         "optimizer": optimizer,
         "weight_decay": weight_decay,
         "distillation": distillation,

@@ -30,8 +30,9 @@ def simulate(engine: Engine) -> Simulation:
     """A torch module that computes what the engine does and can be trained: for quantization-aware fine-tuning.
 
     Its parameters are the weights and biases of the program, as they are stored there, so what is pruned stays pruned.
-    Inputs and weights of 8-bit steps are rounded on the way, to what the engine rounds them to; sums are in float32, so
-    results differ in their last bits, or where one of these decides how the next layer rounds. Train it in float32.
+    Inputs and weights of 8-bit steps are rounded on the way, to what the engine rounds them to. With gradients their
+    sums are in float32, whose last bits may decide how the next layer rounds; in eval mode and without gradients they
+    are exact, as in the engine. Train it in float32.
 
     Args:
         engine: such as `quantize` returns; steps in float32 are simulated, and trained, as well.
@@ -46,8 +47,9 @@ def simulate(engine: Engine) -> Simulation:
         >>> loss = nn.functional.cross_entropy(simulation(x), torch.zeros(100, dtype=torch.long))
         >>> loss.backward()
         >>> optimizer.step()
-        >>> engine = simulation.engine()
-        >>> bool((engine(x) - simulation(x)).abs().max() < 0.01)
+        >>> engine = simulation.eval().engine()
+        >>> with torch.no_grad():
+        ...     bool((engine(x) == simulation(x)).all())
         True
     """
     return Simulation(engine.program, engine.info)
@@ -58,13 +60,14 @@ class Simulation(nn.Module):
 
     Attributes:
         steps: a module for each step of the program, in order.
+        info: of the engine that is simulated.
     """
 
     def __init__(self, program: Program, info: dict[str, Any] | None = None) -> None:
         super().__init__()
         infos = validate(program)
         shapes = [given.shape for given in program.inputs] + [found.shape for found in infos]
-        self._program, self._info = program, dict(info or {})
+        self._program, self.info = program, dict(info or {})
         self.steps = nn.ModuleList(_module(step, program.tensors, shapes) for step in program.steps)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
@@ -91,7 +94,7 @@ class Simulation(nn.Module):
 
     def engine(self, *, threads: int | None = None, info: dict[str, Any] | None = None) -> Engine:
         """An engine with the weights as they are now, whose `info` is that of the one simulated, unless given."""
-        return Engine(self.program(), threads=threads, info=self._info if info is None else info)
+        return Engine(self.program(), threads=threads, info=self.info if info is None else info)
 
 
 class _Module(nn.Module):
@@ -159,32 +162,58 @@ class _Layer(_Module):
             self.weight, self.scales, self.zeros, 0, -NARROW_MOST, NARROW_MOST
         )
 
-    def whole(self) -> torch.Tensor:
+    def integers(self) -> torch.Tensor:
+        """The 8-bit weights as they are stored."""
+        return torch.round(self.rounded() / self.scales[:, None])  # they are multiples
+
+    def whole(self, stored: torch.Tensor) -> torch.Tensor:
         """The weight written out in full."""
-        stored = self.rounded() if self.narrow else self.values if "values" in self.trained else self.weight
         if self.places is None:
             return stored.reshape(self.form)
         empty = stored.new_zeros(int(np.prod(self.form)))
         return empty.index_put((self.places,), stored.reshape(-1)).reshape(self.form)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, bias = self.step.attributes, self.tensor("bias")
-        if self.narrow:
-            scale, zero = float(np.float32(a["input_scale"])), a["input_zero"]
-            x = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, 255)
+        a = self.step.attributes
+        if not self.narrow:
+            stored = self.values if "values" in self.trained else self.weight
+            return self.activate(self.product(x, self.whole(stored), self.tensor("bias")))
+        scale, zero = float(np.float32(a["input_scale"])), a["input_zero"]
+        if not (self.training or torch.is_grad_enabled()):
+            return self.activate(self.exact(x, scale, zero))
+        x = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, 255)
+        return self.activate(self.product(x, self.whole(self.rounded()), self.tensor("bias")))
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        a = self.step.attributes
         if self.step.op == "linear":
-            return self.activate(functional.linear(x, self.whole(), bias))
+            return functional.linear(x, weight, bias)
         top, bottom, left, right = a["padding"]
         around = (top, left)
         if (top, left) != (bottom, right):
             x, around = functional.pad(x, (left, right, top, bottom)), (0, 0)
-        return self.activate(functional.conv2d(x, self.whole(), bias, a["stride"], around, a["dilation"], a["groups"]))
+        return functional.conv2d(x, weight, bias, a["stride"], around, a["dilation"], a["groups"])
+
+    def exact(self, x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
+        """As the engine: integers, whose sums are exact in float64, then a product and a sum in float32."""
+        inverse = float(np.float32(1) / np.float32(scale))
+        steps = torch.fmin(x.float() * inverse, x.new_tensor(2.0**16, dtype=torch.float32))
+        integers = (torch.round(steps) + zero).clamp(0, 255) - zero
+        sums = self.product(integers.double(), self.whole(self.integers()).double()).float()
+        form = (-1,) if self.step.op == "linear" else (-1, 1, 1)
+        factor = self.scales * float(np.float32(scale))
+        kept = self.tensor("filters")
+        if kept is not None:
+            factor = factor.new_ones(self.form[0]).index_put((kept,), factor)
+        y = sums * factor.reshape(form)
+        bias = self.tensor("bias")
+        return y if bias is None else y + bias.reshape(form)
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         found = super().arrays()
         if self.narrow:
             with torch.no_grad():
-                integers = torch.round(self.rounded() / self.scales[:, None])  # exact: they are multiples
+                integers = self.integers()
             found["weight"] = integers.cpu().numpy().astype(np.int8)
         return found
 
