@@ -583,6 +583,24 @@ def test_demo(tmp_path):
 # ---- quantize
 
 
+def test_compress_to_8_bits(tmp_path):
+    options = ["--activation-bits", "8", "--activation-epochs", "1", "--activation-lr", "1e-4"]
+    result = run(*DIGITS, *QUICK, *options, "--workdir", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["engine"]["agrees"]
+    assert found["engine"]["accuracy"] == pytest.approx(found["accuracy"]["final_test"])
+    assert "8-bit weights and activations: " in result.stderr
+    engine = acf.load(tmp_path / "model.acf")
+    assert {step.storage for step in engine.summary().steps if step.weights} <= {
+        "dense 8-bit",
+        "columns 8-bit",
+        "sparse",
+    }
+    assert engine.info["provenance"]["quantization"]["method"] == "mse"
+    assert found["bytes"] < found["dense_bytes"] / 5
+
+
 def test_quantize_with_data(finished, tmp_path):
     file, path = finished[0] / "model.acf", tmp_path / "small.acf"
     result = run("quantize", file, "-o", path, "--data", "digits", "--json")
