@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from autocompress_fast.engine import FileFormatError as FileFormatError
     from autocompress_fast.engine import compile as compile  # noqa: A004  acf.compile
     from autocompress_fast.engine import load as load
+    from autocompress_fast.engine.narrow import quantize as quantize
+    from autocompress_fast.engine.simulation import simulate as simulate
     from autocompress_fast.graph import inspect as inspect
     from autocompress_fast.latency import LatencyModel as LatencyModel
     from autocompress_fast.meter import Meter as Meter
@@ -86,8 +88,10 @@ _LAZY = {
     "mask": "plan",
     "plot_search": "report",
     "purify": "purify",
+    "quantize": "engine.narrow",
     "quick_score": "search",
     "show_config": "config",
+    "simulate": "engine.simulation",
     "train": "pipeline",
     "unused_paths": "unused",
 }
@@ -126,8 +130,10 @@ __all__ = [
     "ops",
     "plot_search",
     "purify",
+    "quantize",
     "quick_score",
     "show_config",
+    "simulate",
     "train",
     "unused_paths",
 ]

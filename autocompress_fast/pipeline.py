@@ -4,7 +4,9 @@
     at the end:     longer masked retraining with distillation
     with max_drop:  a round that costs too much accuracy is taken back; the next one is gentler
     if asked for:   purification, unused paths, compaction  ->  masked retraining, in rounds of its own
-    then:           columns cut out  ->  test set, read once
+    then:           columns cut out
+    if asked for:   8-bit weights and activations, from samples  ->  training that rounds as the engine does
+    then:           test set, read once
 
 Every stage is a training with its own checkpoint in the work directory. Whatever lies between two trainings is a
 function of its inputs, so a run that was killed is continued by calling the same thing again: finished stages load
@@ -35,8 +37,11 @@ from autocompress_fast._files import remove_partial, write_atomically
 from autocompress_fast.admm import ADMM, Constraint, RhoSchedule, projected
 from autocompress_fast.compact import Kept, compact, restore
 from autocompress_fast.data import Augmentation, Batches, Dataset, Splits, UserBatches, batches
+from autocompress_fast.engine import compile as compile_engine
 from autocompress_fast.engine import file
 from autocompress_fast.engine.lower import lower
+from autocompress_fast.engine.narrow import quantize
+from autocompress_fast.engine.simulation import Simulation, simulate
 from autocompress_fast.graph import Counts, Pattern, Report, inspect
 from autocompress_fast.latency import LATENCIES
 from autocompress_fast.meter import Meter, Size
@@ -55,7 +60,7 @@ __all__ = ["DryRun", "Recipe", "Result", "compress", "meter_for", "train"]
 
 Example = torch.Tensor | Sequence[torch.Tensor]
 
-_KINDS = ("admm", "retrain", "final", "purify", "quantize")  # of stages
+_KINDS = ("admm", "retrain", "final", "purify", "quantize", "activation")  # of stages
 _EVALUATION_BATCH = 1000
 _QUICK_BATCHES = 2  # of validation, on which searches and purification score networks
 _CALIBRATION_BATCHES = 8  # of training, before a search scores a network
@@ -91,7 +96,10 @@ class Recipe:
             float32.
         levels: "equal", "power", "ternary" or "binary".
         quantize_epochs: of the ADMM training towards levels, and after every portion; ten such trainings in all.
-        admm_lr, retrain_lr, final_lr, purify_lr, quantize_lr: peak learning rates.
+        activation_bits: 8 for a network that computes with 8-bit weights and activations (`acf.quantize`), and is then
+            trained for `activation_epochs` with their rounding (`acf.simulate`), which is what the result's model is.
+            Targets are met before, in float32. Not given: float32.
+        admm_lr, retrain_lr, final_lr, purify_lr, quantize_lr, activation_lr: peak learning rates.
         rho: strength of the ADMM penalty over its updates, one after every epoch.
         optimizer, weight_decay, momentum: of all stages.
         distillation: share of the loss that compares with the dense network.
@@ -120,11 +128,14 @@ class Recipe:
     bits: int | None = None
     levels: str = "equal"
     quantize_epochs: int = 3
+    activation_bits: int | None = None
+    activation_epochs: int = 3
     admm_lr: float = 1e-3
     retrain_lr: float = 2e-3
     final_lr: float = 6e-3
     purify_lr: float = 2e-3
     quantize_lr: float = 1e-3
+    activation_lr: float = 1e-4
     rho: RhoSchedule = field(default_factory=lambda: RhoSchedule(1e-2, 2.0, maximum=1.0))
     optimizer: str = "adam"
     weight_decay: float = 0.0
@@ -154,13 +165,22 @@ class Recipe:
             LevelConstraint(self.bits, self.levels)  # checks both
         elif self.levels != "equal":
             raise ValueError(f"levels={self.levels!r} needs bits, got none")
+        if self.activation_bits not in (None, 8) or isinstance(self.activation_bits, bool):
+            raise ValueError(f"activation_bits must be 8 or not given, got {self.activation_bits!r}")
+        if self.activation_bits is not None and self.bits is not None:
+            raise ValueError(
+                f"activation_bits go with weights of 8 bits, found on the way: give no bits, got {self.bits}"
+            )
+        if self.activation_bits is not None and self.structure == "element":
+            raise ValueError("single weights are stored as float32: activation_bits need another structure")
         if not self.purify_tolerance >= 0:
             raise ValueError(f"purify_tolerance must be 0 or more, got {self.purify_tolerance}")
         for stage in _KINDS:
             self.training(stage, 0)  # checks the rest
 
     def training(self, kind: str, number: int) -> TrainingConfig:
-        """The configuration of stage "admm", "retrain", "final", "purify" or "quantize" of round `number`."""
+        """The configuration of a stage of one of `_KINDS`, of round `number`."""
+        precision = best_precision() if self.precision == "auto" else self.precision
         return TrainingConfig(
             epochs=getattr(self, f"{kind}_epochs"),
             optimizer=self.optimizer,
@@ -171,7 +191,7 @@ class Recipe:
             warmup=0.0 if kind == "admm" else 0.1,
             distillation=self.distillation,
             temperature=self.temperature,
-            precision=best_precision() if self.precision == "auto" else self.precision,
+            precision="float32" if kind == "activation" else precision,  # bfloat16 would round what is rounded
             channels_last=self.channels_last,
             compile=self.compile,
             seed=self.seed + 1000 * number + _KINDS.index(kind),
@@ -209,7 +229,8 @@ class Result:
     """A finished run.
 
     Attributes:
-        model: the compacted network; plain torch, trainable.
+        model: the compacted network; plain torch, trainable. With `Recipe(activation_bits=8)` a simulation of the
+            network of 8 bits, which `acf.compile` makes an engine of (`acf.simulate`).
         plan: what is kept, in the shapes of the network that was given.
         dense, small: sizes before and after; with the predicted latency and the bytes of the file (`Size`) if the
             target limits them.
@@ -286,8 +307,6 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         """Write the network as one `.acf` file, which `acf.load` runs without torch."""
-        from autocompress_fast.engine import compile as compile_engine
-
         engine = compile_engine(self.model, self.example_input, info=self.info)
         engine.save(path)
         return Path(path)
@@ -386,6 +405,8 @@ def compress(
     validation = batches(validation_part, _EVALUATION_BATCH)
     example = _example(example_input, validation)
     report = inspect(model, example, select=select, exclude=exclude)  # classes are those of the model that was given
+    if recipe.activation_bits is not None:
+        lower(model, example)  # says now what the engine cannot run
     model = baked(model)  # weights that are computed cannot be pulled towards zero
     if goal is None:
         goal = Target(params=report.counts().params / smallest(report, recipe.structure, keep=recipe.keep).params)
@@ -410,16 +431,20 @@ def compress(
         state = _quantized(run, state)
         plan = Plan.dense(report) if state.masks is None else run.whole(state)
         final = compact(state.small, plan if state.masks is None else state.masks, example)
-        accuracy = {"base": base.accuracy, "final": evaluate(final.model, validation).accuracy}
+        found, reached = _narrowed(run, final.model, train_part, floor)
+        accuracy = {"base": base.accuracy, "final": reached}
         if test_part is not None:
             test = batches(test_part, _EVALUATION_BATCH)
-            before, after = evaluate_together([model, final.model], test)
+            before, after = evaluate_together([model, found], test)
             accuracy |= {"base_test": before.accuracy, "final_test": after.accuracy}
     info, small = _info(data, report, plan, accuracy, goal), meter.measure(plan, settled=True)
+    if isinstance(found, Simulation):
+        info["provenance"] |= found.info["provenance"]
     if isinstance(small, Size) and small.bytes is not None:
-        small = dataclasses.replace(small, bytes=file.size(lower(final.model, example), info))
+        program = found.program() if isinstance(found, Simulation) else lower(found, example)
+        small = dataclasses.replace(small, bytes=file.size(program, info))
     result = Result(
-        model=final.model.eval(),
+        model=found.eval(),
         plan=plan,
         dense=meter.dense,
         small=small,
@@ -674,6 +699,25 @@ def _quantized(run: _Run, state: _State) -> _State:
     return dataclasses.replace(state, small=small, accuracy=accuracy)
 
 
+def _narrowed(run: _Run, model: nn.Module, data: Any, floor: float) -> tuple[nn.Module, float]:
+    """The network with 8-bit weights and activations, if asked for, and the validation accuracy.
+
+    It stays in float32 where that would be below `floor`.
+    """
+    recipe, stages = run.recipe, run.stages
+    before = evaluate(model, stages.validation).accuracy
+    if recipe.activation_bits is None:
+        return model, before
+    samples = data if isinstance(data, Dataset) else stages.loader.epoch(0)
+    simulation = simulate(quantize(compile_engine(model, run.example), samples))
+    chosen = evaluate(simulation, stages.validation).accuracy
+    stages.run(simulation, "activation", recipe.training("activation", 0))
+    after = evaluate(simulation, stages.validation).accuracy
+    said = f"8-bit weights and activations: {before:.2f} -> {chosen:.2f}%, trained {after:.2f}%"
+    stages.progress.note(said + (", which is too little: it stays in float32" if after < floor else ""))
+    return (model, before) if after < floor else (simulation, after)
+
+
 def _decided(
     small: nn.Module,
     masks: Plan,
@@ -774,6 +818,7 @@ def _dry_run(
     epochs = rounds * trainings * recipe.admm_epochs + (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
     epochs += recipe.purify_rounds * recipe.purify_epochs
     epochs += 0 if recipe.bits is None else 2 * (1 + len(_PORTIONS)) * recipe.quantize_epochs
+    epochs += 0 if recipe.activation_bits is None else recipe.activation_epochs
     seconds = epochs * _epoch_seconds(model, loader, recipe)
     if recipe.search:
         score = _search_score(model, report, loader, validation, recipe)

@@ -36,11 +36,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from test_acf_file import INFO, VERSION_1, Builder, every_operation
 from test_engine_native import Drawn
+from test_narrow import every_storage, narrowed
 
 import autocompress_fast as acf
 from autocompress_fast.engine import Engine, FileFormatError, native, packing
-from autocompress_fast.engine.file import FORMAT_VERSION, METADATA_KEY
-from autocompress_fast.engine.program import ACTIVATIONS, Input, Program, Step, program_to_json, validate
+from autocompress_fast.engine.file import METADATA_KEY
+from autocompress_fast.engine.program import ACTIVATIONS, Input, Program, Step, is_narrow, program_to_json, validate
 
 SECONDS = 10
 KIB = 4 << 20
@@ -69,17 +70,22 @@ class Content:
     tensors: dict[str, Tensor]
 
 
-DTYPES = {"F32": np.float32, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
+DTYPES = {"F32": np.float32, "I8": np.int8, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 def content_of(program: Program, info: dict[str, Any], *, few_values: bool = False) -> Content:
     """As a file has it; with few values, its numbers are rounded to 0, 1/2, 1, 2, ... and packed."""
-    stored, version = dict(program.tensors), {"format_version": 1}
+    stored, described = dict(program.tensors), {}
+    narrow = any(map(is_narrow, program.steps))
     if few_values:
-        rounded = {k: np.round(2 * v) / 2 if v.dtype == np.float32 else v for k, v in stored.items()}
+        scales = {step.tensors["scales"] for step in program.steps if is_narrow(step)}  # must not become zero
+        floats = {k for k, v in stored.items() if v.dtype == np.float32 and k not in scales}
+        rounded = {k: np.round(2 * v) / 2 if k in floats else v for k, v in stored.items()}
         stored, described = packing.split(rounded, overhead=-(2**20))
-        version = {"format_version": FORMAT_VERSION, "packed": described}
+    version = {"format_version": 3 if narrow else 2 if few_values else 1}
+    if narrow or few_values:
+        version["packed"] = described
     tensors = {k: Tensor(NAMES[v.dtype], list(v.shape), v.tobytes()) for k, v in stored.items()}
     metadata = version | {"program": program_to_json(program), "info": info}
     return Content(json.loads(json.dumps(metadata)), tensors)
@@ -185,6 +191,10 @@ def beginnings() -> list[tuple[bytes, bytes]]:
     programs = [part(whole, i, i + count) for count in (1, 1, 1, 3) for i in steps[: len(steps) - count + 1]]
     programs += [*special_programs()] * 5
     programs += [Drawn(seed).program for seed in range(20)]
+    programs += [narrowed(Drawn(seed).program, seed) for seed in range(20)]
+    whole_narrow = narrowed(every_storage(), 0)
+    narrow = [part(whole_narrow, i, i + count) for count in (1, 1, 3) for i in range(len(whole_narrow.steps) - count)]
+    programs += narrow * 2
     contents = [content_of(program, {}, few_values=number % 4 == 3) for number, program in enumerate(programs)]
     contents.append(content_of(whole, INFO))
     found = [(pickle.dumps(content), packed(content)) for content in contents]
@@ -200,7 +210,8 @@ NASTY = (
     [2**63, 0], {"x": 1},
 )  # fmt: skip
 WORDS = (
-    *ACTIVATIONS, "dense", "columns", "sparse", "leaky", "F32", "U8", "U16", "U32", "F64", "F16", "I64", "BOOL",
+    *ACTIVATIONS, "dense", "columns", "sparse", "leaky", "input_scale", "input_zero", "scales",
+    "F32", "I8", "U8", "U16", "U32", "F64", "F16", "I64", "BOOL",
     "__metadata__",
 )  # fmt: skip
 TOKENS = (
@@ -360,7 +371,7 @@ def damage_tensor(draw: random.Random, content: Content) -> None:
                 elif how == 3:
                     array = array[::-1].copy() if draw.random() < 0.3 else np.sort(array)
                 else:
-                    array[i] = draw.choice(some)
+                    array[i] = np.asarray(draw.choice(some)).astype(dtype)
         tensors[name] = tensor._replace(data=array.tobytes())
     return None
 

@@ -314,7 +314,7 @@ def nan(tensors):
 @pytest.mark.parametrize(
     ("metadata", "tensors", "message"),
     [
-        (lambda m: m.update(format_version=3), None, "version 3 is unknown; this release reads versions 1 to 2"),
+        (lambda m: m.update(format_version=4), None, "version 4 is unknown; this release reads versions 1 to 3"),
         (lambda m: m.update(format_version=1), None, "the metadata must be format_version, info, program, not"),
         (lambda m: m.update(format_version="1"), None, "version '1' is unknown"),
         (lambda m: m.update(format_version=True), None, "version True is unknown"),
@@ -323,7 +323,7 @@ def nan(tensors):
         (lambda m: m.update(program=[]), None, "program must have the fields batch, inputs, steps, outputs"),
         (lambda m: m.update(info=3), None, "info must be a dict, not int"),
         (lambda m: m.update(info={"accuracy": 2}), None, "must be a number from 0 to 1"),
-        (None, dtype_f64, r"tensor '1\.weight' has dtype F64; allowed are F32, U8, U16, U32"),
+        (None, dtype_f64, r"tensor '1\.weight' has dtype F64; allowed are F32, I8, U8, U16, U32"),
         (None, nan, r"tensor '1\.weight' holds NaN or infinity"),
         (None, lambda t: t.pop("1.weight"), r"its weight '1\.weight' is not in the file"),
         (None, lambda t: t.update(more=np.zeros(1, np.float32)), "tensor 'more' is used by 0 steps"),

@@ -580,6 +580,77 @@ def test_demo(tmp_path):
     assert acf.load(tmp_path / "demo" / "model.acf").weights.kept <= 13584 / 8
 
 
+# ---- quantize
+
+
+def test_compress_to_8_bits(tmp_path):
+    options = ["--activation-bits", "8", "--activation-epochs", "1", "--activation-lr", "1e-4"]
+    result = run(*DIGITS, *QUICK, *options, "--workdir", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["engine"]["agrees"]
+    assert found["engine"]["accuracy"] == pytest.approx(found["accuracy"]["final_test"])
+    assert "8-bit weights and activations: " in result.stderr
+    engine = acf.load(tmp_path / "model.acf")
+    assert {step.storage for step in engine.summary().steps if step.weights} <= {
+        "dense 8-bit",
+        "columns 8-bit",
+        "sparse",
+    }
+    assert engine.info["provenance"]["quantization"]["method"] == "mse"
+    assert found["bytes"] < found["dense_bytes"] / 5
+
+
+def test_quantize_with_data(finished, tmp_path):
+    file, path = finished[0] / "model.acf", tmp_path / "small.acf"
+    result = run("quantize", file, "-o", path, "--data", "digits", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["bytes"] == path.stat().st_size < found["bytes_before"] == file.stat().st_size
+    assert (found["layers"], found["float32"], found["method"], found["samples"]) == (4, [], "mse", 512)
+    assert found["images"] == len(acf.data.digits().validation)
+    assert found["accuracy_before"] > 50
+    assert found["accuracy"] > found["accuracy_before"] - 3
+    small, data = acf.load(path), acf.data.digits().validation
+    assert 100 * (small(data.normalized()).argmax(1) == data.labels).mean() == pytest.approx(found["accuracy"])
+    assert small.info["provenance"]["quantization"]["samples"] == 512
+    assert "accuracy" not in small.info
+    checked = json.loads(run("predict", path, "--data", "digits", "--json").stdout)
+    assert checked["recorded_accuracy"] is None
+    assert checked["accuracy"] > 50
+
+
+def test_quantize_with_files(finished, digits, tmp_path):
+    file, path = finished[0] / "model.acf", tmp_path / "small.acf"
+    names = [step.name for step in acf.load(file).program.steps if step.op in ("conv", "linear")]
+    np.save(tmp_path / "a.npy", digits.images[:8])
+    np.save(tmp_path / "b.npy", digits.images[8:])
+    options = ["--method", "percentile", "--percentile", "99.9", "--skip", names[0], "--output", path]
+    result = run("quantize", file, tmp_path / "a.npy", tmp_path / "b.npy", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(
+        f"3 of 4 layers with 8-bit weights and activations (percentile, 12 samples); in float32: {names[0]}\n"
+    )
+    assert "accuracy" not in result.stdout
+    wanted = acf.quantize(acf.load(file), digits.normalized(), method="percentile", percentile=99.9, skip=names[0])
+    found = acf.load(path)(digits.normalized())
+    np.testing.assert_allclose(found, wanted(digits.normalized()), atol=0.02 * np.abs(found).max())
+
+
+def test_quantize_what_cannot_be(finished, tmp_path):
+    file, path = finished[0] / "model.acf", tmp_path / "small.acf"
+    for arguments, message in (
+        (["--data", "digits"], "quantize needs -o with the file to write"),
+        (["-o", path], "either --data with a data set or INPUT files"),
+        (["1.npy", "--data", "digits", "-o", path], "either --data with a data set or INPUT files"),
+        (["--data", "digits", "-o", tmp_path / "x.onnx"], "x.onnx must end in .acf"),
+        (["--data", "digits", "-o", path, "--skip", "nothing"], "skip names 'nothing', which no layer matches"),
+        (["--data", "digits", "-o", path, "--method", "best"], "method must be one of mse, minmax, percentile"),
+    ):
+        fails(run("quantize", file, *arguments), message)
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- bench, export
 
 

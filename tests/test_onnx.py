@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_engine import FUNCTIONS, Function
 from test_engine_native import Drawn, assert_close
+from test_narrow import every_storage, narrowed, some
 from torch import nn
 
 import autocompress_fast as acf
@@ -12,7 +13,7 @@ from autocompress_fast import models
 from autocompress_fast.compact import compact
 from autocompress_fast.engine import Engine
 from autocompress_fast.engine.onnx import as_onnx
-from autocompress_fast.engine.program import validate
+from autocompress_fast.engine.program import is_narrow, validate
 from autocompress_fast.plan import Plan
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -71,3 +72,35 @@ def test_export_writes_a_file(name, tmp_path):
     engine.export_onnx(path)
     x = np.random.default_rng(0).standard_normal((2, *models.input_shape(name)), np.float32)
     assert_close(computed(onnx.load(path), [x]), [engine(x)])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_steps_of_8_bits(seed):
+    """A value that lies between two numbers may become the other one, and change what is added by a step or two."""
+    program = narrowed(every_storage() if seed == 0 else Drawn(seed).program, seed)
+    engine = Engine(program)
+    exported = as_onnx(program, validate(program))
+    inputs = some(program, 5)
+    wanted = engine(*inputs)
+    for y, z in zip(computed(exported, inputs), wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
+        differences = np.abs(y - z) / max(1e-9, float(np.abs(z).max()))
+        assert np.median(differences) < 1e-5
+        assert differences.max() < 0.05
+    kinds = [node.op_type for node in exported.graph.node]
+    assert kinds.count("QuantizeLinear") == sum(map(is_narrow, program.steps))
+
+
+def test_a_quantized_network(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(288, 5)
+    )
+    x = torch.randn(100, 3, 8, 8)
+    small = acf.quantize(acf.compile(model, x), x)
+    small.export_onnx(tmp_path / "small.onnx")
+    (found,) = computed(onnx.load(tmp_path / "small.onnx"), [x.numpy()])
+    wanted = small(x.numpy())
+    assert (found.argmax(1) == wanted.argmax(1)).mean() >= 0.99
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
+    small.save(tmp_path / "small.acf")
+    assert (tmp_path / "small.onnx").stat().st_size < 1.5 * (tmp_path / "small.acf").stat().st_size

@@ -10,10 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from autocompress_fast import pipeline
 from autocompress_fast.admm import RhoSchedule
 from autocompress_fast.compact import ColumnConv2d, ColumnLinear
 from autocompress_fast.data import BatchLoader, Dataset, Splits, UserBatches
-from autocompress_fast.engine import load
+from autocompress_fast.engine import UnsupportedError, load
+from autocompress_fast.engine.narrow import quantize
+from autocompress_fast.engine.program import is_narrow
+from autocompress_fast.engine.simulation import Simulation, simulate
 from autocompress_fast.graph import Counts, inspect
 from autocompress_fast.pipeline import DryRun, Recipe, Result, _share, compress, train
 from autocompress_fast.plan import Plan, mask
@@ -395,6 +399,92 @@ def test_a_dry_run_counts_the_trainings_towards_levels(trained):
     assert compress(trained, SPLITS, recipe=LEVELLED, **options).epochs == plain.epochs + 10
 
 
+# 8-bit weights and activations
+
+NARROW = variant(rounds=1, final_epochs=3, activation_bits=8, activation_epochs=2)
+
+
+@pytest.fixture(scope="module")
+def narrow(trained, tmp_path_factory) -> tuple[Result, Path]:
+    folder = tmp_path_factory.mktemp("narrow")
+    return run(trained, target="3x", recipe=NARROW, workdir=folder), folder
+
+
+def test_the_result_computes_with_8_bits(narrow, tmp_path):
+    result, _ = narrow
+    assert isinstance(result.model, Simulation)
+    assert Target(params=3).met(result.dense, result.small)
+    engine = load(result.save(tmp_path / "small.acf"))
+    layers = [step for step in engine.program.steps if step.op in ("conv", "linear")]
+    assert [is_narrow(step) for step in layers] == [step.attributes["storage"] != "sparse" for step in layers]
+    assert any(map(is_narrow, layers))
+    assert engine.info["provenance"]["quantization"]["samples"] == len(SPLITS.train)
+    x = SPLITS.test.normalized()
+    found = engine(x)
+    with torch.no_grad():
+        np.testing.assert_allclose(found, result.model(torch.from_numpy(x)).numpy(), rtol=1e-4, atol=1e-4)
+    assert 100 * (found.argmax(1) == SPLITS.test.labels).mean() == pytest.approx(result.accuracy["final_test"])
+    assert result.accuracy["final"] > 60
+    assert [row["epoch"] for row in result.history if row["stage"] == "activation"] == [1, 2]
+    assert str(result.report())
+
+
+def test_a_run_killed_while_it_rounds_ends_as_one_that_was_not(trained, narrow, tmp_path):
+    expected, _ = narrow
+    for steps in (16, 4):  # 6 of ADMM and 9 of retraining come before
+        with pytest.raises(StopError):
+            run(trained, target="3x", recipe=NARROW, workdir=tmp_path, progress=Watcher(steps=steps))
+    result = run(trained, target="3x", recipe=NARROW, workdir=tmp_path)
+    assert_same(state(result.model), state(expected.model))
+    assert without_seconds(result.history) == without_seconds(expected.history)
+
+
+def test_8_bits_that_cost_too_much_are_taken_back(trained, monkeypatch):
+    def harmful(engine, samples):
+        found = simulate(quantize(engine, samples))
+        with torch.no_grad():
+            for parameter in found.parameters():
+                parameter.zero_()
+        return found.engine()
+
+    monkeypatch.setattr(pipeline, "quantize", harmful)
+    watcher = Watcher()
+    options = {"target": "2x", "max_drop": 20.0, "progress": watcher}
+    result = run(trained, recipe=dataclasses.replace(NARROW, activation_epochs=0), **options)
+    assert not isinstance(result.model, Simulation)
+    assert result.accuracy["final"] >= result.accuracy["base"] - 20
+    assert "which is too little: it stays in float32" in watcher.noted[-1]
+
+
+def test_8_bits_of_batches_without_training(trained):
+    batches = list(BatchLoader(SPLITS.train, 32))
+    recipe = dataclasses.replace(NARROW, activation_epochs=0)
+    result = run(trained, (batches, list(BatchLoader(SPLITS.validation, 20))), recipe=recipe, target="3x")
+    assert isinstance(result.model, Simulation)
+    assert "activation" not in {row["stage"] for row in result.history}
+
+
+def test_what_the_engine_cannot_run_is_said_before_8_bits_are_trained(trained):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = trained
+
+        def forward(self, x):
+            return torch.erfinv(self.inner(x).tanh() / 2)
+
+    watcher = Watcher()
+    with pytest.raises(UnsupportedError, match="erfinv"):
+        run(Odd(), recipe=NARROW, progress=watcher)
+    assert watcher.noted == []
+
+
+def test_a_dry_run_counts_the_training_with_8_bits(trained):
+    options = {"target": "3x", "progress": Progress(), "dry_run": True}
+    plain = compress(trained, SPLITS, recipe=dataclasses.replace(NARROW, activation_bits=None), **options)
+    assert compress(trained, SPLITS, recipe=NARROW, **options).epochs == plain.epochs + 2
+
+
 # Data of every kind
 
 
@@ -689,6 +779,10 @@ def test_targets_out_of_reach_are_refused_before_anything_is_written(trained, tm
         ({"bits": 0}, "bits must be an int from 1 to 8, got 0"),
         ({"bits": 3, "levels": "binary"}, "binary levels have 1 bits, got 3"),
         ({"levels": "ternary"}, "levels='ternary' needs bits, got none"),
+        ({"activation_bits": 4}, "activation_bits must be 8 or not given, got 4"),
+        ({"activation_bits": 8, "bits": 4}, "found on the way: give no bits, got 4"),
+        ({"activation_bits": 8, "structure": "element"}, "activation_bits need another structure"),
+        ({"activation_epochs": -1}, "epochs must be an int, 0 or more"),
         ({"quantize_epochs": -1}, "epochs must be an int, 0 or more"),
         ({"purify_epochs": -1}, "epochs must be an int, 0 or more"),
         ({"retrain_epochs": -1}, "epochs must be an int, 0 or more"),

@@ -171,6 +171,11 @@ def compress(
         int | None, typer.Option(min=0, help="Of each of the ten trainings that bring weights to levels.")
     ] = None,
     quantize_lr: Annotated[float | None, typer.Option(help="Peak learning rate of these.")] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option(help="8: weights and activations of 8 bits at the end; float32 by default.")
+    ] = None,
+    activation_epochs: Annotated[int | None, typer.Option(min=0, help="Of training with their rounding.")] = None,
+    activation_lr: Annotated[float | None, typer.Option(help="Peak learning rate of it.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd or adam.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="While compressing.")] = None,
     distillation: Annotated[
@@ -223,6 +228,9 @@ def compress(
         "levels": levels,
         "quantize_epochs": quantize_epochs,
         "quantize_lr": quantize_lr,
+        "activation_bits": activation_bits,
+        "activation_epochs": activation_epochs,
+        "activation_lr": activation_lr,
         "optimizer": optimizer,
         "weight_decay": weight_decay,
         "distillation": distillation,
@@ -341,6 +349,52 @@ def bench(
         ),
         as_json,
     )
+
+
+@commands.command()
+def quantize(
+    file: Annotated[Path, typer.Argument(help="A network in float32, .acf.")],
+    inputs: Annotated[
+        list[Path] | None, typer.Argument(help="Images (read with Pillow) or .npy arrays to look at, without --data.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the network, .acf.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A data set: its training part is looked at, its validation part gives the accuracies."),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Which data set, where the folder holds several.")] = None,
+    method: Annotated[str, typer.Option(help="How ranges are chosen: mse, minmax or percentile.")] = "mse",
+    percentile: Annotated[float, typer.Option(help="Of the activations that --method percentile keeps.")] = 99.99,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Layers that stay in float32: a name, or a glob. May be repeated."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="To look at, at most.")] = 512,
+    as_json: Json = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the cut of the data into parts.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Give a network 8-bit weights and activations, from what it computes on some samples; nothing is trained."""
+    from autocompress_fast.cli.quantization import quantized
+
+    if output is None:
+        raise ValueError("quantize needs -o with the file to write")
+    if (data is None) == (not inputs):
+        raise ValueError("quantize needs either --data with a data set or INPUT files")
+    outcome = quantized(
+        file,
+        output,
+        inputs=inputs or [],
+        data=data,
+        dataset=dataset,
+        seed=seed,
+        threads=threads,
+        method=method,
+        percentile=percentile,
+        skip=skip or [],
+        samples=samples,
+    )
+    _show(outcome, as_json)
 
 
 @commands.command()

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autocompress_fast import data as datasets
-from autocompress_fast.data import DataError, read_image
+from autocompress_fast.data import DataError, Dataset, Splits, read_image
 from autocompress_fast.engine import Engine, load
 from autocompress_fast.report import Document, Table
 
@@ -102,12 +102,10 @@ def classify_files(file: Path, inputs: Sequence[Path], threads: int | None) -> P
     An array (.npy) is one sample or several of the network's input shape; uint8 is divided by 255, floats are taken as
     they are. An image is made grey or RGB and brought to the network's size. Both are then normalised as in training.
     """
-    engine = _opened(file, threads)
-    shape = engine.inputs[0].shape
-    read = [(path, _read(path, shape)) for path in inputs]  # all of them first: an error must not come halfway
+    engine = opened(file, threads)
     predictions = []
-    for path, samples in read:
-        logits = np.concatenate([engine(_normalized(engine, part)) for part in _batches(samples)])
+    for path, samples in read_samples(engine, inputs):
+        logits = np.concatenate([engine(normalized(engine, part)) for part in _batches(samples)])
         predictions += [Prediction(str(path), i, _top(engine, row)) for i, row in enumerate(logits)]
     return Predictions(file, tuple(predictions))
 
@@ -116,27 +114,37 @@ def classify_data(
     file: Path, data: str, dataset: str | None, seed: int, threads: int | None, precision: str = "float32"
 ) -> Accuracy:
     """Accuracy on the test part of a data set, normalised as the network was trained."""
-    engine = _opened(file, threads, precision)
+    engine = opened(file, threads, precision)
+    splits = matching(engine, file, data, dataset, seed)
+    accuracy = accuracy_on(engine, splits.test)
+    recorded = engine.info.get("accuracy")
+    return Accuracy(file, splits.name, len(splits.test), accuracy, None if recorded is None else 100.0 * recorded)
+
+
+def matching(engine: Engine, file: Path, data: str, dataset: str | None, seed: int) -> Splits:
+    """A data set that the network knows, normalised as it was trained."""
     splits = datasets.load(data, dataset=dataset, seed=seed)
     if "mean" in engine.info and "std" in engine.info:
         splits = splits.with_normalization(*(_per_channel(engine, key) for key in ("mean", "std")))
-    test = splits.test
-    if test.input_shape != engine.inputs[0].shape:
-        raise ValueError(f"{file} takes inputs {engine.inputs[0].shape}, the images of {data} are {test.input_shape}")
+    if splits.input_shape != engine.inputs[0].shape:
+        raise ValueError(f"{file} takes inputs {engine.inputs[0].shape}, the images of {data} are {splits.input_shape}")
     known = engine.info.get("classes")
     if known is not None and list(splits.classes) != known:
         raise ValueError(f"{file} knows the classes {_some(known)}, {data} has {_some(splits.classes)}")
+    return splits
+
+
+def accuracy_on(engine: Engine, part: Dataset) -> float:
+    """Percent of the images that are classified as their labels say."""
     correct = 0
-    for start in range(0, len(test), _BATCH):
-        part = slice(start, start + _BATCH)
-        correct += int((np.argmax(engine(test.normalized(part)), axis=1) == test.labels[part]).sum())
-    recorded = engine.info.get("accuracy")
-    return Accuracy(
-        file, splits.name, len(test), 100.0 * correct / len(test), None if recorded is None else 100.0 * recorded
-    )
+    for start in range(0, len(part), _BATCH):
+        some = slice(start, start + _BATCH)
+        correct += int((np.argmax(engine(part.normalized(some)), axis=1) == part.labels[some]).sum())
+    return 100.0 * correct / len(part)
 
 
-def _opened(file: Path, threads: int | None, precision: str = "float32") -> Engine:
+def opened(file: Path, threads: int | None, precision: str = "float32") -> Engine:
+    """A saved classifier of one input."""
     engine = load(file, threads=threads, precision=precision)
     if len(engine.inputs) != 1 or len(engine.output_shapes) != 1 or len(engine.output_shapes[0]) != 1:
         raise ValueError(
@@ -144,6 +152,11 @@ def _opened(file: Path, threads: int | None, precision: str = "float32") -> Engi
             f"{', '.join(map(str, engine.output_shapes))}"
         )
     return engine
+
+
+def read_samples(engine: Engine, inputs: Sequence[Path]) -> list[tuple[Path, npt.NDArray[Any]]]:
+    """The samples of every file, not yet normalised; all are read first, as an error must not come halfway."""
+    return [(path, _read(path, engine.inputs[0].shape)) for path in inputs]
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -173,7 +186,8 @@ def _batches(samples: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
     return (samples[start : start + _BATCH] for start in range(0, len(samples), _BATCH))
 
 
-def _normalized(engine: Engine, samples: npt.NDArray[Any]) -> FloatArray:
+def normalized(engine: Engine, samples: npt.NDArray[Any]) -> FloatArray:
+    """Samples as the network was trained on them."""
     values = samples.astype(np.float32)
     if samples.dtype == np.uint8:
         values /= 255

@@ -18,7 +18,15 @@ from autocompress_fast._files import write_atomically
 from autocompress_fast.config import default_threads
 from autocompress_fast.engine.file import FORMAT_VERSION, FileFormatError, check_info, read, write
 from autocompress_fast.engine.native import NativeExecutor
-from autocompress_fast.engine.program import Input, Program, ProgramError, UnsupportedError, VerificationError, validate
+from autocompress_fast.engine.program import (
+    Input,
+    Program,
+    ProgramError,
+    UnsupportedError,
+    VerificationError,
+    is_narrow,
+    validate,
+)
 from autocompress_fast.engine.tables import Profile, StepSummary, StepTime, Summary, WeightCounts
 
 if TYPE_CHECKING:
@@ -184,7 +192,9 @@ class Engine:
     def summary(self) -> Summary:
         """Each step with its output, its weights, multiply-accumulates and bytes, and the totals, for one sample."""
         steps = tuple(
-            StepSummary(s.op, s.name, i.shape, i.storage, i.weights, i.dense_weights, i.macs, i.bytes)
+            StepSummary(
+                s.op, s.name, i.shape, i.storage + " 8-bit" * is_narrow(s), i.weights, i.dense_weights, i.macs, i.bytes
+            )
             for s, i in zip(self.program.steps, self._infos, strict=True)
         )
         return Summary(steps, self.weights, sum(step.macs for step in steps))
@@ -253,7 +263,7 @@ def compile(  # noqa: A001  the name users see is acf.compile
     then run on the example and compared with the model.
 
     Args:
-        model: any model made of supported operators.
+        model: any model made of supported operators, or a `simulate`d one, whose program is taken as it is.
         example_input: a float32 tensor, or a sequence of them, that the model takes; the first dimension is the batch.
         threads: how many processors a call uses; default: those of torch.
         info: what `Engine.info` says at first.
@@ -275,8 +285,11 @@ def compile(  # noqa: A001  the name users see is acf.compile
     324
     """
     from autocompress_fast.engine.lower import lower, verify
+    from autocompress_fast.engine.simulation import Simulation
 
     _precision(precision)
+    if isinstance(model, Simulation):
+        return model.engine(threads=threads, info=info, precision=precision)
     program = lower(model, example_input)
     engine = Engine(program, threads=threads, info=info)
     verify(engine, model, example_input)

@@ -23,6 +23,7 @@ from autocompress_fast.engine.program import (
     MAX_FLOAT,
     Program,
     StepInfo,
+    is_narrow,
     program_from_json,
     program_to_json,
     validate,
@@ -31,7 +32,7 @@ from autocompress_fast.engine.program import (
 __all__ = ["FORMAT_VERSION", "METADATA_KEY", "FileFormatError", "check_info", "read", "size", "write"]
 
 METADATA_KEY: Final = "autocompress_fast"
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 
 MAX_BYTES: Final = 2**32
 """Of a file: more than all weights and values that may be needed take."""
@@ -39,6 +40,7 @@ MAX_INFO_BYTES: Final = 2**20
 _MAX_INFO_DEPTH: Final = 16
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "F32": np.dtype(np.float32),
+    "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "U16": np.dtype(np.uint16),
     "U32": np.dtype(np.uint32),
@@ -74,7 +76,7 @@ def size(program: Program, info: dict[str, Any]) -> int:
     """
     header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _content(program, info)}}
     end = 0
-    order = [np.dtype(np.float32), np.dtype(np.uint32), np.dtype(np.uint16)]  # of safetensors, then by name
+    order = [np.dtype(kind) for kind in ("float32", "uint32", "uint16", "int8")]  # of safetensors, then by name
     codes = {dtype: code for code, dtype in _DTYPES.items()}
     for name, tensor in sorted(program.tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
         offsets = [end, end + tensor.nbytes]
@@ -85,8 +87,11 @@ def size(program: Program, info: dict[str, Any]) -> int:
 
 
 def _content(program: Program, info: dict[str, Any], packed: dict[str, dict[str, Any]] | None = None) -> str:
-    """The text of the header: of version 1, which all releases read, where nothing is packed."""
-    version = {"format_version": FORMAT_VERSION, "packed": packed} if packed else {"format_version": 1}
+    """The text of the header: of version 1, which all releases read, where nothing is packed, nor of 8 bits."""
+    narrow = any(map(is_narrow, program.steps))
+    version: dict[str, Any] = {"format_version": 3 if narrow else 2 if packed else 1}
+    if narrow or packed:
+        version["packed"] = packed or {}
     return json.dumps(version | {"program": program_to_json(program), "info": info}, allow_nan=False)
 
 
@@ -108,17 +113,19 @@ def read(path: str | Path) -> tuple[Program, tuple[StepInfo, ...], dict[str, Any
         raise FileFormatError(f"{path}: {status.st_size} bytes; a file has at most {MAX_BYTES}")
     content = path.read_bytes()
     try:
-        written, packed, info = _metadata(content)
+        version, written, packed, info = _metadata(content)
         program = program_from_json(written, packing.joined(_tensors(content), packed, MAX_BYTES // 4))
         infos = validate(program)
+        if version < 3 and any(map(is_narrow, program.steps)):
+            raise ValueError(f"a file of version {version} has no steps of 8 bits")
         check_info(info, program, infos)
     except (ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise FileFormatError(f"{path}: {error}") from error
     return program, infos, info
 
 
-def _metadata(content: bytes) -> tuple[object, object, Any]:
-    """The program, which tensors are packed, and the information, in the header of a file."""
+def _metadata(content: bytes) -> tuple[int, object, object, Any]:
+    """The version, the program, which tensors are packed, and the information, in the header of a file."""
     if len(content) < 8:
         raise ValueError(f"{len(content)} bytes are too few for a safetensors file")
     length = int.from_bytes(content[:8], "little")
@@ -137,7 +144,7 @@ def _metadata(content: bytes) -> tuple[object, object, Any]:
     expected = {"format_version", "program", "info"} | ({"packed"} if version > 1 else set())
     if written.keys() != expected:
         raise ValueError(f"the metadata must be {', '.join(sorted(expected))}, not {sorted(written)!r:.80}")
-    return written["program"], written.get("packed", {}), written["info"]
+    return version, written["program"], written.get("packed", {}), written["info"]
 
 
 def _tensors(content: bytes) -> dict[str, np.ndarray[Any, Any]]:

@@ -14,7 +14,16 @@ from typing import Any, Final
 import numpy as np
 
 from autocompress_fast import _core
-from autocompress_fast.engine.program import MAX_LIVE, Program, ProgramError, Shape, Step, StepInfo, sparse_block
+from autocompress_fast.engine.program import (
+    MAX_LIVE,
+    Program,
+    ProgramError,
+    Shape,
+    Step,
+    StepInfo,
+    is_narrow,
+    sparse_block,
+)
 
 __all__ = ["NativeExecutor", "fused_steps"]
 
@@ -130,7 +139,7 @@ class _Builder:
     def _arithmetic(self, step: Step, tensors: Mapping[str, Array]) -> dict[str, Any]:
         """Which numbers a convolution or linear layer multiplies."""
         a = step.attributes
-        if "input_scale" not in a:
+        if not is_narrow(step):
             return {"precision": self.precision, "scale": 1.0, "zero": 0, "scales": _NONE}
         scales = tensors["scales"]
         if "filters" in tensors:  # rows of zeros have one too
@@ -251,7 +260,7 @@ def _expansions(
             continue
         if expand is None or expand.op != "conv" or readers[value] != 1 or value in residuals:
             continue
-        if "input_scale" in a or "input_scale" in expand.attributes:
+        if is_narrow(step) or is_narrow(expand):
             continue
         b = expand.attributes
         is_plain = b["kernel"] == b["stride"] == (1, 1) and not any(b["padding"]) and b["groups"] == 1

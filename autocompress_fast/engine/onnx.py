@@ -1,7 +1,9 @@
 """Programs as ONNX models, for other runtimes.
 
 A convolution of which only some columns are left reads the channels that they lie in, through a Gather, with zeros for
-the taps that are gone: other runtimes have no operator for single columns.
+the taps that are gone: other runtimes have no operator for single columns. A step of 8 bits is one of float32 between
+QuantizeLinear and DequantizeLinear, which other runtimes may compute with integers. They divide by the scale, where the
+engine multiplies with its inverse, so that a value between two numbers may be rounded to the other one.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from autocompress_fast.engine.program import Program, Shape, Step, StepInfo
+from autocompress_fast.engine.program import Program, Shape, Step, StepInfo, is_narrow
 
 if TYPE_CHECKING:
     import onnx
@@ -125,7 +127,7 @@ class _Exporter:
         if groups == 1 and 0 < len(used) < channels:
             x = self.node("Gather", [x, self.integers(*used.tolist())], axis=1)
             weight = weight[:, used]
-        operands = [x, self.constant(weight), *self.bias(tensors)]
+        operands = [self.rounded(step, x), self.weight(step, weight, 0), *self.bias(tensors)]
         top, bottom, left, right = a["padding"]
         self.done(
             step,
@@ -143,10 +145,29 @@ class _Exporter:
         if 0 < len(used) < features:
             x = self.node("Gather", [x, self.integers(*used.tolist())], axis=-1)
             weight = weight[:, used]
-        made = self.node("MatMul", [x, self.constant(weight.T)])
+        made = self.node("MatMul", [self.rounded(step, x), self.weight(step, weight.T, 1)])
         for bias in self.bias(tensors):
             made = self.node("Add", [made, bias])
         self.done(step, made)
+
+    def rounded(self, step: Step, x: str) -> str:
+        """The input of a layer, on the numbers of its 8 bits if it has them."""
+        if not is_narrow(step):
+            return x
+        grid = [
+            self.constant(np.float32(step.attributes["input_scale"])),
+            self.constant(np.uint8(step.attributes["input_zero"])),
+        ]
+        return self.node("DequantizeLinear", [self.node("QuantizeLinear", [x, *grid]), *grid])
+
+    def weight(self, step: Step, weight: Array, axis: int) -> str:
+        """The weight of a layer whose filters lie along the axis."""
+        if not is_narrow(step):
+            return self.constant(weight)
+        tensors = self.tensors(step)
+        scales = np.ones(step.attributes["filters"], np.float32)
+        scales[tensors.get("filters", slice(None))] = tensors["scales"]
+        return self.node("DequantizeLinear", [self.constant(weight), self.constant(scales)], axis=axis)
 
     def bias(self, tensors: Mapping[str, Array]) -> list[str]:
         return [self.constant(tensors["bias"])] if "bias" in tensors else []
@@ -263,7 +284,7 @@ class _Exporter:
 
 def dense(tensors: Mapping[str, Array], filters: int, columns: int) -> Array:
     """(filters, columns), a weight stored in any way written out in full."""
-    weight: Array = np.zeros((filters, columns), np.float32)
+    weight: Array = np.zeros((filters, columns), tensors["weight"].dtype if "weight" in tensors else np.float32)
     if "values" in tensors:
         counts: Array = np.diff(tensors["offsets"].astype(np.intp))
         weight[np.repeat(np.arange(filters), counts), tensors["indices"]] = tensors["values"]

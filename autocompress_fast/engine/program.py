@@ -26,6 +26,7 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "frees",
+    "is_narrow",
     "peak_live",
     "pool_output_size",
     "program_from_json",
@@ -67,6 +68,14 @@ MAX_STRIDE: Final = 2**28
 """Stride and dilation of a convolution."""
 MAX_SIDE: Final = 2**16
 """Height or width of an image."""
+
+NARROW_MOST: Final = 127
+"""Of an 8-bit weight; -128 is not used, so that weights can change their sign."""
+NARROW_COLUMNS: Final = 2**16
+"""Columns of an 8-bit weight: sums of so many products of 255 and 127 stay below 2^31."""
+MIN_SCALE: Final = 1e-30
+MAX_SCALE: Final = 1e30
+"""Scales of 8-bit steps, and products of two: neither they nor their inverses come near the ends of float32."""
 
 
 class ProgramError(ValueError):
@@ -118,7 +127,7 @@ class Program:
         inputs: values 0 .. len(inputs) - 1.
         steps: step i makes value len(inputs) + i.
         outputs: numbers of the values returned.
-        tensors: the weights, float32, and their indices, uint16 or uint32.
+        tensors: the weights, float32 or int8, and their indices, uint16 or uint32.
         batch: the only batch size the program holds for; None for every one.
     """
 
@@ -175,9 +184,9 @@ def validate(program: Program) -> tuple[StepInfo, ...]:
     for i, given in enumerate(program.inputs):
         shapes.append(_shape(given.shape, f"shape of input {i} ({given.name!r})"))
     for name, tensor in program.tensors.items():
-        if not isinstance(tensor, np.ndarray) or tensor.dtype not in (np.float32, np.uint16, np.uint32):
+        if not isinstance(tensor, np.ndarray) or tensor.dtype not in (np.float32, np.int8, np.uint16, np.uint32):
             found = getattr(tensor, "dtype", type(tensor).__name__)
-            raise ProgramError(f"tensor {name!r} must be float32, uint16 or uint32, not {found}")
+            raise ProgramError(f"tensor {name!r} must be float32, int8, uint16 or uint32, not {found}")
         if tensor.dtype == np.float32 and not np.isfinite(tensor).all():
             raise ProgramError(f"tensor {name!r} holds NaN or infinity")
     # Once each: a small file cannot have the same tensor unpacked, or checked, again and again.
@@ -215,6 +224,15 @@ def validate(program: Program) -> tuple[StepInfo, ...]:
     if returned > MAX_LIVE:
         raise ProgramError(f"the outputs of one sample have {returned} elements; at most {MAX_LIVE} are allowed")
     return tuple(infos)
+
+
+def is_narrow(step: Step) -> bool:
+    """Whether a step computes with 8-bit inputs and weights.
+
+    >>> is_narrow(Step("linear", (0,), 1, {"filters": 2, "storage": "dense", "activation": "none"}))
+    False
+    """
+    return "input_scale" in step.attributes
 
 
 def frees(program: Program) -> list[list[int]]:
@@ -289,6 +307,12 @@ def _number(value: object, what: str) -> float:
     return float(value)
 
 
+def _scale(value: object, what: str) -> object:
+    if type(value) is not float or not MIN_SCALE <= value <= MAX_SCALE:
+        raise ProgramError(f"{what} must be a float from {MIN_SCALE:g} to {MAX_SCALE:g}, not {value!r:.80}")
+    return value
+
+
 def _one_of(*allowed: object) -> Check:
     def check(value: object, what: str) -> object:
         if not any(type(value) is type(item) and value == item for item in allowed):
@@ -308,6 +332,10 @@ def _four(value: object, what: str) -> object:
 
 def _positive(value: object, what: str) -> object:
     return _integer(value, what, low=1)
+
+
+def _byte(value: object, what: str) -> object:
+    return _integer(value, what, high=255)
 
 
 Check = Callable[[object, str], object]
@@ -333,6 +361,7 @@ class _Operation:
     attributes: Mapping[str, Check]
     roles: tuple[str, ...]  # of the tensors it may have
     infer: Callable[[_Call], StepInfo]
+    together: Mapping[str, Check] = field(default_factory=dict)  # attributes of which it has all or none
 
 
 def _check_step(step: Step, shapes: list[Shape], tensors: Tensors) -> StepInfo:
@@ -347,10 +376,13 @@ def _check_step(step: Step, shapes: list[Shape], tensors: Tensors) -> StepInfo:
             raise ProgramError(f"input {value!r:.80} is not a value made before it (0 to {len(shapes) - 1})")
     if type(step.output) is not int or step.output != len(shapes):
         raise ProgramError(f"its output must be value {len(shapes)}, not {step.output!r:.80}")
-    missing, unknown = operation.attributes.keys() - step.attributes, step.attributes.keys() - operation.attributes
+    known = dict(operation.attributes)
+    if operation.together.keys() & step.attributes.keys():
+        known.update(operation.together)
+    missing, unknown = known.keys() - step.attributes, step.attributes.keys() - known
     if missing or unknown:
         raise ProgramError(f"attribute {min(missing or unknown)!r} is {'missing' if missing else 'unknown'}")
-    for name, check in operation.attributes.items():
+    for name, check in known.items():
         check(step.attributes[name], name)
     own: dict[str, np.ndarray[Any, Any]] = {}
     for role, name in step.tensors.items():
@@ -368,9 +400,11 @@ _INDEX_ROLES = ("filters", "columns", "indices", "offsets")
 
 
 def _check_role(role: str, tensor: np.ndarray[Any, Any]) -> None:
-    floats = role not in _INDEX_ROLES
-    if (tensor.dtype == np.float32) != floats:
-        raise ProgramError(f"{role} must be {'float32' if floats else 'uint16 or uint32'}, not {tensor.dtype}")
+    allowed = ("uint16", "uint32") if role in _INDEX_ROLES else ("float32",)
+    if role == "weight":
+        allowed = ("float32", "int8")
+    if tensor.dtype.name not in allowed:
+        raise ProgramError(f"{role} must be {' or '.join(allowed)}, not {tensor.dtype}")
     ranks = {"weight": 2, "constant": None}
     if ranks.get(role, 1) not in (None, tensor.ndim):
         raise ProgramError(f"{role} must have {ranks.get(role, 1)} dimensions, not shape {tensor.shape}")
@@ -398,12 +432,16 @@ def sparse_block(
 
 def _weights(call: _Call, columns: int) -> StepInfo:
     """Check the matrix (filters x columns) of a step as it is stored. `shape` is left empty, `macs` is per position."""
-    filters, storage = call.attributes["filters"], call.attributes["storage"]
+    filters, storage, narrow = call.attributes["filters"], call.attributes["storage"], "input_scale" in call.attributes
     needed, optional = {
         "dense": ({"weight"}, {"bias"}),
         "columns": ({"weight"}, {"bias", "filters", "columns"}),
         "sparse": ({"values", "indices", "offsets"}, {"bias"}),
     }[storage]
+    if narrow:
+        if storage == "sparse":
+            raise ProgramError("8-bit weights cannot have sparse storage")
+        needed = needed | {"scales"}
     if needed - call.tensors.keys() or call.tensors.keys() - needed - optional:
         found = ", ".join(sorted(call.tensors)) or "none"
         raise ProgramError(f"{storage} storage takes the tensors {', '.join(sorted(needed | optional))}; found {found}")
@@ -428,7 +466,30 @@ def _weights(call: _Call, columns: int) -> StepInfo:
         _rising(call.tensors["filters"], filters, "filters")
     if "columns" in call.tensors:
         _rising(call.tensors["columns"], columns, "columns")
+    if narrow:
+        _check_narrow(call, stored, used)
+    elif call.tensors["weight"].dtype != np.float32:
+        raise ProgramError(f"a weight of {call.tensors['weight'].dtype} needs input_scale, input_zero and scales")
     return StepInfo((), storage, stored * used, filters * columns, stored * used, prepared=_prepared(call, used))
+
+
+def _check_narrow(call: _Call, stored: int, used: int) -> None:
+    weight, scales = call.tensors["weight"], call.tensors["scales"]
+    if weight.dtype != np.int8:
+        raise ProgramError(f"the weight of a step with input_scale must be int8, not {weight.dtype}")
+    if weight.size and int(weight.min()) < -NARROW_MOST:
+        raise ProgramError(f"8-bit weights must be from {-NARROW_MOST} to {NARROW_MOST}, not {int(weight.min())}")
+    if used > NARROW_COLUMNS:
+        raise ProgramError(f"an 8-bit weight has at most {NARROW_COLUMNS} columns, not {used}")
+    if scales.shape != (stored,):
+        raise ProgramError(f"scales must have shape {(stored,)}, not {scales.shape}")
+    with np.errstate(over="ignore", under="ignore"):
+        products = scales * np.float32(call.attributes["input_scale"])
+    for values, what in ((scales, "scales"), (products, "scales times input_scale")):
+        outside = ~((values >= MIN_SCALE) & (values <= MAX_SCALE))
+        if outside.any():
+            found = values[outside][0]
+            raise ProgramError(f"{what} must be from {MIN_SCALE:g} to {MAX_SCALE:g}, not {found:g}")
 
 
 def _prepared(call: _Call, columns: int) -> int:
@@ -654,11 +715,12 @@ _CONV: dict[str, Check] = {
 }  # fmt: skip
 _POOL: dict[str, Check] = {"kernel": _pair(1), "stride": _pair(1), "padding": _pair(0), "ceil": _one_of(False, True)}
 _AXIS: dict[str, Check] = {"axis": _integer}
-_STORED = ("weight", "bias", "filters", "columns", "values", "indices", "offsets")
+_STORED = ("weight", "bias", "filters", "columns", "values", "indices", "offsets", "scales")
+_NARROW: dict[str, Check] = {"input_scale": _scale, "input_zero": _byte}
 
 _OPERATIONS: Final[dict[str, _Operation]] = {
-    "conv": _Operation((1, 1), _CONV, _STORED, _infer_conv),
-    "linear": _Operation((1, 1), _MATRIX, _STORED, _infer_linear),
+    "conv": _Operation((1, 1), _CONV, _STORED, _infer_conv, _NARROW),
+    "linear": _Operation((1, 1), _MATRIX, _STORED, _infer_linear, _NARROW),
     "max_pool": _Operation((1, 1), {**_POOL, "dilation": _pair(1)}, (), _infer_pool),
     "avg_pool": _Operation((1, 1), {**_POOL, "count_padding": _one_of(False, True)}, (), _infer_pool),
     "adaptive_avg_pool": _Operation((1, 1), {"output": _pair(1)}, (), _infer_adaptive_pool),

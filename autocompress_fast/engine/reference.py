@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from autocompress_fast.engine.program import Program, Shape, StepInfo, sparse_block
 
-__all__ = ["Reference"]
+__all__ = ["Reference", "quantized"]
 
 Array = np.ndarray[Any, Any]
 Kernel = Callable[[list[Array]], Array]
@@ -42,6 +42,20 @@ class Reference:
             for step, kernel in zip(self.program.steps, self.kernels, strict=True):
                 values.append(kernel([values[i] for i in step.inputs]))
         return [np.ascontiguousarray(values[i]) for i in self.program.outputs]
+
+
+def quantized(x: Array, scale: float, zero: int) -> Array:
+    """The 8-bit numbers that stand for float32: x / scale, rounded to even, plus zero, from 0 to 255; NaN is 255.
+
+    Every machine gives the same: the inverse of the scale is rounded to float32 first, and so is its product with x.
+
+    >>> quantized(np.array([-9, -0.3, 0.5, 1.5, 300, np.nan], np.float32), 0.5, 3)
+    array([  0,   2,   4,   6, 255, 255])
+    """
+    with np.errstate(all="ignore"):
+        steps = np.fmin(x * (np.float32(1) / np.float32(scale)), np.float32(2**16))  # not beyond the integers
+        number: Array = np.clip(np.rint(steps) + np.float32(zero), 0, 255).astype(np.int64)
+    return number
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -85,7 +99,7 @@ class _Matrix:
             part = np.zeros((0, columns.shape[1]), np.float32)
         if len(part) == self.filters:
             return part
-        result: Array = np.zeros((self.filters, columns.shape[1]), np.float32)
+        result: Array = np.zeros((self.filters, columns.shape[1]), part.dtype)
         result[self.rows] = part
         return result
 
@@ -101,6 +115,30 @@ class _Prepared:
     made: Shape
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """What a layer computes with: the weights, its input, and what the sums of their products are multiplied by.
+
+    Of 8 bits: integers in float64, in which sums of their products, below 2^31, are exact.
+    """
+
+    tensors: Mapping[str, Array]
+    read: Callable[[Array], Array]
+    factor: Array | None = None  # for every filter
+
+
+def _numbers(s: _Prepared) -> _Numbers:
+    a = s.attributes
+    if "input_scale" not in a:
+        return _Numbers(s.tensors, lambda x: x)
+    scale, zero = a["input_scale"], a["input_zero"]
+    factor = np.ones(a["filters"], np.float32)
+    stored = s.tensors["filters"].astype(np.intp) if "filters" in s.tensors else slice(None)
+    factor[stored] = s.tensors["scales"] * np.float32(scale)
+    exact = {**s.tensors, "weight": s.tensors["weight"].astype(np.float64)}
+    return _Numbers(exact, lambda x: (quantized(x, scale, zero) - zero).astype(np.float64), factor)
+
+
 # --- kernels: prepared once for a step, then run on values (N, ...) --------------------------------------------------
 
 
@@ -108,14 +146,15 @@ def _conv(s: _Prepared) -> Kernel:
     a = s.attributes
     groups, filters, kernel, stride, dilation = a["groups"], a["filters"], a["kernel"], a["stride"], a["dilation"]
     channels = s.given[0] // groups
-    padding = a["padding"]
-    finish = _finish(a["activation"], s.tensors.get("bias"), 3)
+    padding, numbers = a["padding"], _numbers(s)
+    tensors = numbers.tensors
+    finish = _finish(a["activation"], tensors.get("bias"), 3, numbers.factor)
     size = s.made[1:]
     span = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
 
     def windows(x: Array) -> Array:
         """(N, C, H, W) -> (C, KH, KW, N, OH, OW), a view of the padded input."""
-        x = np.moveaxis(x, 1, 0)
+        x = np.moveaxis(numbers.read(x), 1, 0)
         if any(padding):
             top, bottom, left, right = padding
             x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
@@ -127,7 +166,7 @@ def _conv(s: _Prepared) -> Kernel:
         return finish(np.moveaxis(y.reshape(filters, samples, *size), 0, 1))
 
     if groups == 1:
-        matrix = _Matrix(filters, s.tensors)
+        matrix = _Matrix(filters, tensors)
         picked = None if matrix.columns is None else np.unravel_index(matrix.columns, (channels, *kernel))
         width = channels * math.prod(kernel) if matrix.columns is None else len(matrix.columns)
 
@@ -137,8 +176,8 @@ def _conv(s: _Prepared) -> Kernel:
             return result(matrix.multiply(gathered.reshape(width, math.prod(view.shape[3:]))), len(inputs[0]))
 
         return run
-    if "weight" in s.tensors and channels == 1 and filters == groups:
-        tap = np.ascontiguousarray(s.tensors["weight"].T).reshape(*kernel, groups, 1, 1, 1)
+    if "weight" in tensors and channels == 1 and filters == groups:
+        tap = np.ascontiguousarray(tensors["weight"].T).reshape(*kernel, groups, 1, 1, 1)
 
         def run_depthwise(inputs: list[Array]) -> Array:
             view = windows(inputs[0])
@@ -148,7 +187,7 @@ def _conv(s: _Prepared) -> Kernel:
             return result(y, len(inputs[0]))
 
         return run_depthwise
-    matrices = [_Matrix(filters // groups, part) for part in _split_groups(s.tensors, groups)]
+    matrices = [_Matrix(filters // groups, part) for part in _split_groups(tensors, groups)]
 
     def run_grouped(inputs: list[Array]) -> Array:
         view = windows(inputs[0])
@@ -179,11 +218,12 @@ def _split_groups(tensors: Mapping[str, Array], groups: int) -> list[dict[str, A
 
 
 def _linear(s: _Prepared) -> Kernel:
-    matrix = _Matrix(s.attributes["filters"], s.tensors)
-    finish = _finish(s.attributes["activation"], s.tensors.get("bias"), 1)
+    numbers = _numbers(s)
+    matrix = _Matrix(s.attributes["filters"], numbers.tensors)
+    finish = _finish(s.attributes["activation"], s.tensors.get("bias"), 1, numbers.factor)
 
     def run(inputs: list[Array]) -> Array:
-        x = inputs[0]
+        x = numbers.read(inputs[0])
         columns = x.reshape(-1, x.shape[-1]).T
         y = matrix.multiply(columns if matrix.columns is None else columns[matrix.columns])
         return finish(y.T.reshape(*x.shape[:-1], matrix.filters))
@@ -191,12 +231,20 @@ def _linear(s: _Prepared) -> Kernel:
     return run
 
 
-def _finish(activation: str, bias: Array | None, rank: int) -> Callable[[Array], Array]:
-    """Add the bias along the first axis of a sample and apply the activation, in place: `y` is the step's own."""
+def _finish(activation: str, bias: Array | None, rank: int, factor: Array | None = None) -> Callable[[Array], Array]:
+    """Multiply with the factor and add the bias, along the first axis of a sample, and apply the activation.
+
+    In place where it can: `y` is the step's own.
+    """
     apply = _ACTIVATE[activation]
-    shift = None if bias is None else bias.reshape(-1, *([1] * (rank - 1)))
+    form = (-1, *([1] * (rank - 1)))
+    shift = None if bias is None else bias.reshape(form)
+    times = None if factor is None else factor.reshape(form)
 
     def run(y: Array) -> Array:
+        if times is not None:
+            y = y.astype(np.float32)  # exact sums, rounded once
+            y *= times
         if shift is not None:
             y += shift
         return apply(y)

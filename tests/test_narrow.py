@@ -1,0 +1,283 @@
+"""Steps of 8-bit inputs and weights: what a program may hold, what they compute, files of them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import torch
+from test_acf_file import ONE, Builder, packed
+from test_engine_native import Drawn
+from torch.nn import functional
+
+import autocompress_fast as acf
+from autocompress_fast.engine import Engine, FileFormatError
+from autocompress_fast.engine.file import size, write
+from autocompress_fast.engine.program import Program, ProgramError, is_narrow, program_to_json, validate
+from autocompress_fast.engine.reference import Reference, quantized
+
+VERSION_3 = Path(__file__).parent / "data" / "version_3.acf"
+
+
+def narrowed(program: Program, seed: int) -> Program:
+    """The same program with 8 bits in most of the steps that can have them; the weights and scales are random."""
+    rng = np.random.default_rng(seed)
+    tensors, steps = dict(program.tensors), []
+    for step in program.steps:
+        if step.op not in ("conv", "linear") or step.attributes["storage"] == "sparse" or rng.random() < 0.2:
+            steps.append(step)
+            continue
+        weight = tensors[step.tensors["weight"]]
+        scales = f"{step.tensors['weight']}.scales"
+        tensors[step.tensors["weight"]] = rng.integers(-127, 128, weight.shape).astype(np.int8)
+        tensors[scales] = rng.uniform(0.001, 0.02, len(weight)).astype(np.float32)
+        attributes = {"input_scale": float(rng.uniform(0.005, 0.03)), "input_zero": int(rng.choice([0, 3, 128, 255]))}
+        steps.append(
+            dataclasses.replace(
+                step, attributes={**step.attributes, **attributes}, tensors={**step.tensors, "scales": scales}
+            )
+        )
+    return dataclasses.replace(program, steps=tuple(steps), tensors=tensors)
+
+
+def every_storage() -> Program:
+    """Convolutions in full, of columns, in groups and depthwise, and linear layers, all of 8 bits but one."""
+    b = Builder(4, 6, 7)
+    three = {**ONE, "kernel": (3, 3), "padding": (1, 0, 2, 1), "activation": "relu"}
+    x = b.add("conv", 0, arrays={"weight": b.floats(6, 36), "bias": b.floats(6)}, **{**three, "filters": 6})
+    columns = {
+        "weight": b.floats(3, 4), "filters": np.array([0, 2, 5], np.uint16),
+        "columns": np.array([0, 4, 9, 53], np.uint16), "bias": b.floats(6),
+    }  # fmt: skip
+    kept = {**three, "filters": 6, "storage": "columns", "stride": (1, 2), "activation": "none"}
+    x = b.add("conv", x, arrays=columns, **kept)
+    x = b.add("conv", x, arrays={"weight": b.floats(4, 27)}, **{**three, "filters": 4, "groups": 2})
+    x = b.add("conv", x, arrays={"weight": b.floats(4, 9)}, **{**three, "filters": 4, "groups": 4})
+    x = b.add("conv", x, arrays={"weight": b.floats(2, 4), "bias": b.floats(2)}, **{**ONE, "filters": 2})
+    x = b.add("linear", x, arrays={"weight": b.floats(5, 7)}, filters=5, storage="dense", activation="none")
+    fewer = {"weight": b.floats(5, 2), "columns": np.array([1, 4], np.uint16)}
+    x = b.add("linear", x, arrays=fewer, filters=5, storage="columns", activation="tanh")
+    return b.program(x)
+
+
+def some(program: Program, samples: int = 3) -> list[np.ndarray]:
+    shapes = [given.shape for given in program.inputs]
+    return [np.sin(np.arange(samples * np.prod(s)) * 1.7).astype(np.float32).reshape(samples, *s) for s in shapes]
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize(("scale", "zero"), [(0.0137, 37), (1.0, 0), (3e-5, 255), (1e-30, 7), (1e30, 128)])
+def test_inputs_become_what_torch_makes_of_them(scale, zero):
+    rng = np.random.default_rng(zero)
+    x = np.concatenate([rng.standard_normal(4000) * scale * 200, (np.arange(-300, 600) + 0.5) * scale, [0.0, -0.0]])
+    x = np.concatenate([x, rng.standard_normal(500) * 1e5 * scale]).astype(np.float32)
+    found = quantized(x, scale, zero)
+    wanted = torch.fake_quantize_per_tensor_affine(torch.from_numpy(x), scale, zero, 0, 255).numpy()
+    np.testing.assert_array_equal((found - zero).astype(np.float32) * np.float32(scale), wanted)
+
+
+def test_what_is_no_number_or_beyond_them():
+    x = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38], np.float32)
+    assert quantized(x, 0.25, 100).tolist() == [255, 255, 0, 255, 0]
+
+
+def by_torch(step, tensors, x):
+    """A step of 8 bits from its definition, with torch's convolution of integers in float64."""
+    a, own = step.attributes, {role: tensors[name] for role, name in step.tensors.items()}
+    columns = x.shape[1] // a["groups"] * a["kernel"][0] * a["kernel"][1] if step.op == "conv" else x.shape[-1]
+    rows, kept = own.get("filters", np.arange(a["filters"])), own.get("columns", np.arange(columns))
+    weight = np.zeros((a["filters"], columns))
+    weight[np.ix_(rows, kept)] = own["weight"]
+    factor = np.ones(a["filters"], np.float32)
+    factor[rows] = np.float32(a["input_scale"]) * own["scales"]
+    integers = torch.from_numpy((quantized(x, a["input_scale"], a["input_zero"]) - a["input_zero"]).astype(np.float64))
+    if step.op == "linear":
+        sums, shape = functional.linear(integers, torch.from_numpy(weight)), (-1,)
+    else:
+        top, bottom, left, right = a["padding"]
+        around = functional.pad(integers, (left, right, top, bottom))
+        full = torch.from_numpy(weight.reshape(len(weight), x.shape[1] // a["groups"], *a["kernel"]))
+        sums = functional.conv2d(around, full, None, a["stride"], 0, a["dilation"], a["groups"])
+        shape = (-1, 1, 1)
+    y = sums.numpy().astype(np.float32) * factor.reshape(shape)
+    y = y + own["bias"].reshape(shape) if "bias" in own else y
+    return {"none": lambda y: y, "relu": lambda y: np.maximum(y, 0), "tanh": np.tanh}[a["activation"]](y)
+
+
+def test_every_step_is_its_definition_bit_for_bit():
+    program = narrowed(every_storage(), 1)
+    assert sum(map(is_narrow, program.steps)) == 6
+    outputs = tuple(step.output for step in program.steps)
+    given = some(program)
+    values = given + Reference(program, validate(program)).run(given)
+    everything = dataclasses.replace(program, outputs=outputs)
+    values = given + Reference(everything, validate(everything)).run(given)
+    for step in program.steps:
+        if is_narrow(step):
+            wanted = by_torch(step, program.tensors, values[step.inputs[0]])
+            np.testing.assert_array_equal(values[step.output], wanted)
+            assert len(np.unique(wanted)) > 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_programs_in_every_batch(seed):
+    program = narrowed(Drawn(seed).program, seed)
+    engine = Engine(program, threads=1)
+    inputs = [np.random.default_rng(seed).standard_normal((19, *i.shape), np.float32) for i in program.inputs]
+    whole = engine(*inputs)
+    few = engine(*(x[3:5] for x in inputs))
+    for y, z in zip(whole, few, strict=True):
+        np.testing.assert_allclose(y[3:5], z, rtol=1e-4, atol=1e-4 * max(1.0, float(np.abs(z).max())))
+    assert [y.shape[0] for y in engine(*(x[:0] for x in inputs))] == [0] * len(whole)
+    assert engine.workspace_bytes(2) >= engine.workspace_bytes(1) > 0
+    assert len(engine.profile(rounds=1).steps) >= 1
+
+
+def test_an_engine_says_what_its_weights_take():
+    program = narrowed(every_storage(), 1)
+    engine = Engine(program)
+    whole = Engine(every_storage())
+    assert engine.weights.kept == whole.weights.kept
+    assert engine.weights.bytes < 0.6 * whole.weights.bytes  # small layers, whose scales and biases count
+    wanted = ["dense 8-bit", "columns 8-bit", *["dense 8-bit"] * 3, "dense", "columns 8-bit"]
+    assert [step.storage for step in engine.summary().steps] == wanted
+    assert "columns 8-bit" in str(engine.summary())
+
+
+# --- what a program may hold
+
+
+def one(op="conv", **changes):
+    """A program of one step of 8 bits, with some of its attributes and tensors changed, or left out where None."""
+    b = Builder(2, 3, 3) if op == "conv" else Builder(2)
+    tensors = {"weight": np.ones((3, 2), np.int8), "scales": np.full(3, 0.5, np.float32)}
+    form = ONE if op == "conv" else {"storage": "dense", "activation": "none"}
+    attributes = {**form, "filters": 3, "input_scale": 0.5, "input_zero": 3}
+    for name, value in changes.items():
+        kind = tensors if isinstance(value, np.ndarray) or name in tensors else attributes
+        kind[name] = value
+        if value is None:
+            del kind[name]
+    return b.program(b.add(op, 0, arrays=tensors, **attributes))
+
+
+def test_a_step_of_8_bits():
+    (y,) = Reference(one(), validate(one())).run([np.ones((1, 2, 3, 3), np.float32)])
+    assert (y == 1).all()
+
+
+@pytest.mark.parametrize("op", ["conv", "linear"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_scale": None}, "attribute 'input_scale' is missing"),
+        ({"input_zero": None}, "attribute 'input_zero' is missing"),
+        ({"input_scale": 0.0}, "input_scale must be a float from 1e-30 to 1e\\+30, not 0.0"),
+        ({"input_scale": -1.0}, "input_scale must be a float"),
+        ({"input_scale": float("nan")}, "input_scale must be a float"),
+        ({"input_scale": 1e31}, "input_scale must be a float"),
+        ({"input_scale": 1}, "input_scale must be a float from 1e-30 to 1e\\+30, not 1"),
+        ({"input_scale": True}, "input_scale must be a float"),
+        ({"input_zero": 256}, "input_zero must be an integer from 0 to 255, not 256"),
+        ({"input_zero": -1}, "input_zero must be an integer"),
+        ({"input_zero": 0.0}, "input_zero must be an integer"),
+        ({"scales": None}, "dense storage takes the tensors bias, scales, weight; found weight"),
+        ({"input_scale": None, "input_zero": None}, "dense storage takes the tensors bias, weight; found scales"),
+        (
+            {"input_scale": None, "input_zero": None, "scales": None},
+            "a weight of int8 needs input_scale, input_zero and scales",
+        ),
+        ({"weight": np.ones((3, 2), np.float32)}, "weight of a step with input_scale must be int8, not float32"),
+        ({"weight": np.ones((3, 2), np.uint16)}, "weight must be float32 or int8, not uint16"),
+        ({"weight": np.full((3, 2), -128, np.int8)}, "8-bit weights must be from -127 to 127, not -128"),
+        ({"weight": np.ones((2, 2), np.int8)}, r"weight must have shape \(3, 2\), not \(2, 2\)"),
+        ({"scales": np.ones(2, np.float32)}, r"scales must have shape \(3,\), not \(2,\)"),
+        ({"scales": np.ones((3, 1), np.float32)}, "scales must have 1 dimensions"),
+        ({"scales": np.ones(3, np.int8)}, "scales must be float32, not int8"),
+        ({"scales": np.float32([1, 0, 1])}, "scales must be from 1e-30 to 1e\\+30, not 0"),
+        ({"scales": np.float32([1, -1, 1])}, "scales must be from 1e-30 to 1e\\+30, not -1"),
+        ({"scales": np.float32([1, 3e38, 1])}, "scales must be from 1e-30 to 1e\\+30, not 3e\\+38"),
+        ({"scales": np.full(3, 1e-20, np.float32), "input_scale": 1e-20}, "scales times input_scale must be from"),
+        ({"scales": np.full(3, 1e20, np.float32), "input_scale": 1e20}, "scales times input_scale must be from"),
+        ({"storage": "sparse"}, "8-bit weights cannot have sparse storage"),
+    ],
+)
+def test_what_is_refused(op, changes, message):
+    with pytest.raises(ProgramError, match=message):
+        validate(one(op, **changes))
+
+
+def test_sums_stay_below_the_integers_of_32_bits():
+    b = Builder(2**16 + 1)
+    tensors = {"weight": np.ones((1, 2**16 + 1), np.int8), "scales": np.ones(1, np.float32)}
+    form = {"filters": 1, "storage": "dense", "activation": "none", "input_scale": 1.0, "input_zero": 0}
+    with pytest.raises(ProgramError, match="at most 65536 columns, not 65537"):
+        validate(b.program(b.add("linear", 0, arrays=tensors, **form)))
+
+
+def test_other_steps_have_no_8_bits():
+    b = Builder(3)
+    with pytest.raises(ProgramError, match="'input_scale' is unknown"):
+        validate(b.program(b.add("activation", 0, activation="relu", input_scale=0.5, input_zero=3)))
+    b = Builder(3)
+    with pytest.raises(ProgramError, match="constant must be float32, not int8"):
+        validate(b.program(b.add("add", 0, arrays={"constant": np.ones(3, np.int8)}, activation="none")))
+
+
+# --- files
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    engine = Engine(narrowed(every_storage(), 1), info={"accuracy": 0.5})
+    path = tmp_path / "net.acf"
+    engine.save(path)
+    loaded = acf.load(path)
+    assert loaded.program.steps == engine.program.steps
+    assert {n: (t.dtype, t.tobytes()) for n, t in loaded.program.tensors.items()} == {
+        n: (t.dtype, t.tobytes()) for n, t in engine.program.tensors.items()
+    }
+    (x,) = some(engine.program)
+    np.testing.assert_array_equal(loaded(x), engine(x))
+    again = tmp_path / "again.acf"
+    loaded.save(again)
+    assert again.read_bytes() == path.read_bytes()
+    assert size(engine.program, engine.info) >= path.stat().st_size - 16  # and the word "packed" more
+
+
+def header(path):
+    with safetensors.safe_open(path, "np") as file:
+        return json.loads(file.metadata()["autocompress_fast"])
+
+
+def test_versions_are_those_that_are_needed(tmp_path):
+    path = tmp_path / "net.acf"
+    write(path, every_storage(), {})
+    assert header(path)["format_version"] == 2  # few values, in one of its layers
+    write(path, narrowed(every_storage(), 1), {})
+    assert header(path)["format_version"] == 3
+    write(path, one(), {})
+    assert header(path)["format_version"] == 3
+    assert header(path)["packed"] == {}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_older_versions_have_no_8_bits(version, tmp_path):
+    program, path = one(), tmp_path / "net.acf"
+    more = {"packed": {}} if version == 2 else {}
+    content = {"format_version": version, "program": program_to_json(program), "info": {}} | more
+    path.write_bytes(packed(content, dict(program.tensors)))
+    with pytest.raises(FileFormatError, match=f"a file of version {version} has no steps of 8 bits"):
+        acf.load(path)
+
+
+def test_the_file_of_version_3_is_read_forever():
+    """Written once, from `every_storage`; it must never be written again."""
+    engine = acf.load(VERSION_3, threads=1)
+    assert sum(map(is_narrow, engine.program.steps)) == 6
+    (x,) = some(engine.program)
+    np.testing.assert_allclose(engine(x), np.float32(engine.info["expected"]), rtol=1e-5, atol=1e-6)
