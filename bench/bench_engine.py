@@ -7,11 +7,11 @@
 
 All compute in float32; OpenVINO is told so, as its default on some CPUs is bfloat16. With --precision bfloat16 we,
 OpenVINO and torch (weights and values in bfloat16) use that; the others have float32 alone. With --precision int8
-weights and activations have 8 bits: onnxruntime and OpenVINO run what onnxruntime's own quantize_static makes of the network
-(QDQ, a scale for every filter, U8S8), the others float32; all are calibrated with the same images. torch is taken at
-its best of eager, channels_last and frozen (torch.jit, oneDNN). The runtimes that are installed take part (`pip install
-onnx onnxruntime openvino litert-torch`); LiteRT, which is XNNPACK here, is given images as NHWC. Every result is
-compared with torch's.
+weights and activations have 8 bits: onnxruntime and OpenVINO run what onnxruntime's own quantize_static makes of the
+network (QDQ, a scale for every filter, U8S8), the others float32; all are calibrated with the same images. torch is
+taken at its best of eager, channels_last and frozen (torch.jit, oneDNN). The runtimes that are installed take part
+(`pip install onnx onnxruntime openvino litert-torch`); LiteRT, which is XNNPACK here, is given images as NHWC. Every
+result is compared with torch's.
 """
 
 from __future__ import annotations

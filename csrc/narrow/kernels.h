@@ -92,6 +92,6 @@ struct Kernels {
 const Kernels& kernels(Unit unit);
 
 extern const Kernels generic_kernels, avx2_kernels, vnni_kernels, avx512_bf16_kernels, amx_kernels, neon_kernels,
-    dotprod_kernels;
+    dotprod_kernels, neon_bf16_kernels;
 
 }  // namespace acf::narrow

@@ -40,6 +40,12 @@ struct W {
 
 #include "narrow/gather-inl.h"
 
+void gather_int8(const GatherCall& call) {
+  gather_rows<4>(call, [&call](const float(&pixels)[4][kTile], unsigned char* to) {
+    W::quantize(pixels, call.inverse, call.zero, to);
+  });
+}
+
 // 4 filters, 16 pixels.
 void product_of_four(const ProductCall& call, const unsigned char* weights, const unsigned char* pixels,
                      unsigned char* sums) {

@@ -21,6 +21,12 @@ using namespace conv;
 
 #include "narrow/gather-inl.h"
 
+void gather_int8(const GatherCall& call) {
+  gather_rows<4>(call, [&call](const float(&pixels)[4][kTile], unsigned char* to) {
+    W::quantize(pixels, call.inverse, call.zero, to);
+  });
+}
+
 #include "narrow/products_neon-inl.h"
 
 void product_int8(const ProductCall& call) {

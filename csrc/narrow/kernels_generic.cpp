@@ -34,6 +34,12 @@ struct W {
 
 #include "narrow/gather-inl.h"
 
+void gather_int8(const GatherCall& call) {
+  gather_rows<4>(call, [&call](const float(&pixels)[4][kTile], unsigned char* to) {
+    W::quantize(pixels, call.inverse, call.zero, to);
+  });
+}
+
 void product_int8(const ProductCall& call) {
   auto* sums = static_cast<std::int32_t*>(call.sums);
   for (int f = 0; f < call.filter_tiles; ++f) {

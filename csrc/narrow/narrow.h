@@ -31,9 +31,9 @@ namespace acf::narrow {
 
 enum class Number { bfloat16, int8 };
 
-// The instructions that multiply. avx512_bf16 has bfloat16 alone; generic, avx2, vnni (of AVX-512), neon and dotprod
-// have int8 alone; amx has both.
-enum class Unit { generic, avx2, vnni, avx512_bf16, amx, neon, dotprod };
+// The instructions that multiply. avx512_bf16 and neon_bf16 have bfloat16 alone; generic, avx2, vnni (of AVX-512), neon
+// and dotprod have int8 alone; amx has both.
+enum class Unit { generic, avx2, vnni, avx512_bf16, amx, neon, dotprod, neon_bf16 };
 
 std::string_view unit_name(Unit unit);
 

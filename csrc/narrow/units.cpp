@@ -19,7 +19,7 @@ namespace acf::narrow {
 namespace {
 
 struct Found {
-  bool vnni = false, bf16 = false, amx = false, dotprod = false;
+  bool vnni = false, bf16 = false, amx = false, dotprod = false;  // bf16: of AVX-512 or NEON
 };
 
 #if defined(__x86_64__)
@@ -57,6 +57,7 @@ Found detect() {
   Found found;
 #if defined(__linux__)
   found.dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+  found.bf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
 #else
   found.dotprod = true;  // every Mac with an ARM processor
 #endif
@@ -80,6 +81,7 @@ std::string_view unit_name(Unit unit) {
     case Unit::amx: return "amx";
     case Unit::neon: return "neon";
     case Unit::dotprod: return "neon_dotprod";
+    case Unit::neon_bf16: return "neon_bf16";
   }
   return "unknown";
 }
@@ -98,6 +100,7 @@ std::vector<Unit> units(Isa isa, Number number) {
     add(isa == Isa::neon && found.dotprod, Unit::dotprod);
   } else {
     add(isa == Isa::avx512 && found.bf16, Unit::avx512_bf16);
+    add(isa == Isa::neon && found.bf16, Unit::neon_bf16);
   }
   add(isa == Isa::avx512 && found.amx, Unit::amx);
   return all;
@@ -113,6 +116,7 @@ const Kernels& kernels(Unit unit) {
 #elif defined(__aarch64__)
     case Unit::neon: return neon_kernels;
     case Unit::dotprod: return dotprod_kernels;
+    case Unit::neon_bf16: return neon_bf16_kernels;
 #endif
     default: return generic_kernels;
   }
