@@ -111,3 +111,13 @@ def test_what_the_machine_has_is_told():
     assert "generic" in config["int8_units"]
     assert config["bfloat16_units"] == tuple(_core.narrow_units("bfloat16"))
     assert np.isin(config["bfloat16_units"], ("avx512_bf16", "amx")).all()
+
+
+def test_any_number_of_samples_after_another():
+    model = models.create("resnet20").eval()
+    x = torch.randn(40, 3, 32, 32)
+    engine = acf.compile(model, x[:1], precision="bfloat16")
+    with torch.no_grad():
+        expected = model(x)
+    for samples in (1, 3, 40, 2, 1, 17):
+        assert float((engine(x[:samples]) - expected[:samples]).abs().max()) <= 0.03 * float(expected.abs().max())

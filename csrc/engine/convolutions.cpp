@@ -86,7 +86,9 @@ class PackedWeights {
 
   Planned with_weights(const narrow::Plan& plan, const Machine& machine) {
     for (const auto& [other, packed] : narrow_) {
-      if (other.in.row == plan.in.row && other.in.plane == plan.in.plane) return {plan, packed};
+      if (other.in_place == plan.in_place && other.in.row == plan.in.row && other.in.plane == plan.in.plane) {
+        return {plan, packed};
+      }
     }
     void* packed = machine.weights.take(narrow::packed_size(plan));
     const std::int64_t* columns = weights_.columns.data();

@@ -35,12 +35,14 @@ struct Header {
 // Packed weights, one after the other, each at a multiple of kAlignment:
 //   header
 //   counts       int64 (groups,): of columns
-//   offsets      int32 (groups, columns of all steps): from a pixel to what a column reads, in floats
+//   offsets      int32 (groups, columns of all steps): from a pixel to what a column reads, in floats;
+//                in place: (2, rows of 16 positions, channels of a row) of a group of channels, whole or the last one
+//   places       int64 (steps,), in place: from a position to what a step reads, in bytes
 //   bias         float (groups, filters of a group in whole tiles)
 //   multipliers  float, likewise, and corrections int32: of int8
 //   weights      (groups, tiles of filters, steps), as Order says
 struct Packed {
-  std::size_t counts, offsets, bias, multipliers, corrections, weights, size;
+  std::size_t counts, offsets, places, bias, multipliers, corrections, weights, size;
 };
 
 const NumberKernels& table(const Plan& plan) {
@@ -52,6 +54,30 @@ std::int64_t step_columns(Number number) { return kTile * columns_per_row(number
 std::int64_t group_filters(const Plan& plan) { return plan.shape.filters / plan.shape.groups; }
 std::int64_t filter_tiles(const Plan& plan) { return ceil_div(group_filters(plan), kTile); }
 std::int64_t offsets_per_group(const Plan& plan) { return plan.steps * step_columns(plan.number); }
+
+// In place: an image is a set of planes of positions, halo and all, as it lies in memory; a position has 4 bytes, those
+// of a group of channels.
+std::int64_t positions(const Plan& plan) {
+  const conv::Padding& padding = plan.shape.padding;
+  return (plan.shape.height + padding.top + padding.bottom - 1) * plan.in.row + padding.left + plan.shape.width +
+         padding.right;
+}
+std::int64_t position_rows(const Plan& plan) { return ceil_div(positions(plan), kTile); }
+// From plane to plane, in positions: an odd number of cache lines, so that those of several planes do not meet in the
+// same sets of the cache; the last tile reads past the last position.
+std::int64_t position_plane(const Plan& plan) { return ((position_rows(plan) + 1) | 1) * kTile; }
+std::int64_t channel_groups(const Plan& plan) {
+  return ceil_div(plan.shape.channels, std::int64_t{columns_per_row(plan.number)});
+}
+std::int64_t channel_blocks(const Plan& plan) { return ceil_div(channel_groups(plan), kTile); }
+std::int64_t image_bytes(const Plan& plan) {
+  return (channel_blocks(plan) > 1 ? channel_blocks(plan) * kTile : channel_groups(plan)) * position_plane(plan) * 4;
+}
+// Of an image; pixels between rows and in the halo are computed in vain.
+std::int64_t position_tiles(const Plan& plan) {
+  return ceil_div((plan.shape.out_height() - 1) * plan.in.row + plan.shape.out_width(), kTile);
+}
+
 // Of a tile of filters.
 std::int64_t weight_bytes(const Plan& plan) {
   return plan.steps * kStepBytes * (kernels(plan.unit).order == Order::halves ? 2 : 1);
@@ -89,7 +115,9 @@ Header header_of(const Plan& plan) {
                                   plan.in.plane,
                                   plan.steps,
                                   static_cast<std::int64_t>(plan.number),
-                                  static_cast<std::int64_t>(plan.unit)};
+                                  static_cast<std::int64_t>(plan.unit),
+                                  plan.in_place ? plan.rows : 0,
+                                  s.height};
   std::copy(std::begin(numbers), std::end(numbers), header.numbers);
   return header;
 }
@@ -107,7 +135,10 @@ Packed packed_layout(const Plan& plan) {
   Packed at = {};
   place(sizeof(Header) + sizeof(Quantization));
   at.counts = place(groups * sizeof(std::int64_t));
-  at.offsets = place(groups * static_cast<std::size_t>(offsets_per_group(plan)) * sizeof(std::int32_t));
+  const std::int64_t offsets = plan.in_place ? 2 * position_rows(plan) * columns_per_row(plan.number)
+                                             : plan.shape.groups * offsets_per_group(plan);
+  at.offsets = place(static_cast<std::size_t>(offsets) * sizeof(std::int32_t));
+  at.places = place(plan.in_place ? static_cast<std::size_t>(plan.steps) * sizeof(std::int64_t) : 0);
   at.bias = place(filters * sizeof(float));
   at.multipliers = place(integers ? filters * sizeof(float) : 0);
   at.corrections = place(integers ? filters * sizeof(std::int32_t) : 0);
@@ -144,6 +175,29 @@ void put(const Plan& plan, unsigned char* tile, std::int64_t filter, std::int64_
   }
 }
 
+// The number of a column among those of the steps: taps, then channels.
+std::int64_t step_column(const Plan& plan, std::int64_t column) {
+  const std::int64_t taps = plan.shape.kernel_h * plan.shape.kernel_w, tap = column % taps, c = column / taps,
+                     n = columns_per_row(plan.number), group = c / n, step = tap * channel_blocks(plan) + group / kTile;
+  return (step * kTile + group % kTile) * n + c % n;
+}
+
+void put_places(const Plan& plan, std::int32_t* offsets, std::int64_t* places) {
+  const conv::Shape& s = plan.shape;
+  const std::int64_t n = columns_per_row(plan.number), last = (s.channels - 1) % n, rows = position_rows(plan);
+  for (std::int64_t i = 0; i < 2 * rows * n; ++i) {
+    const std::int64_t channel = i % n, row = i / n % rows;
+    // What a last group lacks is read from its first channel, and meets weights of zero.
+    const bool lacks = i >= rows * n && channel > last;
+    offsets[i] = static_cast<std::int32_t>((lacks ? 0 : channel) * plan.in.plane + row * kTile);
+  }
+  for (std::int64_t step = 0; step < plan.steps; ++step) {
+    const std::int64_t tap = step / channel_blocks(plan), block = step % channel_blocks(plan);
+    places[step] = 4 * (block * kTile * position_plane(plan) + tap / s.kernel_w * s.dilation_h * plan.in.row +
+                        tap % s.kernel_w * s.dilation_w);
+  }
+}
+
 // scales: null for bfloat16.
 void pack_all(const Plan& plan, std::int64_t count, const std::int64_t* columns, const float* weights,
               const float* scales, const Quantization& input, const float* bias, void* packed) {
@@ -162,9 +216,11 @@ void pack_all(const Plan& plan, std::int64_t count, const std::int64_t* columns,
   unsigned char* tile = bytes + at.weights;
   const std::int64_t per_group = group_filters(plan), padded = filter_tiles(plan) * kTile;
   const std::int32_t zero = input.zero - kernels(plan.unit).shift;
+  if (plan.in_place) put_places(plan, offsets, reinterpret_cast<std::int64_t*>(bytes + at.places));
   for (std::int64_t g = 0, k = 0; g < s.groups; ++g, tile += filter_tiles(plan) * weight_bytes(plan)) {
     const std::int64_t first = k;
     for (; k < count && columns[k] < (g + 1) * (s.columns() / s.groups); ++k) {
+      if (plan.in_place) continue;
       const std::int64_t kw = columns[k] % s.kernel_w, kh = columns[k] / s.kernel_w % s.kernel_h,
                          c = columns[k] / s.kernel_w / s.kernel_h;
       offsets[g * offsets_per_group(plan) + k - first] = static_cast<std::int32_t>(
@@ -175,7 +231,8 @@ void pack_all(const Plan& plan, std::int64_t count, const std::int64_t* columns,
       const std::int64_t filter = g * per_group + f;
       std::int32_t sum = 0;
       for (std::int64_t i = 0; i < k - first; ++i) {
-        put(plan, tile + f / kTile * weight_bytes(plan), f % kTile, i, weights[i]);
+        const std::int64_t place = plan.in_place ? step_column(plan, i) : i;
+        put(plan, tile + f / kTile * weight_bytes(plan), f % kTile, place, weights[i]);
         if (scales != nullptr) sum += static_cast<std::int32_t>(weights[i]);
       }
       biases[g * padded + f] = bias == nullptr ? 0 : bias[filter];
@@ -208,6 +265,7 @@ class Runner {
         residual_pitch_(epilogue.residual_pitch),
         width_(plan.shape.out_width()),
         height_(plan.shape.out_height()),
+        images_(images),
         pixels_(images * height_ * width_),
         tiles_(ceil_div(pixels_, kTile)),
         call_(conv::activation_call(epilogue.activation, epilogue.slope)) {
@@ -221,6 +279,7 @@ class Runner {
   void run(float* scratch, int threads) const {
     const std::int64_t wanted = threads == 1 ? 1 : task_count(threads);
     if (wanted == 1) threads = 1;
+    if (plan_.in_place) return run_in_place(scratch, threads, wanted);
     // Threads that take pixels all read all weights, threads that take filters all gather all pixels.
     const std::int64_t filters = filter_tiles(plan_);
     const bool by_pixels = tiles_ >= 2 * filters || filters < 2 * threads;
@@ -238,10 +297,12 @@ class Runner {
   }
 
   static std::int64_t slot_count(const Plan& plan) {
+    if (plan.in_place) return std::min<std::int64_t>(Slots::most(), plan.images * position_tiles(plan));
     const std::int64_t tasks = pixel_tiles(plan, plan.images) * filter_tiles(plan) * plan.shape.groups;
     return std::min<std::int64_t>(Slots::most(), tasks);
   }
   static std::int64_t slot_bytes(const Plan& plan) {
+    if (plan.in_place) return image_bytes(plan) + kTogether * kStepBytes;
     return block_tiles(plan) * value_bytes(plan) + filter_tiles(plan) * kTogether * kStepBytes;
   }
 
@@ -260,11 +321,110 @@ class Runner {
     return reinterpret_cast<const T*>(bytes_ + at);
   }
 
+  // Threads take images, or bands of them.
+  void run_in_place(float* scratch, int threads, std::int64_t wanted) const {
+    const std::int64_t tiles = position_tiles(plan_);
+    const Parts bands(tiles, std::clamp<std::int64_t>(ceil_div(wanted, images_), 1, ceil_div(tiles, kTogether)));
+    Slots slots(static_cast<int>(std::min<std::int64_t>(threads, slot_count(plan_))));
+    parallel_for(images_ * bands.count, slots.count(), [&](std::int64_t task) {
+      slots.with([&](int slot) {
+        run_band(task / bands.count, bands[task % bands.count],
+                 reinterpret_cast<unsigned char*>(scratch) + slot * slot_bytes(plan_));
+      });
+    });
+  }
+
+  void run_band(std::int64_t image, const conv::Part& tiles, unsigned char* values) const {
+    make_narrow(image, tiles, values);
+    all_.begin(static_cast<int>(plan_.rows));
+    // Weights that stream pass by once, with all values; those in the cache are read again for every two tiles.
+    const std::int64_t filters = filter_tiles(plan_), most = streams(plan_) ? tiles.size : 2;
+    for (std::int64_t t = 0; t < tiles.size; t += most) {
+      const std::int64_t end = std::min(t + most, tiles.size);
+      for (std::int64_t f = 0; f < filters; f += 2) {
+        for (std::int64_t u = t; u < end; u += 2) {
+          multiply_in_place(image, tiles.begin + u, std::min<std::int64_t>(2, end - u), f, values,
+                            streams(plan_) && u == t);
+        }
+      }
+    }
+    all_.end();
+  }
+
+  // The positions of an image that some tiles read, in all channels.
+  void make_narrow(std::int64_t image, const conv::Part& tiles, unsigned char* values) const {
+    const conv::Shape& s = plan_.shape;
+    const std::int64_t n = columns_per_row(plan_.number), groups = channel_groups(plan_),
+                       pitch = position_plane(plan_) * 4, rows = position_rows(plan_),
+                       reach = (s.kernel_h - 1) * s.dilation_h * plan_.in.row + (s.kernel_w - 1) * s.dilation_w,
+                       end = std::min(rows, tiles.begin + tiles.size + ceil_div(reach, kTile));
+    Reads reads = {};
+    reads.step = 1;
+    reads.count = kTile;
+    reads.stretches = 1;
+    reads.stretch[0] = {0, 0, kTile};
+    GatherCall gather = {};
+    gather.reads = &reads;
+    gather.columns = (end - tiles.begin) * n;
+    gather.inverse = 1.0f / input_.scale;
+    gather.zero = input_.zero;
+    const float* first = in_ + image * plan_.in.image - s.padding.top * plan_.in.row - s.padding.left;
+    for (std::int64_t g = 0; g < groups; ++g) {
+      gather.in = first + g * n * plan_.in.plane;
+      gather.offsets = part<std::int32_t>(at_.offsets) + ((g + 1 == groups ? rows : 0) + tiles.begin) * n;
+      gather.to = values + g * pitch + tiles.begin * kRowBytes;
+      table_.gather(gather);
+    }
+    const std::int64_t whole = image_bytes(plan_) / pitch;
+    if (whole > groups) std::memset(values + groups * pitch, 0, static_cast<std::size_t>((whole - groups) * pitch));
+  }
+
+  // Up to two tiles of pixels with two of filters.
+  void multiply_in_place(std::int64_t image, std::int64_t tile, std::int64_t count, std::int64_t f,
+                         unsigned char* values, bool far) const {
+    ProductCall product = {};
+    product.weights = weights_of(0, f);
+    product.weights_pitch = weight_bytes(plan_);
+    product.pixels = values + tile * kRowBytes;
+    product.pixels_pitch = kRowBytes;
+    product.places = part<std::int64_t>(at_.places);
+    product.rows_pitch = position_plane(plan_) * 4;
+    product.rows = plan_.steps * kTile;
+    product.filter_tiles = static_cast<int>(std::min<std::int64_t>(2, filter_tiles(plan_) - f));
+    product.pixel_tiles = static_cast<int>(count);
+    product.streams = far;
+    unsigned char* sums = values + image_bytes(plan_);
+    product.sums = sums;
+    table_.product(product);
+    for (int i = 0; i < product.filter_tiles; ++i) {
+      for (std::int64_t p = 0; p < count; ++p, sums += kStepBytes) {
+        Place place;
+        if (put_positions(image, tile + p, place)) finish(0, f + i, filter_tiles(plan_) * kTile, place, sums);
+      }
+    }
+  }
+
+  // The pixels of a tile of positions, if it has any.
+  bool put_positions(std::int64_t image, std::int64_t tile, Place& place) const {
+    place.count = 0;
+    std::int64_t y = tile * kTile / plan_.in.row, x = tile * kTile % plan_.in.row;
+    for (std::int64_t lane = 0; lane < kTile && y < height_; ++y, x = 0) {
+      const std::int64_t size = std::min(width_ - x, kTile - lane);
+      if (size > 0) {
+        place.segments[place.count++] = {image * out_pitch_.image + y * out_pitch_.row + x - lane,
+                                         image * residual_pitch_.image + y * residual_pitch_.row + x - lane,
+                                         static_cast<int>(lane), static_cast<int>(lane + size)};
+      }
+      lane += plan_.in.row - x;
+    }
+    return place.count > 0;
+  }
+
   // Some tiles of pixels and of filters, block by block.
   void run_part(std::int64_t group, const conv::Part& tiles, const conv::Part& filters, unsigned char* values) const {
     const std::int64_t most = block_tiles(plan_), blocks = ceil_div(tiles.size, most);
     const Parts cut(tiles.size, blocks);
-    if (all_.begin != nullptr) all_.begin();
+    if (all_.begin != nullptr) all_.begin(kTile);
     for (std::int64_t b = 0; b < blocks; ++b) {
       run_block(group, {tiles.begin + cut[b].begin, cut[b].size}, filters, values);
     }
@@ -443,7 +603,7 @@ class Runner {
   Quantization input_;
   const float* in_;
   conv::Pitch out_pitch_, residual_pitch_;
-  std::int64_t width_, height_, pixels_, tiles_;
+  std::int64_t width_, height_, images_, pixels_, tiles_;
   conv::Call call_;
 };
 
@@ -458,10 +618,25 @@ double estimated_cycles(const Plan& plan) {
                          : plan.unit == Unit::avx2    ? 64.0 * kTile
                          : plan.unit == Unit::generic ? 500.0 * kTile
                                                       : 16.0 * kTile;
+  if (plan.in_place) {
+    const auto image_tiles = static_cast<double>(position_tiles(plan)), images = static_cast<double>(plan.images);
+    const double made_narrow =
+        static_cast<double>(channel_groups(plan) * position_rows(plan)) * (plan.number == Number::bfloat16 ? 5.0 : 8.0);
+    const double all = image_tiles * filters * (60 + steps * 24 + 8.0 * kTile);
+    return images * (made_narrow + all) + filters * static_cast<double>(weight_bytes(plan)) / 5;
+  }
   const double finish = 5.0 * static_cast<double>(std::min<std::int64_t>(kTile, group_filters(plan)));
   constexpr double kBytesPerCycle = 5;  // of weights that come from memory
   return groups * (tiles * (150 + steps * gather + filters * (40 + steps * product + finish)) +
                    filters * static_cast<double>(weight_bytes(plan)) / kBytesPerCycle);
+}
+
+bool can_be_in_place(const Plan& plan, std::int64_t count) {
+  const conv::Shape& s = plan.shape;
+  constexpr std::int64_t kMostBytes = 768 << 10;  // of the second-level cache
+  return kernels(plan.unit).order == Order::by_step && s.groups == 1 && count == s.columns() && s.stride_h == 1 &&
+         s.stride_w == 1 && s.kernel_h * s.kernel_w > 1 && s.out_width() <= plan.in.row &&
+         image_bytes(plan) <= kMostBytes;
 }
 
 }  // namespace
@@ -487,7 +662,13 @@ Plan plan(const conv::Shape& shape, const conv::Pitch& in, std::int64_t images, 
             " columns can be added up, got ", most);
   made.steps = ceil_div(most, step_columns(number));
   made.cycles = estimated_cycles(made);
-  return made;
+  if (!can_be_in_place(made, count)) return made;
+  Plan other = made;
+  other.in_place = true;
+  other.rows = std::min<std::int64_t>(kTile, channel_groups(other));
+  other.steps = shape.kernel_h * shape.kernel_w * channel_blocks(other);
+  other.cycles = estimated_cycles(other);
+  return other.cycles < made.cycles ? other : made;
 }
 
 std::size_t packed_size(const Plan& plan) { return packed_layout(plan).size; }

@@ -47,6 +47,10 @@ struct ProductCall {
   std::int64_t weights_pitch;  // from one tile of filters to the next, in bytes
   const unsigned char* pixels;
   std::int64_t pixels_pitch;
+  // by_step alone: where the rows of every step lie, in bytes from `pixels`, and how far apart they are. Null: steps of
+  // gathered rows, one after the other.
+  const std::int64_t* places;
+  std::int64_t rows_pitch;
   std::int64_t rows;  // that hold columns; whole steps can be read
   int filter_tiles, pixel_tiles;
   bool resumes;  // adds to the sums: for weights by_step alone
@@ -85,7 +89,7 @@ struct Kernels {
   Order order;
   std::int32_t shift;            // gathered integers are q - shift
   NumberKernels bfloat16, int8;  // null: the unit lacks them
-  void (*begin)();               // around every stretch of products, or null
+  void (*begin)(int rows);       // around every stretch of products whose steps have so many rows, or null
   void (*end)();
 };
 

@@ -6,7 +6,8 @@
 //
 // in tiles of 16 filters and 16 pixels that take 64 bytes of columns of each at once: 32 of bfloat16, 64 of int8. The
 // values of some tiles of pixels are gathered column by column, as the kept columns say, and meet all filters; so the
-// cost is that of the kept columns, and nothing but zeros at the end of a tile is computed in vain.
+// cost is that of the kept columns, and nothing but zeros at the end of a tile is computed in vain. Where all columns
+// are left, a unit that loads tiles by rows may read them in place, from images made narrow as a whole.
 //
 // bfloat16. Weights and values are rounded to the nearest (ties to even); products are exact; how they are added up
 // depends on the unit.
@@ -55,7 +56,10 @@ struct Plan {
   Unit unit = Unit::generic;
   std::int64_t images = 1;  // that it was made for; any number can be run
   std::int64_t steps = 1;   // of 64 bytes of columns, in the group with the most
-  double cycles = 0;        // estimated
+  // Complete columns, with amx: images become narrow once, and products read their steps, of `rows` rows, in place.
+  bool in_place = false;
+  std::int64_t rows = 16;
+  double cycles = 0;  // estimated
 };
 
 // Throws std::invalid_argument for sizes that cannot be computed: as conv::plan, and for int8 more columns in a group
