@@ -70,6 +70,7 @@ def purification_keep(
     ],
     groups: int,
 ) -> list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]: ...
+def narrow_units(number: str) -> list[str]: ...
 def peak_flops() -> float: ...
 
 class Network:
@@ -90,6 +91,10 @@ class Network:
         values: NDArray[np.float32],
         bias: NDArray[np.float32],
         activation: str,
+        precision: str,
+        scale: float,
+        zero: int,
+        scales: NDArray[np.float32],
     ) -> int: ...
     def expansion(
         self,
@@ -130,6 +135,10 @@ class Network:
         values: NDArray[np.float32],
         bias: NDArray[np.float32],
         activation: str,
+        precision: str,
+        scale: float,
+        zero: int,
+        scales: NDArray[np.float32],
     ) -> int: ...
     def sparse_linear(
         self,

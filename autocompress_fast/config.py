@@ -36,7 +36,8 @@ def show_config() -> Config:
     Returns:
         A dict with ``version``, ``compiler``, ``flags``, the instruction sets the package holds kernels for
         (``isas_compiled``), those this machine can run (``isas_supported``) and the one in use (``isa_active``; force
-        one with the environment variable ``ACF_FORCE_ISA``), ``threads`` (the default count), and the versions of
+        one with the environment variable ``ACF_FORCE_ISA``), the instructions it has for products of narrow numbers,
+        the quickest last (``bfloat16_units``, ``int8_units``), ``threads`` (the default count), and the versions of
         ``python``, ``numpy`` and ``torch`` (None unless torch is imported already). It prints as a small table.
 
     Raises:
@@ -53,6 +54,8 @@ def show_config() -> Config:
         isas_compiled=tuple(_core.compiled_isas()),
         isas_supported=tuple(_core.supported_isas()),
         isa_active=_core.active_isa(),
+        bfloat16_units=tuple(_core.narrow_units("bfloat16")),
+        int8_units=tuple(_core.narrow_units("int8")),
         threads=default_threads(),
         python=".".join(map(str, sys.version_info[:3])),
         numpy=np.__version__,

@@ -2,11 +2,16 @@
 
     pytest bench/bench_engine.py                            groups: network, batch
     python bench/bench_engine.py --report docs/benchmarks-engine.md [--threads 1 2] [--only NAME ...]
+    python bench/bench_engine.py --report docs/benchmarks-bfloat16.md --precision bfloat16 ...
+    python bench/bench_engine.py --report docs/benchmarks-int8.md --precision int8 ...
 
-All compute in float32; OpenVINO is told so, as its default on some CPUs is bfloat16. torch is taken at its best of
-eager, channels_last and frozen (torch.jit, oneDNN). The runtimes that are installed take part (`pip install onnx
-onnxruntime openvino litert-torch`); LiteRT, which is XNNPACK here, is given images as NHWC. Every result is compared
-with torch's.
+All compute in float32; OpenVINO is told so, as its default on some CPUs is bfloat16. With --precision bfloat16 we,
+OpenVINO and torch (weights and values in bfloat16) use that; the others have float32 alone. With --precision int8
+weights and activations have 8 bits: onnxruntime and OpenVINO run what onnxruntime's own quantize_static makes of the
+network (QDQ, a scale for every filter, U8S8), the others float32; all are calibrated with the same images. torch is
+taken at its best of eager, channels_last and frozen (torch.jit, oneDNN). The runtimes that are installed take part
+(`pip install onnx onnxruntime openvino litert-torch`); LiteRT, which is XNNPACK here, is given images as NHWC. Every
+result is compared with torch's.
 """
 
 from __future__ import annotations
@@ -62,7 +67,8 @@ PRUNED = ("ResNet-18 CIFAR", "VGG-16 CIFAR")
 FILTERS = (0.5, 0.52, 0.75, 0.8, 0.875)
 COLUMNS = (0.5, 0.75, 0.9)  # shares of the columns removed
 TURN = 0.005  # seconds a turn takes at least, in as many calls
-TOLERANCE = 1e-4  # of the largest output
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 0.3}  # of the largest output
+CALIBRATION = 16  # images
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -104,10 +110,18 @@ def names() -> Iterator[str]:
 # ---- runtimes
 
 
-def ours(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
+def ours(model: nn.Module, x: torch.Tensor, threads: int, precision: str = "float32") -> Run:
     """The engine."""
-    engine, given = acf.compile(model, x[:1], threads=threads), x.numpy()
+    wide = "float32" if precision == "int8" else precision
+    engine, given = acf.compile(model, x[:1], threads=threads, precision=wide), x.numpy()
+    if precision == "int8":
+        engine = acf.quantize(engine, calibration(x))
     return lambda: engine(given)
+
+
+def calibration(x: torch.Tensor) -> torch.Tensor:
+    """Images like those of x, in 8 bits."""
+    return torch.randn(CALIBRATION, *x.shape[1:], generator=torch.Generator().manual_seed(2))
 
 
 def torch_eager(model: nn.Module, x: torch.Tensor, _threads: int) -> Run:
@@ -139,9 +153,36 @@ def as_onnx(model: nn.Module, x: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def other(name: str, model: nn.Module, x: torch.Tensor, threads: int) -> Run:
+def as_qdq(model: nn.Module, x: torch.Tensor) -> bytes:
+    """Quantized by onnxruntime."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Images(quantization.CalibrationDataReader):
+        def __init__(self, name: str) -> None:
+            whole = calibration(x).repeat(-(-len(x) // CALIBRATION), 1, 1, 1)
+            self.left = iter([{name: part.numpy()} for part in whole.split(len(x)) if len(part) == len(x)])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.left, None)
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        given, prepared, made = (Path(folder) / f"{name}.onnx" for name in ("given", "prepared", "made"))
+        given.write_bytes(as_onnx(model, x))
+        quant_pre_process(given, prepared, skip_symbolic_shape=True)
+        import onnx
+
+        name = onnx.load(given).graph.input[0].name
+        formats = {"quant_format": quantization.QuantFormat.QDQ, "activation_type": quantization.QuantType.QUInt8}
+        formats |= {"weight_type": quantization.QuantType.QInt8, "per_channel": True}
+        quantization.quantize_static(prepared, made, Images(name), **formats)
+        return made.read_bytes()
+
+
+def other(name: str, precision: str, model: nn.Module, x: torch.Tensor, threads: int) -> Run:
     """A runtime that reads ONNX."""
-    run, given = OTHERS[name](as_onnx(model, x), threads), [x.numpy()]
+    onnx_model = as_qdq(model, x) if precision == "int8" else as_onnx(model, x)
+    run, given = OTHERS[name](onnx_model, threads, "float32" if precision == "int8" else precision), [x.numpy()]
     return lambda: run(given)[0]
 
 
@@ -176,24 +217,43 @@ def litert(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
 TORCH = {"torch eager": torch_eager, "torch channels_last": torch_channels_last, "torch frozen": torch_frozen}
 
 
-def runtimes() -> dict[str, Callable[[nn.Module, torch.Tensor, int], Run]]:
+def in_bfloat16(run: Callable[[nn.Module, torch.Tensor, int], Run]) -> Callable[[nn.Module, torch.Tensor, int], Run]:
+    """One of torch's, with weights and values of that kind; the results are converted."""
+
+    def make(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
+        class Converted(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = copy.deepcopy(model).to(torch.bfloat16)
+
+            def forward(self, given: torch.Tensor) -> torch.Tensor:
+                return self.model(given.to(torch.bfloat16)).float()
+
+        return run(Converted().eval(), x, threads)
+
+    return make
+
+
+def runtimes(precision: str) -> dict[str, Callable[[nn.Module, torch.Tensor, int], Run]]:
     """Ours and those that are installed."""
     more = {"litert": litert} if all(map(importlib.util.find_spec, ("litert_torch", "ai_edge_litert"))) else {}
-    return {"ours": ours, **TORCH, **{name: functools.partial(other, name) for name in installed()}, **more}
+    own = {title: in_bfloat16(run) for title, run in TORCH.items()} if precision == "bfloat16" else TORCH
+    others = {name: functools.partial(other, name, precision) for name in installed()}
+    return {"ours": functools.partial(ours, precision=precision), **own, **others, **more}
 
 
-def prepared(name: str, batch: int, threads: int) -> dict[str, Run]:
+def prepared(name: str, batch: int, threads: int, precision: str) -> dict[str, Run]:
     """Every runtime, ready to run, its result checked."""
     model, shape = network(name)
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(x).numpy()
     ready = {}
-    for title, make in runtimes().items():
+    for title, make in runtimes(precision).items():
         run = make(model, x, threads)
         with torch.no_grad():
             error = float(np.abs(run() - expected).max() / np.abs(expected).max())
-        assert error <= TOLERANCE, f"{title} is off by {error:.2g} of the largest output on {name}"
+        assert error <= TOLERANCE[precision], f"{title} is off by {error:.2g} of the largest output on {name}"
         ready[title] = run
     return ready
 
@@ -210,29 +270,39 @@ def test_whole_network(benchmark: Callable[[Run], np.ndarray], name: str, runtim
     with torch.no_grad():
         expected = model(x).numpy()
         found = benchmark({"ours": ours, **TORCH}[runtime](model, x, 1))
-    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= TOLERANCE["float32"] * np.abs(expected).max()
 
 
 # ---- the page
 
 
-def page(chosen: list[str], batches: list[int], threads: list[int], rounds: int, command: str) -> Iterator[str]:
+ELSEWHERE = {
+    "float32": "",
+    "bfloat16": " (onnxruntime and litert: float32)",
+    "int8": " (torch and litert: float32; onnxruntime and openvino: by onnxruntime's quantize_static, QDQ)",
+}
+
+
+def page(
+    chosen: list[str], batches: list[int], threads: list[int], rounds: int, command: str, precision: str
+) -> Iterator[str]:
     """Sections by threads and batch; the best of torch, and every other runtime."""
-    yield "# Whole networks\n"
+    yield f"# Whole networks{'' if precision == 'float32' else ', in ' + precision}\n"
     yield (
         f"Median of {rounds} rounds in which the runtimes take turns of {1e3 * TURN:.0f} ms or a call, milliseconds a"
-        " call, float32.\n*against the best* is the fastest of the others on the same network divided by"
-        " ours;\n*against dense* the fastest of the others on the dense network divided by ours. The pruned networks\n"
+        f" call, {precision}{ELSEWHERE[precision]}.\n"
+        "*against the best* is the fastest of the others on the same network divided by ours;\n"
+        "*against dense* the fastest of the others on the dense network divided by ours. The pruned networks\n"
         "have the given share of their filters, or of the columns of every convolution, removed.\n"
     )
     yield f"```\n{command}\n```\n\n{conditions('Weights random.')}\n"
-    others = [name for name in runtimes() if name not in TORCH and name != "ours"]
+    others = [name for name in runtimes(precision) if name not in TORCH and name != "ours"]
     for count, batch in itertools.product(threads, batches):
         torch.set_num_threads(count)
         rows, dense = [], 0.0
         for name in chosen:
             with torch.no_grad():
-                times = interleaved(prepared(name, batch, count), lambda: None, rounds, TURN)
+                times = interleaved(prepared(name, batch, count, precision), lambda: None, rounds, TURN)
             best_torch = min(times[title] for title in TORCH)
             best = min(best_torch, *(times[title] for title in others))
             dense = best if ", -" not in name else dense
@@ -252,11 +322,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--precision", choices=TOLERANCE, default="float32")
     parser.add_argument("--only", nargs="+", choices=list(names()), help="networks; all if not given")
     options = parser.parse_args()
     chosen = options.only or list(names())
     command = f"python {' '.join(sys.argv)}"
-    text = "\n".join(page(chosen, options.batches, options.threads, options.rounds, command))
+    text = "\n".join(page(chosen, options.batches, options.threads, options.rounds, command, options.precision))
     if options.report:
         options.report.write_text(text)
     else:

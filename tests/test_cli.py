@@ -669,7 +669,16 @@ def test_bench_beside_the_dense_network(finished):
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in found["latencies"])
     assert found["accuracy"]["accuracy"] > 50
     text = run("bench", file, "--rounds", "2", "--threads", "1").stdout
-    assert "1 sample a call, 1 thread, 2 calls each in turns" in text
+    assert "1 sample a call, 1 thread, float32, 2 calls each in turns" in text
+
+
+def test_bench_in_bfloat16(finished):
+    result = run("bench", finished[0] / "model.acf", "--precision", "bfloat16", "--rounds", "2", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["precision"] == "bfloat16"
+    refused = run("bench", finished[0] / "model.acf", "--precision", "half")
+    assert refused.exit_code == 2
+    assert "precision must be one of float32, bfloat16, not 'half'" in refused.stderr
 
 
 def test_bench_against_what_is_not_there(finished):

@@ -281,3 +281,75 @@ def test_the_file_of_version_3_is_read_forever():
     assert sum(map(is_narrow, engine.program.steps)) == 6
     (x,) = some(engine.program)
     np.testing.assert_allclose(engine(x), np.float32(engine.info["expected"]), rtol=1e-5, atol=1e-6)
+
+
+# --- the kernels
+
+
+def one_layer(rng: np.random.Generator) -> Program:
+    """A convolution or linear layer of 8 bits, of any shape."""
+    groups = int(rng.choice([1, 1, 1, 2, 4]))
+    channels, filters = groups * int(rng.integers(1, 30)), groups * int(rng.integers(1, 40))
+    if rng.random() < 0.3:
+        b = Builder(channels)
+        step = {"filters": filters, "storage": "dense", "activation": "relu"}
+        b.add("linear", 0, arrays={"weight": b.floats(filters, channels), "bias": b.floats(filters)}, **step)
+        return narrowed_whole(b.program(1), rng)
+    kernel, stride, dilation = (tuple(int(v) for v in rng.integers(1, most, 2)) for most in (4, 4, 3))
+    b = Builder(channels, int(rng.integers(7, 20)), int(rng.integers(7, 40)))
+    columns = channels // groups * kernel[0] * kernel[1]
+    arrays = {"bias": b.floats(filters)}
+    storage = "dense"
+    if groups == 1 and rng.random() < 0.5:
+        storage, kept = "columns", np.flatnonzero(rng.random(columns) < 0.4)
+        kept = kept if len(kept) else np.array([0])
+        rows = np.flatnonzero(rng.random(filters) < 0.8)
+        rows = rows if len(rows) else np.array([0])
+        arrays |= {"weight": b.floats(len(rows), len(kept))}
+        arrays |= {"filters": rows.astype(np.uint16), "columns": kept.astype(np.uint16)}
+    else:
+        arrays |= {"weight": b.floats(filters, columns)}
+    padding = tuple(int(v) for v in rng.integers(0, 3, 4))
+    window = {"kernel": kernel, "stride": stride, "dilation": dilation, "padding": padding, "groups": groups}
+    b.add(
+        "conv",
+        0,
+        arrays=arrays,
+        **window,
+        filters=filters,
+        storage=storage,
+        activation=str(rng.choice(["none", "relu"])),
+    )
+    return narrowed_whole(b.program(1), rng)
+
+
+def narrowed_whole(program: Program, rng: np.random.Generator) -> Program:
+    """Every convolution and linear layer of 8 bits."""
+    while True:
+        found = narrowed(program, int(rng.integers(1000)))
+        if all(is_narrow(step) for step in found.steps if step.op in ("conv", "linear")):
+            return found
+
+
+@pytest.mark.usefixtures("isa")
+def test_kernels_give_the_bits_of_the_reference():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        program = one_layer(rng)
+        x = some(program, int(rng.choice([1, 2, 17])))
+        (wanted,) = Reference(program, validate(program)).run(x)
+        for threads in (1, 3):
+            np.testing.assert_array_equal(Engine(program, threads=threads)(*x), wanted)
+
+
+@pytest.mark.usefixtures("isa")
+def test_a_residual_is_added_after_the_sum():
+    b = Builder(5, 9, 9)
+    same = {**ONE, "filters": 5, "kernel": (3, 3), "padding": (1, 1, 1, 1), "activation": "none"}
+    x = b.add("conv", 0, arrays={"weight": b.floats(5, 45), "bias": b.floats(5)}, **same)
+    program = narrowed_whole(b.program(b.add("add", x, 0, activation="relu")), np.random.default_rng(0))
+    given = some(program)
+    (wanted,) = Reference(program, validate(program)).run(given)
+    engine = Engine(program)
+    assert [step.op for step in engine.profile(rounds=1).steps] == ["conv + add"]
+    np.testing.assert_array_equal(engine(*given), wanted)

@@ -18,7 +18,7 @@ from autocompress_fast.engine.program import is_narrow, validate
 from autocompress_fast.engine.turns import in_turns
 from autocompress_fast.report import Document, Table
 
-_TOLERANCE = 1e-3  # of the largest output, between two runtimes
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of the largest output, between two runtimes
 _NARROW_TOLERANCE = 0.1  # where values are rounded to 8 bits, which the last bit of another sum may decide
 
 Call = Callable[[], Sequence[np.ndarray[Any, Any]]]
@@ -42,6 +42,7 @@ class Benchmark(Document):
 
     file: Path
     threads: int
+    precision: str
     rounds: int
     rows: tuple[Latency, ...]
     accuracy: Accuracy | None
@@ -53,7 +54,7 @@ class Benchmark(Document):
             ours = rows[0].median
             yield Table(
                 f"{samples} sample{'s' if samples > 1 else ''} a call, {self.threads} "
-                f"thread{'s' if self.threads > 1 else ''}, {self.rounds} calls each in turns",
+                f"thread{'s' if self.threads > 1 else ''}, {self.precision}, {self.rounds} calls each in turns",
                 ("network", "runtime", "median", "half of the calls", "samples a second", "of ours"),
                 [
                     (
@@ -76,6 +77,7 @@ class Benchmark(Document):
         return {
             "file": str(self.file),
             "threads": self.threads,
+            "precision": self.precision,
             "rounds": self.rounds,
             "latencies": [
                 {"network": r.network, "runtime": r.runtime, "samples": r.samples}
@@ -97,6 +99,7 @@ def measured(
     dataset: str | None,
     seed: int,
     threads: int | None,
+    precision: str = "float32",
 ) -> Benchmark:
     """Time the saved network, and the dense one if it is named, in our engine and in other runtimes.
 
@@ -108,12 +111,13 @@ def measured(
         rounds: calls of each, in turns.
         data, dataset, seed: a data set whose test part gives the accuracy, if wanted.
         threads: of all runtimes.
+        precision: of ours, as for `load`, and of OpenVINO; onnxruntime and torch compute in float32.
 
     Raises:
         ValueError: an unknown runtime, or one that is not installed; the dense network takes other inputs.
         AssertionError: a runtime computes something else than ours.
     """
-    engine = load(file, threads=threads)
+    engine = load(file, threads=threads, precision=precision)
     chosen = installed() if against is None else list(against)
     for name in chosen:
         if name not in OTHERS or name not in installed():
@@ -121,7 +125,7 @@ def measured(
                 f"{name} is {'not installed' if name in OTHERS else 'unknown'}; "
                 f"known are {', '.join(OTHERS)}, which need onnx too"
             )
-    accuracy = None if data is None else classify_data(file, data, dataset, seed, threads)
+    accuracy = None if data is None else classify_data(file, data, dataset, seed, threads, precision)
     engines = {"compressed": engine}
     model = None
     if dense is not None:
@@ -141,7 +145,7 @@ def measured(
             Latency(network, runtime, count, spread.median, spread.low, spread.high)
             for (network, runtime), spread in in_turns(calls, rounds).items()
         ]
-    return Benchmark(file, engine.threads, rounds, tuple(rows), accuracy)
+    return Benchmark(file, engine.threads, precision, rounds, tuple(rows), accuracy)
 
 
 def _ours(engine: Engine, inputs: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
@@ -158,7 +162,7 @@ def _dense(name: str, engine: Engine) -> tuple[Any, Engine]:
     torch.manual_seed(0)
     model = named(name, shapes[0]).eval()
     example = tuple(torch.zeros(1, *shape) for shape in shapes)
-    return model, compile_engine(model, example, threads=engine.threads)
+    return model, compile_engine(model, example, threads=engine.threads, precision=engine.precision)
 
 
 def _torch(model: Any, inputs: Sequence[np.ndarray[Any, Any]], threads: int) -> Call:
@@ -183,12 +187,12 @@ def _other(name: str, engine: Engine, inputs: Sequence[np.ndarray[Any, Any]]) ->
     from autocompress_fast.engine.onnx import as_onnx
 
     model = as_onnx(engine.program, validate(engine.program)).SerializeToString()
-    run = OTHERS[name](model, engine.threads)
+    run = OTHERS[name](model, engine.threads, engine.precision)
     return lambda: run(inputs)
 
 
 def _tolerance(engine: Engine) -> float:
-    return _NARROW_TOLERANCE if any(map(is_narrow, engine.program.steps)) else _TOLERANCE
+    return _NARROW_TOLERANCE if any(map(is_narrow, engine.program.steps)) else _TOLERANCE[engine.precision]
 
 
 def _check(calls: dict[tuple[str, str], Call], tolerances: dict[str, float]) -> None:

@@ -327,6 +327,9 @@ def bench(
     as_json: Json = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the cut, for data without a test part of its own.")] = 0,
     threads: Threads = None,
+    precision: Annotated[
+        str, typer.Option(help="float32, or bfloat16: of ours where that is quicker, and of OpenVINO.")
+    ] = "float32",
 ) -> None:
     """Measure how fast a compressed network runs, beside the dense one and other runtimes."""
     from autocompress_fast.cli.benchmark import measured
@@ -342,6 +345,7 @@ def bench(
             dataset=dataset,
             seed=seed,
             threads=threads,
+            precision=precision,
         ),
         as_json,
     )

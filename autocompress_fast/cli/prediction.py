@@ -110,9 +110,11 @@ def classify_files(file: Path, inputs: Sequence[Path], threads: int | None) -> P
     return Predictions(file, tuple(predictions))
 
 
-def classify_data(file: Path, data: str, dataset: str | None, seed: int, threads: int | None) -> Accuracy:
+def classify_data(
+    file: Path, data: str, dataset: str | None, seed: int, threads: int | None, precision: str = "float32"
+) -> Accuracy:
     """Accuracy on the test part of a data set, normalised as the network was trained."""
-    engine = opened(file, threads)
+    engine = opened(file, threads, precision)
     splits = matching(engine, file, data, dataset, seed)
     accuracy = accuracy_on(engine, splits.test)
     recorded = engine.info.get("accuracy")
@@ -141,9 +143,9 @@ def accuracy_on(engine: Engine, part: Dataset) -> float:
     return 100.0 * correct / len(part)
 
 
-def opened(file: Path, threads: int | None) -> Engine:
+def opened(file: Path, threads: int | None, precision: str = "float32") -> Engine:
     """A saved classifier of one input."""
-    engine = load(file, threads=threads)
+    engine = load(file, threads=threads, precision=precision)
     if len(engine.inputs) != 1 or len(engine.output_shapes) != 1 or len(engine.output_shapes[0]) != 1:
         raise ValueError(
             f"{file} is no classifier of one input: it takes {len(engine.inputs)} inputs and puts out shapes "

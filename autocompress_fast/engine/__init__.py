@@ -27,7 +27,6 @@ from autocompress_fast.engine.program import (
     is_narrow,
     validate,
 )
-from autocompress_fast.engine.reference import ReferenceExecutor
 from autocompress_fast.engine.tables import Profile, StepSummary, StepTime, Summary, WeightCounts
 
 if TYPE_CHECKING:
@@ -52,6 +51,8 @@ __all__ = [
 
 FloatArray = npt.NDArray[np.float32]
 
+PRECISIONS = ("float32", "bfloat16")
+
 
 class Engine:
     """A network that runs without torch; made by `compile` or `load`.
@@ -66,16 +67,25 @@ class Engine:
     Attributes:
         program: the steps and tensors it runs.
         threads: how many processors a call uses; results do not depend on it.
+        precision: "float32", or "bfloat16": convolutions and linear layers then multiply numbers of that kind and add
+            up in float32, wherever this processor is quicker at it (AMX, AVX512-BF16). What goes in, comes out and is
+            saved is float32 all the same.
     """
 
-    def __init__(self, program: Program, *, threads: int | None = None, info: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        *,
+        threads: int | None = None,
+        info: dict[str, Any] | None = None,
+        precision: str = "float32",
+    ) -> None:
         self._infos = validate(program)
         self.program = program
         self.threads = _thread_count(threads)
+        self.precision = _precision(precision)
         self.info = {} if info is None else info
-        # Until the kernels of 8 bits are there, programs that need them run in numpy: exact, and slow.
-        executor = ReferenceExecutor if any(map(is_narrow, program.steps)) else NativeExecutor
-        self._executor = executor(program, self._infos, self.threads)
+        self._executor = NativeExecutor(program, self._infos, self.threads, precision)
         self._usual = program.inputs[0].shape if len(program.inputs) == 1 and program.batch is None else None
 
     @property
@@ -244,6 +254,7 @@ def compile(  # noqa: A001  the name users see is acf.compile
     *,
     threads: int | None = None,
     info: dict[str, Any] | None = None,
+    precision: str = "float32",
 ) -> Engine:
     """Turn a torch model, compressed or dense, into an `Engine`.
 
@@ -256,6 +267,7 @@ def compile(  # noqa: A001  the name users see is acf.compile
         example_input: a float32 tensor, or a sequence of them, that the model takes; the first dimension is the batch.
         threads: how many processors a call uses; default: those of torch.
         info: what `Engine.info` says at first.
+        precision: "float32", or "bfloat16" to multiply such numbers where that is quicker (`Engine.precision`).
 
     Raises:
         TraceError: the model cannot be read as a graph of operators.
@@ -275,29 +287,31 @@ def compile(  # noqa: A001  the name users see is acf.compile
     from autocompress_fast.engine.lower import lower, verify
     from autocompress_fast.engine.simulation import Simulation
 
+    _precision(precision)
     if isinstance(model, Simulation):
-        return model.engine(threads=threads, info=info)
+        return model.engine(threads=threads, info=info, precision=precision)
     program = lower(model, example_input)
     engine = Engine(program, threads=threads, info=info)
     verify(engine, model, example_input)
-    return engine
+    return engine if precision == "float32" else Engine(program, threads=threads, info=info, precision=precision)
 
 
-def load(path: str | Path, *, threads: int | None = None) -> Engine:
+def load(path: str | Path, *, threads: int | None = None, precision: str = "float32") -> Engine:
     """Read a file that `Engine.save` wrote. Needs neither torch nor the model's class and runs nothing from the file.
 
     Args:
         path: the file.
         threads: how many processors a call uses; default: torch's if it is loaded, else all of them.
+        precision: "float32", or "bfloat16" to multiply such numbers where that is quicker (`Engine.precision`).
 
     Raises:
         FileFormatError: the file is not a valid program; the message names the file and the fault.
         OSError: the file cannot be opened.
     """
-    threads = _thread_count(threads)
+    threads, precision = _thread_count(threads), _precision(precision)
     program, _, info = read(path)
     try:
-        return Engine(program, threads=threads, info=info)
+        return Engine(program, threads=threads, info=info, precision=precision)
     except ValueError as error:  # what the kernels cannot compute, or not in the memory allowed
         raise FileFormatError(f"{path}: {error}") from error
 
@@ -308,6 +322,12 @@ def _thread_count(threads: int | None) -> int:
     if type(threads) is not int or not 1 <= threads <= 1024:
         raise ValueError(f"threads must be None or an integer from 1 to 1024, not {threads!r}")
     return threads
+
+
+def _precision(precision: str) -> str:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    return precision
 
 
 def _as_numpy(x: Any, name: str) -> FloatArray:

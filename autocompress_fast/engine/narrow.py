@@ -96,7 +96,7 @@ def quantize(
         done["percentile"] = percentile
     info = {key: value for key, value in engine.info.items() if key != "accuracy"}
     info["provenance"] = {**info.get("provenance", {}), "quantization": done}
-    return Engine(program, threads=engine.threads, info=info)
+    return Engine(program, threads=engine.threads, info=info, precision=engine.precision)
 
 
 def _chosen_steps(program: Program, skip: Collection[str]) -> list[Step]:

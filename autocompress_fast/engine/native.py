@@ -14,7 +14,16 @@ from typing import Any, Final
 import numpy as np
 
 from autocompress_fast import _core
-from autocompress_fast.engine.program import MAX_LIVE, Program, ProgramError, Shape, Step, StepInfo, sparse_block
+from autocompress_fast.engine.program import (
+    MAX_LIVE,
+    Program,
+    ProgramError,
+    Shape,
+    Step,
+    StepInfo,
+    is_narrow,
+    sparse_block,
+)
 
 __all__ = ["NativeExecutor", "fused_steps"]
 
@@ -42,15 +51,16 @@ class NativeExecutor:
         program: the program; its tensors are copied.
         infos: what `validate` returned for it.
         threads: how many processors a run may use. Results do not depend on it.
+        precision: "bfloat16" multiplies numbers of that kind where it is quicker.
 
     Attributes:
         part: how many samples are computed at once.
         steps: of the program, what each operation of the network stands for: one, or a convolution and an addition.
     """
 
-    def __init__(self, program: Program, infos: Sequence[StepInfo], threads: int) -> None:
+    def __init__(self, program: Program, infos: Sequence[StepInfo], threads: int, precision: str = "float32") -> None:
         self.program, self.threads = program, threads
-        builder = _Builder(program, infos)
+        builder = _Builder(program, infos, precision)
         self.network, self.steps = builder.build(), tuple(builder.made)
         one = self.network.workspace_bytes(1)
         if one > MOST_SAMPLE:
@@ -70,8 +80,8 @@ class NativeExecutor:
 
 
 class _Builder:
-    def __init__(self, program: Program, infos: Sequence[StepInfo]) -> None:
-        self.program = program
+    def __init__(self, program: Program, infos: Sequence[StepInfo], precision: str) -> None:
+        self.program, self.precision = program, precision
         self.shapes: list[Shape] = [given.shape for given in program.inputs] + [info.shape for info in infos]
         self.network = _core.Network()
         self.numbers: dict[int, int] = {}  # of the program's values in the network
@@ -81,7 +91,7 @@ class _Builder:
         for i, given in enumerate(self.program.inputs):
             self.numbers[i] = self.network.input(list(given.shape))
         steps = {step.output: step for step in self.program.steps}
-        fused = fused_steps(self.program, self.shapes)
+        fused = fused_steps(self.program, self.shapes, self.precision)
         for step in self.program.steps:
             if step.output in fused.values():
                 continue  # computed with what reads its result
@@ -116,8 +126,26 @@ class _Builder:
         if a["groups"] > 1:
             kept = np.arange(columns * a["groups"])
         return self.network.conv(
-            inputs, **window, filters=a["filters"], columns=kept, values=values, bias=bias, activation=activation
+            inputs,
+            **window,
+            filters=a["filters"],
+            columns=kept,
+            values=values,
+            bias=bias,
+            activation=activation,
+            **self._arithmetic(step, tensors),
         )
+
+    def _arithmetic(self, step: Step, tensors: Mapping[str, Array]) -> dict[str, Any]:
+        """Which numbers a convolution or linear layer multiplies."""
+        a = step.attributes
+        if not is_narrow(step):
+            return {"precision": self.precision, "scale": 1.0, "zero": 0, "scales": _NONE}
+        scales = tensors["scales"]
+        if "filters" in tensors:  # rows of zeros have one too
+            scales = np.ones(a["filters"], np.float32)
+            scales[tensors["filters"]] = tensors["scales"]
+        return {"precision": "int8", "scale": a["input_scale"], "zero": a["input_zero"], "scales": scales}
 
     def _expansion(self, expand: Step, step: Step) -> int:
         a, first, second = step.attributes, self._tensors(expand), self._tensors(step)
@@ -143,7 +171,9 @@ class _Builder:
                 inputs, features, **_sparse(tensors), bias=bias, activation=a["activation"]
             )
         values, kept = _matrix(tensors, a["filters"], features)
-        return self.network.linear(inputs, features, a["filters"], kept, values, bias, a["activation"])
+        return self.network.linear(
+            inputs, features, a["filters"], kept, values, bias, a["activation"], **self._arithmetic(step, tensors)
+        )
 
     def _plain(self, step: Step, inputs: list[int]) -> int:
         """An operation of the same name and attributes."""
@@ -177,19 +207,21 @@ class _Builder:
         return self.network.take(inputs, step.attributes["axis"], self._tensors(step)["indices"])
 
 
-def fused_steps(program: Program, shapes: Sequence[Shape]) -> dict[int, int]:
+def fused_steps(program: Program, shapes: Sequence[Shape], precision: str = "float32") -> dict[int, int]:
     """Value of a step -> value of the convolution before it that is computed with it, of which nothing else reads it.
 
     Such are an addition of the convolution's result, and a depthwise convolution of that of a 1x1 one, if it is large.
 
     Args:
         shapes: of all values of the program, for one sample.
+        precision: a depthwise convolution is computed on its own in others than float32.
     """
     steps = {step.output: step for step in program.steps}
     readers = Counter(value for step in program.steps for value in step.inputs)
     readers.update(program.outputs)
     residuals = _residuals(program, shapes, steps, readers)
-    return {**residuals, **_expansions(program, shapes, steps, readers, residuals)}
+    expansions = _expansions(program, shapes, steps, readers, residuals) if precision == "float32" else {}
+    return {**residuals, **expansions}
 
 
 def _residuals(
@@ -227,6 +259,8 @@ def _expansions(
         if a["storage"] != "dense" or a["groups"] == 1 or a["groups"] != a["filters"]:
             continue
         if expand is None or expand.op != "conv" or readers[value] != 1 or value in residuals:
+            continue
+        if is_narrow(step) or is_narrow(expand):
             continue
         b = expand.attributes
         is_plain = b["kernel"] == b["stride"] == (1, 1) and not any(b["padding"]) and b["groups"] == 1

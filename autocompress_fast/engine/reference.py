@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,9 +10,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from autocompress_fast.engine.program import Program, Shape, Step, StepInfo, peak_live, sparse_block
+from autocompress_fast.engine.program import Program, Shape, StepInfo, sparse_block
 
-__all__ = ["Reference", "ReferenceExecutor", "quantized"]
+__all__ = ["Reference", "quantized"]
 
 Array = np.ndarray[Any, Any]
 Kernel = Callable[[list[Array]], Array]
@@ -43,41 +42,6 @@ class Reference:
             for step, kernel in zip(self.program.steps, self.kernels, strict=True):
                 values.append(kernel([values[i] for i in step.inputs]))
         return [np.ascontiguousarray(values[i]) for i in self.program.outputs]
-
-
-class ReferenceExecutor:
-    """`Reference` where a `NativeExecutor` is expected, for programs that the compiled kernels cannot run."""
-
-    part = 16
-
-    def __init__(self, program: Program, infos: Sequence[StepInfo], threads: int) -> None:
-        self.threads, self.network = threads, self
-        self.steps: tuple[tuple[Step, ...], ...] = tuple((step,) for step in program.steps)
-        self._reference = Reference(program, infos)
-        self._live = peak_live(program, infos)
-
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """As `NativeExecutor.run`, a part of the samples at a time."""
-        starts = range(0, max(1, len(inputs[0])), self.part)
-        parts = [self._reference.run([x[start : start + self.part] for x in inputs]) for start in starts]
-        return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
-
-    def profile(self, inputs: Sequence[Array], rounds: int) -> Array:
-        """(rounds, steps): seconds of every step."""
-        seconds = np.zeros((rounds, len(self.steps)))
-        for row in seconds:
-            values = list(inputs)
-            for i, (step, kernel) in enumerate(
-                zip(self._reference.program.steps, self._reference.kernels, strict=True)
-            ):
-                begun = time.perf_counter()
-                values.append(kernel([values[value] for value in step.inputs]))
-                row[i] = time.perf_counter() - begun
-        return seconds
-
-    def workspace_bytes(self, samples: int) -> int:
-        """Memory of the values of so many samples."""
-        return 8 * self._live * samples
 
 
 def quantized(x: Array, scale: float, zero: int) -> Array:

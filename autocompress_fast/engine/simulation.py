@@ -92,9 +92,11 @@ class Simulation(nn.Module):
         validate(program)
         return program
 
-    def engine(self, *, threads: int | None = None, info: dict[str, Any] | None = None) -> Engine:
+    def engine(
+        self, *, threads: int | None = None, info: dict[str, Any] | None = None, precision: str = "float32"
+    ) -> Engine:
         """An engine with the weights as they are now, whose `info` is that of the one simulated, unless given."""
-        return Engine(self.program(), threads=threads, info=self.info if info is None else info)
+        return Engine(self.program(), threads=threads, info=self.info if info is None else info, precision=precision)
 
 
 class _Module(nn.Module):

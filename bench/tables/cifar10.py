@@ -96,7 +96,7 @@ SETTINGS = {
         recipe=_LARGE,
     ),
     "ResNet-18": Setting(
-        "resnet18_cifar",
+        "resnet18",
         "conv=54,macs=12",
         TrainingConfig(40, lr=0.1, weight_decay=5e-4, warmup=0.05, **_SHARED),
         recipe=_LARGE,

@@ -42,6 +42,18 @@ engine::SparseWeights sparse_weights(const Indices& offsets, const Indices& indi
   return {filters, integers(offsets), integers(indices), floats(values), floats(bias)};
 }
 
+// scale, zero and scales: of int8.
+engine::Arithmetic arithmetic(const std::string& precision, float scale, std::int32_t zero, const Floats& scales) {
+  constexpr std::pair<const char*, engine::Precision> kNames[] = {{"float32", engine::Precision::float32},
+                                                                  {"bfloat16", engine::Precision::bfloat16},
+                                                                  {"int8", engine::Precision::int8}};
+  for (const auto& [known, value] : kNames) {
+    if (precision == known) return {value, {scale, zero}, floats(scales)};
+  }
+  ACF_CHECK(false, "precision must be float32, bfloat16 or int8, got '", precision, "'");
+  return {};
+}
+
 // padding: top, bottom, left, right.
 engine::Window window(const Pair& kernel, const Pair& stride, const Pair& dilation,
                       const std::array<std::int64_t, 4>& padding) {
@@ -134,6 +146,16 @@ py::array_t<double> profile(Network& network, const std::vector<Floats>& inputs,
 // Steps are added by methods named after the operations of docs/acf-format.md; each returns the number of the value.
 void register_engine(py::module_& module) {
   module.def(
+      "narrow_units",
+      [](const std::string& number) {
+        ACF_CHECK(number == "bfloat16" || number == "int8", "number must be bfloat16 or int8, got '", number, "'");
+        std::vector<std::string_view> names;
+        const auto narrow = number == "int8" ? narrow::Number::int8 : narrow::Number::bfloat16;
+        for (const narrow::Unit unit : narrow::units(active_isa(), narrow)) names.push_back(narrow::unit_name(unit));
+        return names;
+      },
+      py::arg("number"));
+  module.def(
       "peak_flops", [] { return conv::peak_flops(active_isa()); }, py::call_guard<py::gil_scoped_release>());
   using Inputs = std::vector<int>;
   using Four = std::array<std::int64_t, 4>;
@@ -144,14 +166,16 @@ void register_engine(py::module_& module) {
           "conv",
           [](Network& network, const Inputs& inputs, const Pair& kernel, const Pair& stride, const Pair& dilation,
              const Four& padding, std::int64_t groups, std::int64_t filters, const Indices& columns,
-             const Floats& values, const Floats& bias, const std::string& activation) {
+             const Floats& values, const Floats& bias, const std::string& activation, const std::string& precision,
+             float scale, std::int32_t zero, const Floats& scales) {
             return network.add(engine::convolution(window(kernel, stride, dilation, padding), groups,
-                                                   weights(filters, columns, values, bias), activated(activation, 0)),
+                                                   weights(filters, columns, values, bias), activated(activation, 0),
+                                                   arithmetic(precision, scale, zero, scales)),
                                inputs);
           },
           py::arg("inputs"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
           py::arg("groups"), py::arg("filters"), py::arg("columns"), py::arg("values"), py::arg("bias"),
-          py::arg("activation"))
+          py::arg("activation"), py::arg("precision"), py::arg("scale"), py::arg("zero"), py::arg("scales"))
       .def(
           "expansion",
           [](Network& network, const Inputs& inputs, std::int64_t filters, const Indices& columns,
@@ -185,12 +209,15 @@ void register_engine(py::module_& module) {
       .def(
           "linear",
           [](Network& network, const Inputs& inputs, std::int64_t features, std::int64_t filters,
-             const Indices& columns, const Floats& values, const Floats& bias, const std::string& activation) {
-            return network.add(
-                engine::linear(weights(filters, columns, values, bias), features, activated(activation, 0)), inputs);
+             const Indices& columns, const Floats& values, const Floats& bias, const std::string& activation,
+             const std::string& precision, float scale, std::int32_t zero, const Floats& scales) {
+            return network.add(engine::linear(weights(filters, columns, values, bias), features,
+                                              activated(activation, 0), arithmetic(precision, scale, zero, scales)),
+                               inputs);
           },
           py::arg("inputs"), py::arg("features"), py::arg("filters"), py::arg("columns"), py::arg("values"),
-          py::arg("bias"), py::arg("activation"))
+          py::arg("bias"), py::arg("activation"), py::arg("precision"), py::arg("scale"), py::arg("zero"),
+          py::arg("scales"))
       .def(
           "sparse_linear",
           [](Network& network, const Inputs& inputs, std::int64_t features, const Indices& offsets,

@@ -1,5 +1,6 @@
 // Convolutions and linear layers.
 #include <algorithm>
+#include <cmath>
 #include <new>
 
 #include "core/check.h"
@@ -11,12 +12,60 @@ namespace {
 
 using Packed = const void*;
 
+// A convolution as it will be computed, with its weights.
+class Planned {
+ public:
+  Planned(const conv::Plan& plan, Packed packed) : wide_(plan), packed_(packed) {}
+  Planned(const narrow::Plan& plan, Packed packed) : is_narrow_(true), narrow_(plan), packed_(packed) {}
+
+  std::int64_t scratch() const { return is_narrow_ ? narrow::scratch_size(narrow_) : conv::scratch_size(wide_); }
+  void run(std::int64_t images, const float* in, float* out, const conv::Pitch& out_pitch,
+           const conv::Epilogue& epilogue, float* scratch, int threads) const {
+    if (is_narrow_) {
+      narrow::run(narrow_, packed_, images, in, out, out_pitch, epilogue, scratch, threads);
+    } else {
+      conv::run(wide_, packed_, images, in, out, out_pitch, epilogue, scratch, threads);
+    }
+  }
+
+ private:
+  bool is_narrow_ = false;
+  conv::Plan wide_;
+  narrow::Plan narrow_;
+  Packed packed_;
+};
+
 // Weights packed for a plan, and for all plans that read the same: those for other numbers of samples, mostly.
 class PackedWeights {
  public:
-  explicit PackedWeights(Weights weights) : weights_(std::move(weights)) {}
+  explicit PackedWeights(Weights weights, Arithmetic arithmetic = {})
+      : weights_(std::move(weights)), arithmetic_(std::move(arithmetic)) {}
 
   const Weights& weights() const { return weights_; }
+
+  void check_arithmetic() const {
+    if (arithmetic_.precision != Precision::int8) return;
+    const auto count = static_cast<std::int64_t>(arithmetic_.scales.size());
+    ACF_CHECK(count == weights_.filters, "there must be ", weights_.filters, " scales, got ", count);
+    for (const float w : weights_.values) {
+      ACF_CHECK(w >= -127 && w <= 127 && w == std::trunc(w), "8-bit weights are integers from -127 to 127, got ", w);
+    }
+  }
+
+  // In the way that is quickest, or the only one.
+  Planned plan(const conv::Shape& shape, const conv::Pitch& pitch, std::int64_t images, const Machine& machine) {
+    const auto narrow_plan = [&](narrow::Number number) {
+      return narrow::plan(shape, pitch, images, count(), weights_.columns.data(), number,
+                          narrow::units(machine.isa, number).back());
+    };
+    if (arithmetic_.precision == Precision::int8) return with_weights(narrow_plan(narrow::Number::int8), machine);
+    const conv::Plan wide = conv::plan(shape, pitch, images, count(), machine.isa);
+    if (arithmetic_.precision == Precision::bfloat16 && !narrow::units(machine.isa, narrow::Number::bfloat16).empty()) {
+      const narrow::Plan plan = narrow_plan(narrow::Number::bfloat16);
+      if (plan.cycles < wide.cycles) return with_weights(plan, machine);
+    }
+    return {wide, of(wide, machine.weights)};
+  }
 
   Packed of(const conv::Plan& plan, Pool& memory) {
     for (const auto& [other, packed] : packed_) {
@@ -26,15 +75,35 @@ class PackedWeights {
       }
     }
     void* packed = memory.take(conv::packed_size(plan));
-    conv::pack(plan, weights_.columns.data(), weights_.values.data(),
-               weights_.bias.empty() ? nullptr : weights_.bias.data(), packed);
+    conv::pack(plan, weights_.columns.data(), weights_.values.data(), bias(), packed);
     packed_.emplace_back(plan, packed);
     return packed;
   }
 
  private:
+  std::int64_t count() const { return static_cast<std::int64_t>(weights_.columns.size()); }
+  const float* bias() const { return weights_.bias.empty() ? nullptr : weights_.bias.data(); }
+
+  Planned with_weights(const narrow::Plan& plan, const Machine& machine) {
+    for (const auto& [other, packed] : narrow_) {
+      if (other.in.row == plan.in.row && other.in.plane == plan.in.plane) return {plan, packed};
+    }
+    void* packed = machine.weights.take(narrow::packed_size(plan));
+    const std::int64_t* columns = weights_.columns.data();
+    const float* values = weights_.values.data();
+    if (plan.number == narrow::Number::int8) {
+      narrow::pack(plan, count(), columns, values, arithmetic_.scales.data(), arithmetic_.input, bias(), packed);
+    } else {
+      narrow::pack(plan, count(), columns, values, bias(), packed);
+    }
+    narrow_.emplace_back(plan, packed);
+    return {plan, packed};
+  }
+
   Weights weights_;
+  Arithmetic arithmetic_;
   std::vector<std::pair<conv::Plan, Packed>> packed_;
+  std::vector<std::pair<narrow::Plan, Packed>> narrow_;
 };
 
 void check_weights(const Weights& weights, std::int64_t filters_per_group) {
@@ -98,21 +167,19 @@ conv::Epilogue epilogue_of(const Activated& activated) {
 
 class ConvolutionTask : public Task {
  public:
-  ConvolutionTask(const conv::Plan& plan, Packed packed, std::int64_t images, conv::Pitch out, conv::Epilogue epilogue,
-                  bool residual)
-      : plan_(plan), packed_(packed), images_(images), out_(out), epilogue_(epilogue), residual_(residual) {
-    scratch = conv::scratch_size(plan_);
+  ConvolutionTask(const Planned& planned, std::int64_t images, conv::Pitch out, conv::Epilogue epilogue, bool residual)
+      : planned_(planned), images_(images), out_(out), epilogue_(epilogue), residual_(residual) {
+    scratch = planned_.scratch();
   }
 
   void run(float* const* operands, float* memory, int threads) const override {
     conv::Epilogue epilogue = epilogue_;
     if (residual_) epilogue.residual = operands[1];
-    conv::run(plan_, packed_, images_, operands[0], operands[residual_ ? 2 : 1], out_, epilogue, memory, threads);
+    planned_.run(images_, operands[0], operands[residual_ ? 2 : 1], out_, epilogue, memory, threads);
   }
 
  private:
-  conv::Plan plan_;
-  Packed packed_;
+  Planned planned_;
   std::int64_t images_;
   conv::Pitch out_;
   conv::Epilogue epilogue_;
@@ -121,8 +188,9 @@ class ConvolutionTask : public Task {
 
 class Convolution : public Operation {
  public:
-  Convolution(const Window& window, std::int64_t groups, Weights weights, const Activated& activated)
-      : window_(window), groups_(groups), weights_(std::move(weights)), activated_(activated) {}
+  Convolution(const Window& window, std::int64_t groups, Weights weights, const Activated& activated,
+              Arithmetic arithmetic)
+      : window_(window), groups_(groups), weights_(std::move(weights), std::move(arithmetic)), activated_(activated) {}
 
   bool on_planes() const override { return true; }
   conv::Padding halo() const override { return window_.padding; }
@@ -133,6 +201,7 @@ class Convolution : public Operation {
     conv::check(shape);
     check_weights(weights, weights.filters / groups_);
     check_columns(weights.columns, shape.columns());
+    weights_.check_arithmetic();
     Shape made = {weights.filters, shape.out_height(), shape.out_width()};
     ACF_CHECK(inputs.size() == 1 || (inputs.size() == 2 && inputs[1] == made), "the residual is of another shape");
     return made;
@@ -140,14 +209,11 @@ class Convolution : public Operation {
 
   std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
                                 const Layout& output) override {
-    const Weights& weights = weights_.weights();
-    const conv::Shape shape = shape_of(window_, inputs[0]->shape, weights.filters, groups_);
-    const conv::Plan plan = conv::plan(shape, inputs[0]->pitch(), output.images,
-                                       static_cast<std::int64_t>(weights.columns.size()), machine.isa);
+    const conv::Shape shape = shape_of(window_, inputs[0]->shape, weights_.weights().filters, groups_);
     conv::Epilogue epilogue = epilogue_of(activated_);
     if (inputs.size() == 2) epilogue.residual_pitch = inputs[1]->pitch();
-    return std::make_unique<ConvolutionTask>(plan, weights_.of(plan, machine.weights), output.images, output.pitch(),
-                                             epilogue, inputs.size() == 2);
+    return std::make_unique<ConvolutionTask>(weights_.plan(shape, inputs[0]->pitch(), output.images, machine),
+                                             output.images, output.pitch(), epilogue, inputs.size() == 2);
   }
 
  private:
@@ -391,7 +457,9 @@ class RowsTask : public Task {
         scatters_(!output.in_order()),
         input_(all_dims(input), {all_strides(input), all_strides(in_order(input.shape, input.images))}),
         output_(all_dims(output), {all_strides(in_order(output.shape, output.images)), all_strides(output)}) {
-    scratch = (gathers_ ? images_ * features_ + conv::kSlack : 0) + (scatters_ ? images_ * filters_ : 0);
+    gathered_ = gathers_ ? whole_lines(images_ * features_ + conv::kSlack) : 0;
+    scattered_ = scatters_ ? whole_lines(images_ * filters_) : 0;
+    scratch = gathered_ + scattered_;
   }
 
   void run(float* const* operands, float* memory, int threads) const override {
@@ -399,35 +467,42 @@ class RowsTask : public Task {
     if (gathers_) {
       x = memory;
       copy(input_, operands[0], x);
-      memory += images_ * features_ + conv::kSlack;
     }
-    if (scatters_) y = memory;
-    multiply(x, y, threads);
+    if (scatters_) y = memory + gathered_;
+    multiply(x, y, memory + gathered_ + scattered_, threads);
     if (scatters_) copy(output_, y, operands[1]);
   }
 
  protected:
-  virtual void multiply(const float* x, float* y, int threads) const = 0;
+  // memory: what is added to `scratch`.
+  virtual void multiply(const float* x, float* y, float* memory, int threads) const = 0;
 
   std::int64_t images_, features_, filters_;
 
  private:
+  static std::int64_t whole_lines(std::int64_t floats) {
+    constexpr auto kLine = static_cast<std::int64_t>(conv::kAlignment / sizeof(float));
+    return (floats + kLine - 1) / kLine * kLine;
+  }
+
   bool gathers_, scatters_;
+  std::int64_t gathered_ = 0, scattered_ = 0;
   Rows<2> input_, output_;
 };
 
 class LinearTask : public RowsTask {
  public:
-  LinearTask(const Layout& input, const Layout& output, const conv::Plan& plan, Packed packed, conv::Epilogue epilogue)
-      : RowsTask(input, output), plan_(plan), packed_(packed), epilogue_(epilogue) {}
-
- private:
-  void multiply(const float* x, float* y, int threads) const override {
-    conv::run(plan_, packed_, images_, x, y, {1, 1, filters_}, epilogue_, nullptr, threads);
+  LinearTask(const Layout& input, const Layout& output, const Planned& planned, conv::Epilogue epilogue)
+      : RowsTask(input, output), planned_(planned), epilogue_(epilogue) {
+    scratch += planned_.scratch();
   }
 
-  conv::Plan plan_;
-  Packed packed_;
+ private:
+  void multiply(const float* x, float* y, float* memory, int threads) const override {
+    planned_.run(images_, x, y, {1, 1, filters_}, epilogue_, memory, threads);
+  }
+
+  Planned planned_;
   conv::Epilogue epilogue_;
 };
 
@@ -440,10 +515,11 @@ Shape infer_linear(const std::vector<Shape>& inputs, std::int64_t features, std:
 
 class Linear : public Operation {
  public:
-  Linear(Weights weights, std::int64_t features, const Activated& activated)
-      : weights_(std::move(weights)), features_(features), activated_(activated) {
+  Linear(Weights weights, std::int64_t features, const Activated& activated, Arithmetic arithmetic)
+      : weights_(std::move(weights), std::move(arithmetic)), features_(features), activated_(activated) {
     check_weights(weights_.weights(), weights_.weights().filters);
     check_columns(weights_.weights().columns, features);
+    weights_.check_arithmetic();
   }
 
   Shape infer(const std::vector<Shape>& inputs) const override {
@@ -456,9 +532,7 @@ class Linear : public Operation {
     shape.channels = features_;
     shape.filters = weights_.weights().filters;
     const std::int64_t images = output.images * elements(output.shape) / shape.filters;
-    const conv::Plan plan = conv::plan(shape, {1, 1, features_}, images,
-                                       static_cast<std::int64_t>(weights_.weights().columns.size()), machine.isa);
-    return std::make_unique<LinearTask>(*inputs[0], output, plan, weights_.of(plan, machine.weights),
+    return std::make_unique<LinearTask>(*inputs[0], output, weights_.plan(shape, {1, 1, features_}, images, machine),
                                         epilogue_of(activated_));
   }
 
@@ -478,7 +552,7 @@ class SparseLinearTask : public RowsTask {
         combine_(conv::kernels(isa).combine) {}
 
  private:
-  void multiply(const float* x, float* y, int threads) const override {
+  void multiply(const float* x, float* y, float*, int threads) const override {
     parallel_for(images_, images_ == 1 ? 1 : threads, [&](std::int64_t n) {
       const float* features = x + n * features_;
       float* sums = y + n * filters_;
@@ -523,8 +597,8 @@ class SparseLinear : public Operation {
 }  // namespace
 
 std::unique_ptr<Operation> convolution(const Window& window, std::int64_t groups, Weights weights,
-                                       const Activated& activated) {
-  return std::make_unique<Convolution>(window, groups, std::move(weights), activated);
+                                       const Activated& activated, Arithmetic arithmetic) {
+  return std::make_unique<Convolution>(window, groups, std::move(weights), activated, std::move(arithmetic));
 }
 std::unique_ptr<Operation> sparse_convolution(const Window& window, std::int64_t groups, SparseWeights weights,
                                               const Activated& activated) {
@@ -534,8 +608,9 @@ std::unique_ptr<Operation> expansion(Weights expand, const Activated& expanded, 
                                      const Activated& activated) {
   return std::make_unique<Expansion>(std::move(expand), expanded, window, std::move(depthwise), activated);
 }
-std::unique_ptr<Operation> linear(Weights weights, std::int64_t features, const Activated& activated) {
-  return std::make_unique<Linear>(std::move(weights), features, activated);
+std::unique_ptr<Operation> linear(Weights weights, std::int64_t features, const Activated& activated,
+                                  Arithmetic arithmetic) {
+  return std::make_unique<Linear>(std::move(weights), features, activated, std::move(arithmetic));
 }
 std::unique_ptr<Operation> sparse_linear(SparseWeights weights, std::int64_t features, const Activated& activated) {
   return std::make_unique<SparseLinear>(std::move(weights), features, activated);

@@ -11,6 +11,7 @@
 #include "core/isa.h"
 #include "core/memory.h"
 #include "engine/layout.h"
+#include "narrow/narrow.h"
 
 namespace acf::engine {
 
@@ -54,6 +55,15 @@ struct Weights {
   std::vector<float> values, bias;  // no bias: empty
 };
 
+// Which numbers a layer multiplies. bfloat16: where that is quicker than float32. int8: the weights are integers, each
+// filter has a scale, and `input` says how values become integers.
+enum class Precision { float32, bfloat16, int8 };
+struct Arithmetic {
+  Precision precision = Precision::float32;
+  narrow::Quantization input;
+  std::vector<float> scales;
+};
+
 // Of which every filter keeps other weights: compressed rows. offsets: (filters + 1,).
 struct SparseWeights {
   std::int64_t filters = 0;
@@ -73,14 +83,15 @@ struct Pooling {
 
 // A residual is a second input that is added before the activation.
 std::unique_ptr<Operation> convolution(const Window& window, std::int64_t groups, Weights weights,
-                                       const Activated& activated);
+                                       const Activated& activated, Arithmetic arithmetic = {});
 std::unique_ptr<Operation> sparse_convolution(const Window& window, std::int64_t groups, SparseWeights weights,
                                               const Activated& activated);
 // A 1x1 convolution, and a depthwise one of its result, which is made and used some channels at a time: it would leave
 // the cache otherwise.
 std::unique_ptr<Operation> expansion(Weights expand, const Activated& expanded, const Window& window, Weights depthwise,
                                      const Activated& activated);
-std::unique_ptr<Operation> linear(Weights weights, std::int64_t features, const Activated& activated);
+std::unique_ptr<Operation> linear(Weights weights, std::int64_t features, const Activated& activated,
+                                  Arithmetic arithmetic = {});
 std::unique_ptr<Operation> sparse_linear(SparseWeights weights, std::int64_t features, const Activated& activated);
 std::unique_ptr<Operation> pool(const Pooling& pooling);
 std::unique_ptr<Operation> adaptive_average(std::int64_t height, std::int64_t width);

@@ -1,0 +1,97 @@
+// What every unit provides, and how packed weights and gathered values lie in memory.
+#pragma once
+
+#include <cstdint>
+
+#include "conv/kernels.h"
+#include "narrow/narrow.h"
+
+namespace acf::narrow {
+
+inline constexpr int kTile = 16;      // filters, pixels, and rows of columns of a tile
+inline constexpr int kRowBytes = 64;  // of a row of columns: for every pixel 4 bytes, side by side
+inline constexpr int kStepBytes = kTile * kRowBytes;
+inline constexpr int kTogether = 4;  // tiles of sums of one product: 1 x 4, 2 x 2 or 4 x 1, or less
+
+inline constexpr int columns_per_row(Number number) { return number == Number::bfloat16 ? 2 : 4; }
+
+// Where the pixels of a tile are read: lanes [from, to) of a stretch lie at + lane * step; lane i lies at lanes[i]. In
+// floats.
+struct Stretch {
+  std::int64_t at;
+  int from, to;
+};
+struct Reads {
+  std::int64_t step;
+  int count, stretches;  // count: of lanes
+  Stretch stretch[kTile];
+  std::int32_t lanes[kTile];
+};
+
+// Gathers a tile of pixels: row r has, for every pixel, the values of columns r * n to r * n + n - 1, n those of a row.
+// Lanes beyond the count, and what is missing in the last row, become zeros or anything finite.
+struct GatherCall {
+  const float* in;
+  const Reads* reads;
+  const std::int32_t* offsets;  // of the columns, in floats
+  std::int32_t ahead;           // so far on, a later tile will read: prefetched; 0 for none
+  std::int64_t columns;
+  float inverse;      // int8: 1 / scale
+  std::int32_t zero;  // int8
+  unsigned char* to;  // (rows, kRowBytes), 64-byte aligned
+};
+
+// sums[f][p] (kTile, kTile), of up to kTogether tiles: for the first filters all pixels, then for the next.
+struct ProductCall {
+  const unsigned char* weights;
+  std::int64_t weights_pitch;  // from one tile of filters to the next, in bytes
+  const unsigned char* pixels;
+  std::int64_t pixels_pitch;
+  std::int64_t rows;  // that hold columns; whole steps can be read
+  int filter_tiles, pixel_tiles;
+  bool resumes;  // adds to the sums: for weights by_step alone
+  bool streams;  // the weights come from far away
+  void* sums;
+};
+
+// Makes the sums of a tile results, and stores them; of int8: float(sum - correction) * multiplier + bias.
+struct FinishCall {
+  const conv::Call* call;  // with the tile, residual, output and activation
+  void* sums;
+  int filters;
+  const std::int32_t* corrections;
+  const float* multipliers;
+  const float* bias;
+};
+
+using GatherKernel = void (*)(const GatherCall&);
+using ProductKernel = void (*)(const ProductCall&);
+using FinishKernel = void (*)(const FinishCall&);
+
+struct NumberKernels {
+  GatherKernel gather;
+  ProductKernel product;
+  FinishKernel finish;
+};
+
+// How the weights of a tile of filters lie in memory.
+//   by_row    per row of columns: 16 filters, 4 bytes of columns of each
+//   by_step   per step of 16 rows: 16 filters, 64 bytes of columns of each
+//   halves    per row of columns, of int8 as int16: 16 filters, columns 0 and 2, then 1 and 3
+enum class Order { by_row, by_step, halves };
+
+struct Kernels {
+  int lanes;  // of the registers that finish
+  Order order;
+  std::int32_t shift;            // gathered integers are q - shift
+  NumberKernels bfloat16, int8;  // null: the unit lacks them
+  void (*begin)();               // around every stretch of products, or null
+  void (*end)();
+};
+
+const Kernels& kernels(Unit unit);
+
+extern const Kernels generic_kernels, avx2_kernels, vnni_kernels, avx512_bf16_kernels, amx_kernels, neon_kernels,
+    dotprod_kernels, neon_bf16_kernels;
+
+}  // namespace acf::narrow

@@ -1,0 +1,67 @@
+// Plain C++: what every machine runs.
+#include <cstring>
+
+#include "narrow/kernels.h"
+
+namespace acf::narrow {
+namespace {
+
+using namespace conv;
+
+#include "core/unrolled-inl.h"
+
+#include "conv/registers_generic-inl.h"
+
+#include "conv/finish-inl.h"
+
+#include "narrow/finish-inl.h"
+
+struct W {
+  static unsigned char quantized(float x, float inverse, std::int32_t zero) {
+    constexpr float kMost = 65536.0f;
+    float scaled = x * inverse;
+    scaled = scaled < kMost ? scaled : kMost;  // NaN too
+    scaled = scaled > -kMost ? scaled : -kMost;
+    const int q = static_cast<int>((scaled + kMagic) - kMagic) + zero;
+    return static_cast<unsigned char>(q < 0 ? 0 : q > 255 ? 255 : q);
+  }
+  static void quantize(const float (&pixels)[4][kTile], float inverse, std::int32_t zero, unsigned char* to) {
+    for (int i = 0; i < kTile; ++i) {
+      for (int c = 0; c < 4; ++c) to[4 * i + c] = quantized(pixels[c][i], inverse, zero);
+    }
+  }
+};
+
+#include "narrow/gather-inl.h"
+
+void gather_int8(const GatherCall& call) {
+  gather_rows<4>(call, [&call](const float(&pixels)[4][kTile], unsigned char* to) {
+    W::quantize(pixels, call.inverse, call.zero, to);
+  });
+}
+
+void product_int8(const ProductCall& call) {
+  auto* sums = static_cast<std::int32_t*>(call.sums);
+  for (int f = 0; f < call.filter_tiles; ++f) {
+    for (int p = 0; p < call.pixel_tiles; ++p, sums += kTile * kTile) {
+      const unsigned char *weights = call.weights + f * call.weights_pitch,
+                          *pixels = call.pixels + p * call.pixels_pitch;
+      std::memset(sums, 0, kTile * kTile * sizeof(*sums));
+      for (std::int64_t row = 0; row < call.rows; ++row, weights += kRowBytes, pixels += kRowBytes) {
+        for (int i = 0; i < kTile; ++i) {
+          for (int c = 0; c < 4; ++c) {
+            const auto w = static_cast<std::int32_t>(static_cast<signed char>(weights[4 * i + c]));
+            for (int j = 0; j < kTile; ++j) sums[i * kTile + j] += w * static_cast<std::int32_t>(pixels[4 * j + c]);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels generic_kernels = {N::kLanes, Order::by_row, 0, {}, {gather_int8, product_int8, finish_int8},
+                                 nullptr,   nullptr};
+
+}  // namespace acf::narrow
