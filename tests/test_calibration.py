@@ -296,6 +296,8 @@ def test_a_data_set_is_taken_as_the_network_sees_it(network):
     engine, _ = network
     found = acf.quantize(engine, splits.train)
     assert found.program.steps == acf.quantize(engine, splits.train.normalized()).program.steps
+    fixed = acf.quantize(Engine(dataclasses.replace(engine.program, batch=7)), splits.train)
+    assert fixed.info["provenance"]["quantization"]["samples"] == 7
 
 
 def test_layers_stay_in_float32(network):

@@ -615,6 +615,8 @@ def test_quantize_with_data(finished, tmp_path):
     assert 100 * (small(data.normalized()).argmax(1) == data.labels).mean() == pytest.approx(found["accuracy"])
     assert small.info["provenance"]["quantization"]["samples"] == 512
     assert "accuracy" not in small.info
+    timed = run("bench", path, "--rounds", "1", "--threads", "1")
+    assert timed.exit_code == 0, timed.output
     checked = json.loads(run("predict", path, "--data", "digits", "--json").stdout)
     assert checked["recorded_accuracy"] is None
     assert checked["accuracy"] > 50

@@ -70,6 +70,16 @@ def test_a_saved_network_runs():
     np.testing.assert_array_equal(y, np.maximum(x @ weight.T, 0))
 
 
+def test_a_network_of_8_bits_computes_nearly_the_same():
+    step = Step("linear", (0,), 1, {"filters": 16, "storage": "dense", "activation": "relu"}, {"weight": "w"})
+    engine = acf.Engine(Program((Input("x", (72,)),), (step,), (1,), {"w": WEIGHT.reshape(16, 72)}))
+    x = np.random.default_rng(1).standard_normal((100, 72), dtype=np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        acf.quantize(engine, x).save(Path(folder) / "network.acf")
+        y = acf.load(Path(folder) / "network.acf")(x)
+    assert 0 < np.abs(y - engine(x)).max() < 0.02 * np.abs(y).max()
+
+
 if __name__ == "__main__":
     print(acf.show_config())
     for name, test in list(globals().items()):

@@ -101,7 +101,7 @@ def quantize(
         done["percentile"] = percentile
     info = {key: value for key, value in engine.info.items() if key != "accuracy"}
     info["provenance"] = {**info.get("provenance", {}), "quantization": done}
-    return Engine(program, threads=engine.threads, info=info)
+    return Engine(program, threads=engine.threads, info=info, precision=engine.precision)
 
 
 def _chosen_steps(program: Program, skip: Collection[str]) -> list[Step]:
@@ -188,9 +188,10 @@ def _groups(values: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[li
 
 def _parts(batches: Any, inputs: int, part: int, samples: int, *, whole: bool) -> Iterator[tuple[Any, ...]]:
     """The inputs of one call after the other; not more samples than are wanted, but for those of a whole batch."""
-    if not whole and (hasattr(batches, "dtype") or hasattr(batches, "normalized")) and hasattr(batches, "__len__"):
-        spread = np.linspace(0, len(batches) - 1, min(samples, len(batches))).astype(np.int64)  # they may be sorted
-        batches = (batches.normalized(spread) if hasattr(batches, "normalized") else batches[spread],)
+    if hasattr(batches, "normalized") or (hasattr(batches, "dtype") and batches.ndim and not whole):
+        count = min(part if whole else samples, len(batches))
+        spread = np.linspace(0, len(batches) - 1, count).astype(np.int64)  # they may be sorted by their classes
+        batches = batches.normalized(spread) if hasattr(batches, "normalized") else batches[spread]
     for batch in (batches,) if hasattr(batches, "dtype") else batches:
         given = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
         given = given[:inputs] if len(given) == inputs + 1 else given
