@@ -194,17 +194,19 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
-        self.depthwise = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8)
-        self.shortcut = nn.Conv2d(8, 8, 1, stride=2)
-        self.fc = nn.Linear(8, 5)
+        self.first = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+        self.strided = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.shortcut = nn.Conv2d(16, 16, 1, stride=2)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.fc = nn.Linear(16, 5)
 
     def forward(self, x):
         x = torch.relu(self.norm(self.first(x)))
         x = torch.relu(self.grouped(x) + x)
-        x = torch.nn.functional.silu(self.depthwise(x) + self.shortcut(x))
+        x = torch.nn.functional.silu(self.strided(x) + self.shortcut(x))
+        x = self.depthwise(x)
         return self.fc(x.mean((2, 3)))
 
 
@@ -245,7 +247,7 @@ def test_a_network_of_8_bits_computes_nearly_the_same(method, network):
     assert 0 < difference(small, engine, x) < 0.05
     zeros = {step.name: step.attributes["input_zero"] for step in small.program.steps if is_narrow(step)}
     assert zeros["first"] > 0
-    assert zeros["grouped"] == zeros["depthwise"] == zeros["shortcut"] == 0  # after relu
+    assert zeros["grouped"] == zeros["strided"] == zeros["shortcut"] == 0  # after relu
     again = acf.quantize(engine, x, method=method)
     assert again.program.steps == small.program.steps
     for name, tensor in small.program.tensors.items():
@@ -255,8 +257,9 @@ def test_a_network_of_8_bits_computes_nearly_the_same(method, network):
 def test_readers_of_one_value_share_its_scale(network):
     engine, x = network
     steps = {step.name: step for step in acf.quantize(engine, x).program.steps}
-    assert steps["depthwise"].attributes["input_scale"] == steps["shortcut"].attributes["input_scale"]
-    assert steps["depthwise"].inputs == steps["shortcut"].inputs
+    assert steps["strided"].attributes["input_scale"] == steps["shortcut"].attributes["input_scale"]
+    assert steps["strided"].inputs == steps["shortcut"].inputs
+    assert not is_narrow(steps["depthwise"])
 
 
 def test_how_samples_are_given_does_not_matter(network):
@@ -306,8 +309,8 @@ def test_layers_stay_in_float32(network):
     def narrow(skip):
         return [s.name for s in acf.quantize(engine, x, skip=skip).program.steps if is_narrow(s)]
 
-    assert narrow("first") == narrow(["first"]) == ["grouped", "depthwise", "shortcut", "fc"]
-    assert narrow(["f*", "grouped"]) == ["depthwise", "shortcut"]
+    assert narrow("first") == narrow(["first"]) == ["grouped", "strided", "shortcut", "fc"]
+    assert narrow(["f*", "grouped"]) == ["strided", "shortcut"]
     with pytest.raises(ValueError, match="skip names 'frist', which no layer matches; layers are first, grouped, "):
         narrow(["first", "frist"])
     with pytest.raises(ValueError, match="nothing to quantize: skip names all layers"):
