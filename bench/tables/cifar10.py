@@ -19,6 +19,7 @@ import datetime
 import json
 import pathlib
 import platform
+import re
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field
@@ -49,6 +50,7 @@ class Setting:
     base: TrainingConfig
     weights: str | None = None  # published
     recipe: dict[str, Any] = field(default_factory=dict)
+    whole_for_torch_pruning: str = "$^"  # names of layers whose filters it cannot prune
     seeds: tuple[int, ...] = (0,)
 
 
@@ -88,6 +90,8 @@ SETTINGS = {
             "final_lr": 0.1,
         },
         seeds=(0, 1, 2),
+        # Shortcuts pad channels by numbers in the code, which torch-pruning does not follow.
+        whole_for_torch_pruning=r"conv1$|.*\.conv2$",
     ),
     "VGG-16": Setting(
         "vgg16",
@@ -139,7 +143,8 @@ class Run:
         target, dense = acf.Target.parse(self.setting.target), acf.inspect(base, example).counts()
         rounds, recipe = self.recipe.rounds_for(acf.Target.parse(self.setting.target)), self.recipe
 
-        ignored = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        whole = re.compile(self.setting.whole_for_torch_pruning)
+        ignored = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) or whole.match(name)]
         pruner = tp.pruner.GroupNormPruner(
             model,
             example,
