@@ -19,6 +19,13 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 
+# Networks of a few thousand weights do best when nothing but the classes is asked of them, and take long to train. ADMM
+# has to bring the weights close to what is kept of them: rho doubles in every epoch.
+TINY = ["--rounds", "7", "--admm-epochs", "7", "--distillation", "0", "--final-epochs", "100", "--final-lr", "5e-3"]
+# What experience says of layers of a few hundred weights does not hold at such rates.
+TINY_STRUCTURED = [*TINY, "--keep", "conv1=0.1", "--keep", "fc2=0:0.14"]
+TINY_IRREGULAR = [*TINY, "--keep", "conv1=0.24", "--keep", "conv2=0.013", "--keep", "fc2=0.045"]
+
 # name -> (what it is, target, further options)
 ROWS = {
     "structured-40x": (
@@ -36,6 +43,11 @@ ROWS = {
         "params=100",
         ["--structure", "element", "--rounds", "2", "--final-epochs", "30"],
     ),
+    "tiny-40x": ("filters + columns, CONV 40x, all 60x", "conv=40,params=60", ["--no-base-augment", *TINY_STRUCTURED]),
+    "tiny-88x": ("filters + columns, CONV 88x, all 60x", "conv=88,params=60", TINY_STRUCTURED),
+    "tiny-232x": ("filters + columns, CONV 232x, all 60x", "conv=232,params=60", TINY_STRUCTURED),
+    "irregular-280x": ("single weights, all 280x", "params=280", ["--structure", "element", *TINY_IRREGULAR]),
+    "irregular-350x": ("single weights, all 350x", "params=350", ["--structure", "element", *TINY_IRREGULAR]),
 }
 
 
