@@ -102,8 +102,8 @@ class Recipe:
         admm_lr, retrain_lr, final_lr, purify_lr, quantize_lr, activation_lr: peak learning rates.
         rho: strength of the ADMM penalty over its updates, one after every epoch.
         optimizer, weight_decay, momentum: of all stages.
-        distillation: share of the loss that compares with the dense network. Best 0 for networks of a few thousand
-            weights, which cannot follow it: LeNet-5 at 232x of CONV weights, 99.08% with 0.5, 99.24% with 0.
+        distillation: share of the loss that compares with the dense network. Try 0 for networks of a few thousand
+            weights, which may not be able to follow it.
         temperature: of the distributions compared.
         batch_size: of training.
         precision: "float32", "bfloat16", or "auto": bfloat16 where the CPU has instructions for it.

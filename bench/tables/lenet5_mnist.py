@@ -19,8 +19,8 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 
-# Networks of a few thousand weights do best when nothing but the classes is asked of them, and take long to train. ADMM
-# has to bring the weights close to what is kept of them: rho doubles in every epoch.
+# For networks of a few thousand weights: nothing but the classes is asked of them, they train long, and ADMM brings the
+# weights close to what is kept of them, as rho doubles in every epoch.
 TINY = ["--rounds", "7", "--admm-epochs", "7", "--distillation", "0", "--final-epochs", "100", "--final-lr", "5e-3"]
 # What experience says of layers of a few hundred weights does not hold at such rates.
 TINY_STRUCTURED = [*TINY, "--keep", "conv1=0.1", "--keep", "fc2=0:0.14"]

@@ -40,6 +40,9 @@ void gather_int8(const GatherCall& call) {
   });
 }
 
+// Of two's complement.
+inline std::int32_t signed_byte(unsigned char byte) { return byte < 128 ? byte : byte - 256; }
+
 void product_int8(const ProductCall& call) {
   auto* sums = static_cast<std::int32_t*>(call.sums);
   for (int f = 0; f < call.filter_tiles; ++f) {
@@ -50,7 +53,7 @@ void product_int8(const ProductCall& call) {
       for (std::int64_t row = 0; row < call.rows; ++row, weights += kRowBytes, pixels += kRowBytes) {
         for (int i = 0; i < kTile; ++i) {
           for (int c = 0; c < 4; ++c) {
-            const auto w = static_cast<std::int32_t>(static_cast<signed char>(weights[4 * i + c]));
+            const auto w = signed_byte(weights[4 * i + c]);
             for (int j = 0; j < kTile; ++j) sums[i * kTile + j] += w * static_cast<std::int32_t>(pixels[4 * j + c]);
           }
         }
