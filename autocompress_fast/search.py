@@ -605,30 +605,30 @@ class _QuickScore:
     channels_last: bool
 
     def __call__(self, constraints: Mapping[str, Constraint]) -> float:
-        from autocompress_fast.training import evaluate, recalibrate
+        from autocompress_fast.training import evaluate
+
+        try:
+            network = self.network(constraints)
+        except FloatingPointError:
+            return -math.inf
+        result = evaluate(network, self.validation, precision=self.precision, channels_last=self.channels_last)
+        return result.accuracy if self.measure == "accuracy" else -result.loss
+
+    def network(self, constraints: Mapping[str, Constraint]) -> torch.nn.Module:
+        """What is scored: pruned, trained for some steps, with the statistics of its normalisations measured anew."""
+        from autocompress_fast.data import UserBatches
+        from autocompress_fast.training import Trainer, TrainingConfig, recalibrate
 
         plan = one_shot(self.model, self.report, constraints)
         pruned = mask(self.model, plan)
         options: dict[str, Any] = {"precision": self.precision, "channels_last": self.channels_last}
         if self.steps:
-            try:
-                self.retrain(pruned, plan, options)
-            except FloatingPointError:
-                return -math.inf
+            config = self.training or TrainingConfig(epochs=1, lr=_RETRAIN_LR, weight_decay=0.0)
+            config = dataclasses.replace(config, epochs=1, compile=False, **options)  # to compile takes longer
+            Trainer(pruned, UserBatches(self.steps), config, teacher=self.model, plan=plan).run()
         if self.calibration is not None:
             recalibrate(pruned, self.calibration, **options)
-        result = evaluate(pruned, self.validation, **options)
-        return result.accuracy if self.measure == "accuracy" else -result.loss
-
-    def retrain(self, pruned: torch.nn.Module, plan: Plan, options: dict[str, Any]) -> None:
-        from autocompress_fast.data import UserBatches
-        from autocompress_fast.training import Trainer, TrainingConfig
-
-        config = self.training or TrainingConfig(epochs=1, lr=_RETRAIN_LR, weight_decay=0.0)
-        config = dataclasses.replace(
-            config, epochs=1, compile=False, **options
-        )  # compiling takes longer than the steps
-        Trainer(pruned, UserBatches(self.steps), config, teacher=self.model, plan=plan).run()
+        return pruned
 
     def settings(self) -> dict[str, Any]:
         """What a trace must have in common with a search that goes on from it."""
