@@ -616,13 +616,17 @@ class _QuickScore:
 
     def network(self, constraints: Mapping[str, Constraint]) -> torch.nn.Module:
         """What is scored: pruned, trained for some steps, with the statistics of its normalisations measured anew."""
+        from autocompress_fast.compact import compact
         from autocompress_fast.data import UserBatches
         from autocompress_fast.training import Trainer, TrainingConfig, recalibrate
 
         plan = one_shot(self.model, self.report, constraints)
-        pruned = mask(self.model, plan)
         options: dict[str, Any] = {"precision": self.precision, "channels_last": self.channels_last}
-        if self.steps:
+        if not self.steps:
+            pruned = mask(self.model, plan)
+        else:  # whole filters are cut out: LeNet-5 at 200x is trained four times as quickly, no network more slowly
+            small = compact(self.model, plan, self.steps[0][0][:2], columns=False, report=self.report)
+            pruned, plan = small.model, small.plan
             config = self.training or TrainingConfig(epochs=1, lr=_RETRAIN_LR, weight_decay=0.0)
             config = dataclasses.replace(config, epochs=1, compile=False, **options)  # to compile takes longer
             Trainer(pruned, UserBatches(self.steps), config, teacher=self.model, plan=plan).run()
