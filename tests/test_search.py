@@ -314,6 +314,18 @@ def test_the_score_after_steps_is_that_of_a_network_pruned_so(learned, monkeypat
         assert (weight != before)[layer.mask()].any()
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_candidates_of_every_structure_are_trained(learned, structure):
+    model, report, batches, _ = learned
+    for rate in (1.5, 20):
+        constraints = Search(report, Target(params=rate), lambda _: 0.0, structure=structure).constraints(Action())
+        scores = [
+            quick_score(model, report, batches, train=batches, retrain_steps=steps, measure="loss")(constraints)
+            for steps in (0, 30)
+        ]
+        assert scores[0] < scores[1] < 0
+
+
 def test_the_score_after_steps_repeats_whatever_was_scored_before(learned):
     model, report, batches, constraints = learned
     other = Search(report, Target(params=2), lambda _: 0.0).constraints(Action())
