@@ -206,7 +206,9 @@ def spread(values: list[float], digits: int) -> str:
 def write_table(bench: Bench) -> None:
     """The page, of all that is there."""
     options, results = bench.options, bench.results
-    name = "search" if options.model == "resnet20" else f"search-{options.model}"
+    name = (
+        "search" + ("" if options.model == "resnet20" else f"-{options.model}") + ("" if options.steps else "-one-shot")
+    )
     trained = f"after {options.steps} steps of masked training in batches of 128" if options.steps else "in one shot"
     text = (
         f"Measured {datetime.date.today()} on {options.machine}, 1 thread; autocompress_fast {acf.__version__}, torch "
@@ -238,7 +240,7 @@ def write_table(bench: Bench) -> None:
             cells = [f"{rate:g}x", method, ", ".join(runs) if method in SEARCHED else ""]
             for what, digits in (("quick", 3), ("others", 3), ("accuracy", 1), ("final", 1)):
                 values = [run[what] for run in runs.values() if what in run]
-                few = f" (seeds: {len(values)})" if method in SEARCHED and len(values) < len(runs) else ""
+                few = f" ({len(values)} of {len(runs)} seeds)" if method in SEARCHED and len(values) < len(runs) else ""
                 cells.append(spread(values, digits) + few if values else "-")
             lines.append("| " + " | ".join(cells) + " |")
     lines += ["", COMMAND.format(**vars(options)), ""]
