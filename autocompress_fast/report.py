@@ -39,7 +39,7 @@ _UNIFORM = (
 )
 _MOST_NAMED = 2  # layers that a cell lists
 _ACCURACIES = {"validation": ("base", "final"), "test": ("base_test", "final_test")}
-_SCORE = "score: −loss in one shot"  # noqa: RUF001  a minus
+_SCORE = "score: −loss"  # noqa: RUF001  a minus
 _MEASURED = 1.0  # seconds that latencies are measured, about
 _LEAST_CALLS, _MOST_CALLS = 9, 400  # of each network, in that time
 
@@ -275,10 +275,11 @@ class Summary(Document):
     def _searched(self) -> Iterator[str | Picture | Table]:
         searches = self._result.searches
         if searches:
+            steps = self._result.recipe.search_steps
+            trained = f"trained for {steps} steps" if steps else "without retraining"
             yield (
-                "Candidates for the rates of the layers, each scored by the network pruned so in one shot, without "
-                "retraining; higher is better. The colder simulated annealing is, the less often it accepts what is "
-                "worse."
+                f"Candidates for the rates of the layers, each scored by the network pruned so in one shot, {trained}; "
+                "higher is better. The colder simulated annealing is, the less often it accepts what is worse."
             )
         for number, found in enumerate(searches, 1):
             caption = f"Round {number}: {found.start:.4g} by experience, {found.score:.4g} for the best candidate."

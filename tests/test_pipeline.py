@@ -658,6 +658,20 @@ def test_a_run_killed_while_it_searches_ends_as_one_that_was_not(trained, search
     assert result.plan == expected.plan
 
 
+def test_candidates_are_scored_after_steps_of_training(trained):
+    notes, starts = [], []
+    for steps in (0, 20):
+        recipe = variant(rounds=1, search=1, search_steps=steps, admm_epochs=1, final_epochs=1)
+        watcher = Watcher()
+        starts.append(run(trained, target="4x", recipe=recipe, progress=watcher).searches[0].start)
+        notes += [note for note in watcher.noted if note.startswith("round 1: loss ")]
+    assert starts[0] < starts[1] - 0.05
+    assert [note.split(" by experience")[0] for note in notes] == [
+        f"round 1: loss {when} {-start:.4g},"
+        for when, start in zip(("in one shot", "after 20 steps"), starts, strict=True)
+    ]
+
+
 def test_a_dry_run_counts_the_search(trained):
     def outlook(search):
         options = {"target": "4x", "recipe": variant(search=search), "progress": Progress(), "dry_run": True}
@@ -774,6 +788,8 @@ def test_targets_out_of_reach_are_refused_before_anything_is_written(trained, tm
         ({"admm_epochs": 0}, "admm_epochs must be 1 or more"),
         ({"final_epochs": 0}, "final_epochs must be 1 or more"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"search_steps": -1}, "search_steps must be an integer of 0 or more, got -1"),
+        ({"search_steps": 2.5}, r"search_steps must be an integer of 0 or more, got 2\.5"),
         ({"purify_rounds": -1}, "purify_rounds must be 0 or more"),
         ({"purify_tolerance": -0.5}, "purify_tolerance must be 0 or more"),
         ({"bits": 0}, "bits must be an int from 1 to 8, got 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -18,12 +19,14 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress_fast import models
+from autocompress_fast import models, training
 from autocompress_fast._workers import Workers
+from autocompress_fast.compact import compact
 from autocompress_fast.data import UserBatches
 from autocompress_fast.graph import inspect
 from autocompress_fast.rates import STRUCTURES, Action, Target
 from autocompress_fast.search import Search, _Regression, one_shot, quick_score
+from autocompress_fast.training import Evaluation, Trainer, TrainingConfig
 from autocompress_fast.unused import unused_paths
 
 
@@ -269,6 +272,121 @@ def test_quick_scores(small):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="measure must be accuracy or loss, got 'speed'"):
         quick_score(model, report, batches, measure="speed")
+
+
+@pytest.fixture(scope="module")
+def learned(small):
+    """A network that has learned something, its report, data, and constraints under which it forgets most of it."""
+    model = copy.deepcopy(small[0])
+    random = torch.Generator().manual_seed(0)
+    y = torch.arange(256) % 10
+    x = torch.randn(10, 3, 8, 8, generator=random)[y] + torch.randn(256, 3, 8, 8, generator=random)
+    batches = UserBatches(list(zip(x.split(64), y.split(64), strict=True)))
+    Trainer(model, batches, TrainingConfig(15, lr=0.02)).run()
+    report = inspect(model, x[:1])
+    return model.eval(), report, batches, Search(report, Target(params=6), lambda _: 0.0).constraints(Action())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_steps_of_retraining_mend_what_pruning_breaks(learned, optimizer):
+    model, report, batches, constraints = learned
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    config = TrainingConfig(1, optimizer=optimizer, lr=0.02 if optimizer == "sgd" else 3e-3, weight_decay=0.0)
+    options = {"calibration": list(batches.epoch(0)), "train": batches, "training": config, "measure": "loss"}
+    scores = [quick_score(model, report, batches, retrain_steps=n, **options)(constraints) for n in (0, 8, 40)]
+    assert scores[0] < scores[1] - 0.1 < scores[2] - 0.2
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+
+
+def test_the_score_after_steps_is_that_of_a_network_pruned_so(learned, monkeypatch):
+    model, report, batches, constraints = learned
+    seen = []
+    monkeypatch.setattr(training, "evaluate", lambda pruned, *_, **__: seen.append(pruned) or Evaluation(1.0, 2.0, 3))
+    score = quick_score(model, report, batches, train=batches, retrain_steps=6, measure="loss")
+    assert score(constraints) == -2.0
+    plan, (pruned,) = one_shot(model, report, constraints), seen
+    small = compact(model, plan, torch.zeros(1, 3, 8, 8), columns=False)
+    for name, layer in small.plan.items():
+        weight, before = (network.get_submodule(name).weight.detach().numpy() for network in (pruned, small.model))
+        assert not weight[~layer.mask()].any()
+        assert (weight != before)[layer.mask()].any()
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_candidates_of_every_structure_are_trained(learned, structure):
+    model, report, batches, _ = learned
+    for rate in (1.5, 20):
+        constraints = Search(report, Target(params=rate), lambda _: 0.0, structure=structure).constraints(Action())
+        scores = [
+            quick_score(model, report, batches, train=batches, retrain_steps=steps, measure="loss")(constraints)
+            for steps in (0, 30)
+        ]
+        assert scores[0] < scores[1] < 0
+
+
+def test_the_score_after_steps_repeats_whatever_was_scored_before(learned):
+    model, report, batches, constraints = learned
+    other = Search(report, Target(params=2), lambda _: 0.0).constraints(Action())
+    data = torch.utils.data.TensorDataset(torch.cat([x for x, _ in batches.epoch(0)]), torch.arange(256) % 2)
+    shuffled = UserBatches(torch.utils.data.DataLoader(data, 64, shuffle=True))
+    dropped = nn.Sequential(model, nn.Dropout(0.5)).eval()
+    report = inspect(dropped, torch.zeros(1, 3, 8, 8))
+    constraints, other = ({f"0.{name}": one for name, one in c.items()} for c in (constraints, other))
+    options = {"train": shuffled, "retrain_steps": 6, "measure": "loss"}  # more than an epoch has
+    score = quick_score(dropped, report, batches, **options)
+    before = torch.random.get_rng_state()
+    expected = score(constraints)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert score(other) != expected
+    torch.rand(3)
+    assert score(constraints) == expected
+    assert quick_score(dropped, report, batches, **options)(constraints) == expected
+    assert quick_score(dropped, report, batches, **options | {"retrain_steps": 5})(constraints) != expected
+
+
+def test_a_retraining_that_diverges_is_worth_nothing(learned):
+    model, report, batches, constraints = learned
+    config = TrainingConfig(1, lr=1e30, schedule="constant", warmup=0.0)
+    score = quick_score(model, report, batches, train=batches, retrain_steps=8, training=config)
+    assert score(constraints) == -math.inf
+    assert Search(report, Target(params=6), score).run(3).score == -math.inf
+
+
+def test_steps_of_retraining_are_checked(learned):
+    model, report, batches, _ = learned
+    for steps in (-1, 2.5, True, "many"):
+        with pytest.raises(ValueError, match=rf"^retrain_steps must be an integer of 0 or more, got {steps!r}$"):
+            quick_score(model, report, batches, train=batches, retrain_steps=steps)
+    with pytest.raises(ValueError, match=r"^retrain_steps=5 needs batches to train on, got train=None$"):
+        quick_score(model, report, batches, retrain_steps=5)
+    with pytest.raises(ValueError, match=r"^retrain_steps=5 needs batches to train on, train has none$"):
+        quick_score(model, report, batches, train=UserBatches([]), retrain_steps=5)
+
+
+@pytest.mark.parametrize("done", [1, 5, 9])
+def test_a_search_with_steps_of_retraining_goes_on_and_workers_find_the_same(learned, tmp_path, done):
+    model, report, batches, _ = learned
+    path = tmp_path / "trace.jsonl"
+
+    def search(steps, **options):
+        score = quick_score(model, report, batches, train=batches, retrain_steps=steps, measure="loss")
+        return Search(report, Target(params=6), score, trace=path, **options).run(12)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as workers have
+    try:
+        whole = search(4)
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[: done + 1]))
+        again = search(4, workers=2)
+    finally:
+        torch.set_num_threads(threads)
+    assert outcome(again) == outcome(whole)
+    assert whole.score > whole.start
+    for steps in (0, 5):
+        with pytest.raises(ValueError, match="is of a search with another score; choose another file"):
+            search(steps)
 
 
 # ---- the regression ----

@@ -139,6 +139,9 @@ def compress(
         int | None,
         typer.Option(min=0, help="Candidates to try, every round, for the rates of the layers; none by default."),
     ] = None,
+    search_steps: Annotated[
+        int | None, typer.Option(min=0, help="Of training before a candidate is scored; 25 by default.")
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -212,6 +215,7 @@ def compress(
         "structure": structure,
         "rounds": rounds,
         "search": search,
+        "search_steps": search_steps,
         "keep": shares(keep) if keep else None,
         "search_workers": search_workers,
         "admm_epochs": admm_epochs,

@@ -10,11 +10,11 @@ All methods meet the same budgets of CONV weights exactly (`rates.allocate`), wi
     random        random departures from experience; the best of as many as the search has
     search        `acf.Search`
 
-`random` and `search` see the loss of the network pruned in one shot, its normalisations recalibrated, on some of the
-validation samples. All other figures are of other validation samples; the test set is never read. After the scores all
-networks are trained with their masks, in the same short way (--epochs 0 leaves that out). The folder of --runs keeps
-the trace of every search and every training, so a run that was stopped goes on where it was; the table is written
-anew after every result.
+`random` and `search` see the same loss on some of the validation samples: of the network pruned in one shot, trained
+with its masks for --steps steps (0: none), its normalisations recalibrated. All other figures are of other validation
+samples; the test set is never read. All networks are then trained with their masks from the start, in the same short
+way (--epochs 0 leaves that out). The folder of --runs keeps the trace of every search and every training, so a run that
+was stopped goes on where it was; the table is written anew after every result.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from autocompress_fast.graph import Report
 from autocompress_fast.plan import mask
 from autocompress_fast.rates import Action, Target, allocate
 from autocompress_fast.search import Search, one_shot, quick_score
-from autocompress_fast.training import Trainer, TrainingConfig, evaluate, recalibrate
+from autocompress_fast.training import Trainer, TrainingConfig, evaluate
 
 HERE = pathlib.Path(__file__).resolve().parent
 RULES, SEARCHED = ("uniform", "global", "experience"), ("random", "search")
@@ -53,7 +53,8 @@ QUICK = {"precision": "bfloat16", "channels_last": True}
 
 COMMAND = (
     "`python bench/tables/search.py --model {model} --data DIR --checkpoint FILE --evaluations {evaluations} --samples "
-    "{samples} --others {others} --calibration {calibration} --epochs {epochs} --images {images}`"
+    "{samples} --others {others} --calibration {calibration} --steps {steps} --lr {lr} "
+    "--epochs {epochs} --images {images}`"
 )
 
 Constraints = dict[str, Constraint]
@@ -79,8 +80,19 @@ class Bench:
         training = batches(self.splits.train, 128, shuffle=True, seed=0, drop_last=True)
         self.report = acf.inspect(self.model, torch.from_numpy(validation.normalized(slice(0, 2))))
         self.calibration = list(itertools.islice(training.epoch(0), options.calibration))
+        moved = batches(
+            self.splits.train, 128, shuffle=True, seed=1, augmentation=self.splits.augmentation, drop_last=True
+        )
         self.score = quick_score(
-            self.model, self.report, self.seen, measure="loss", calibration=self.calibration, **QUICK
+            self.model,
+            self.report,
+            self.seen,
+            calibration=self.calibration,
+            train=moved,
+            retrain_steps=options.steps,
+            training=TrainingConfig(1, lr=options.lr, weight_decay=0.0, **QUICK),
+            measure="loss",
+            **QUICK,
         )
 
     def keep(self, key: str, **values: float) -> None:
@@ -96,12 +108,11 @@ class Bench:
             self.keep("dense", final=evaluate(self.model, self.rest, **QUICK).accuracy)
 
     def one(self, rate: float, method: str, seed: int) -> None:
-        """The rates of one method, and what they are worth in one shot."""
+        """The rates of one method, and what they are worth by the score."""
         key = f"{rate:g} {method} {seed}"
         if "accuracy" not in self.results.get(key, {}):
             constraints = self.found(rate, method, seed)
-            model = mask(self.model, one_shot(self.model, self.report, constraints))
-            recalibrate(model, self.calibration, **QUICK)
+            model = self.score.network(constraints)
             seen, others = (evaluate(model, part, **QUICK) for part in (self.seen, self.others))
             self.keep(key, quick=seen.loss, others=others.loss, accuracy=others.accuracy)
 
@@ -195,17 +206,21 @@ def spread(values: list[float], digits: int) -> str:
 def write_table(bench: Bench) -> None:
     """The page, of all that is there."""
     options, results = bench.options, bench.results
-    name = "search" if options.model == "resnet20" else f"search-{options.model}"
+    name = (
+        "search" + ("" if options.model == "resnet20" else f"-{options.model}") + ("" if options.steps else "-one-shot")
+    )
+    trained = f"after {options.steps} steps of masked training in batches of 128" if options.steps else "in one shot"
     text = (
         f"Measured {datetime.date.today()} on {options.machine}, 1 thread; autocompress_fast {acf.__version__}, torch "
         f"{torch.__version__}, Python {platform.python_version()}. Filters and columns pruned at once; every method "
         "meets the budget of CONV weights exactly. Random search (the best of random departures from experience) and "
         f"the search have {options.evaluations} evaluations each, by the loss on {options.samples} validation images "
-        f"in one shot, normalisations recalibrated on {128 * options.calibration} training images. *loss*: on those, "
+        f"{trained}, normalisations recalibrated on {128 * options.calibration} training images. *loss*: on those, "
         f"and on {options.others} others, which no method sees; *accuracy*: on the others, in percent; *after "
-        "training*: validation accuracy (without the images that were searched on) after masked training, the same "
-        f"for all (epochs: {options.epochs}, of {options.images} training images). Mean ± standard deviation over the "
-        f"seeds of the searches; the rules have no seed. The test set is not read. {options.note}"
+        "training*: validation accuracy (without the images that were searched on) after masked training from the "
+        f"start, the same for all (epochs: {options.epochs}, of {options.images} training images). Mean ± standard "
+        "deviation over the seeds of the searches; the rules have no seed. A dash: not run. The test set is not read. "
+        f"{options.note}"
     )
     if "dense" in results:
         text += f" The dense network has {results['dense']['final']:.1f}% of the validation images not searched on."
@@ -217,16 +232,16 @@ def write_table(bench: Bench) -> None:
         "| CONV weights | method | seeds | loss, searched on | loss, others | accuracy, others | after training |",
         "|---|---|---|---|---|---|---|",
     ]
-    for rate in options.rates:
+    for rate in sorted(options.rates):
         for method in RULES + SEARCHED:
             runs = {key.split()[2]: run for key, run in results.items() if key.startswith(f"{rate:g} {method} ")}
             if not runs:
                 continue
             cells = [f"{rate:g}x", method, ", ".join(runs) if method in SEARCHED else ""]
-            cells += [spread([run[what] for run in runs.values()], 3) for what in ("quick", "others")]
-            cells.append(spread([run["accuracy"] for run in runs.values()], 1))
-            final = [run["final"] for run in runs.values() if "final" in run]
-            cells.append(spread(final, 1) if final else "")
+            for what, digits in (("quick", 3), ("others", 3), ("accuracy", 1), ("final", 1)):
+                values = [run[what] for run in runs.values() if what in run]
+                few = f" ({len(values)} of {len(runs)} seeds)" if method in SEARCHED and len(values) < len(runs) else ""
+                cells.append(spread(values, digits) + few if values else "-")
             lines.append("| " + " | ".join(cells) + " |")
     lines += ["", COMMAND.format(**vars(options)), ""]
     settings = {key: value for key, value in vars(options).items() if key not in ("data", "checkpoint", "runs")}
@@ -235,7 +250,7 @@ def write_table(bench: Bench) -> None:
 
 
 def main() -> None:
-    """Run what is missing, the cheap parts of all budgets first."""
+    """Run what is missing, budget by budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder that holds CIFAR-10")
     parser.add_argument("--model", default="resnet20")
@@ -247,6 +262,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500, help="validation images that are searched on")
     parser.add_argument("--others", type=int, default=2000)
     parser.add_argument("--calibration", type=int, default=2, help="batches of 128 training images")
+    parser.add_argument("--steps", type=int, default=25, help="of masked training before a score is read")
+    parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate of these")
     parser.add_argument("--epochs", type=int, default=1, help="of masked training")
     parser.add_argument("--images", type=int, default=10000, help="of an epoch")
     parser.add_argument("--machine", default=platform.processor() or platform.machine())
@@ -257,11 +274,10 @@ def main() -> None:
     bench.base()
     for seed in options.seeds:
         for rate in options.rates:
-            for method in (*(RULES if seed == options.seeds[0] else ()), *SEARCHED):
+            methods = (*(RULES if seed == options.seeds[0] else ()), *SEARCHED)
+            for method in methods:
                 bench.one(rate, method, seed)
-    for seed in options.seeds if options.epochs else ():
-        for rate in options.rates:
-            for method in (*(RULES if seed == options.seeds[0] else ()), *SEARCHED):
+            for method in methods if options.epochs else ():
                 bench.retrained(rate, method, seed)
 
 
