@@ -284,7 +284,7 @@ ELSEWHERE = {
 
 
 def page(
-    chosen: list[str], batches: list[int], threads: list[int], rounds: int, command: str, precision: str
+    chosen: list[str], batches: list[int], threads: list[int], rounds: int, command: str, precision: str, note: str
 ) -> Iterator[str]:
     """Sections by threads and batch; the best of torch, and every other runtime."""
     yield f"# Whole networks{'' if precision == 'float32' else ', in ' + precision}\n"
@@ -295,7 +295,7 @@ def page(
         "*against dense* the fastest of the others on the dense network divided by ours. The pruned networks\n"
         "have the given share of their filters, or of the columns of every convolution, removed.\n"
     )
-    yield f"```\n{command}\n```\n\n{conditions('Weights random.')}\n"
+    yield f"```\n{command}\n```\n\n{conditions(f'Weights random. {note}')}\n"
     others = [name for name in runtimes(precision) if name not in TORCH and name != "ours"]
     for count, batch in itertools.product(threads, batches):
         torch.set_num_threads(count)
@@ -322,12 +322,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--note", default="", help="a sentence about the conditions, for the page")
     parser.add_argument("--precision", choices=TOLERANCE, default="float32")
     parser.add_argument("--only", nargs="+", choices=list(names()), help="networks; all if not given")
     options = parser.parse_args()
     chosen = options.only or list(names())
     command = f"python {' '.join(sys.argv)}"
-    text = "\n".join(page(chosen, options.batches, options.threads, options.rounds, command, options.precision))
+    text = "\n".join(
+        page(chosen, options.batches, options.threads, options.rounds, command, options.precision, options.note)
+    )
     if options.report:
         options.report.write_text(text)
     else:
