@@ -102,13 +102,13 @@ class Runner {
     make_narrow(image, tiles, values);
     all_.begin(static_cast<int>(plan_.rows));
     // Weights that stream pass by once, with all values; those in the cache are read again for every two tiles.
-    const std::int64_t filters = filter_tiles(plan_), most = streams(plan_) ? tiles.size : 2;
+    const std::int64_t filters = filter_tiles(plan_), pixels = filters == 1 ? kTogether : 2,
+                       most = streams(plan_) ? tiles.size : pixels;
     for (std::int64_t t = 0; t < tiles.size; t += most) {
       const std::int64_t end = std::min(t + most, tiles.size);
       for (std::int64_t f = 0; f < filters; f += 2) {
-        for (std::int64_t u = t; u < end; u += 2) {
-          multiply_in_place(image, tiles.begin + u, std::min<std::int64_t>(2, end - u), f, values,
-                            streams(plan_) && u == t);
+        for (std::int64_t u = t; u < end; u += pixels) {
+          multiply_in_place(image, tiles.begin + u, std::min(pixels, end - u), f, values, streams(plan_) && u == t);
         }
       }
     }
@@ -143,7 +143,7 @@ class Runner {
     if (whole > groups) std::memset(values + groups * pitch, 0, static_cast<std::size_t>((whole - groups) * pitch));
   }
 
-  // Up to two tiles of pixels with two of filters.
+  // Two tiles of pixels with two of filters, or up to four with one.
   void multiply_in_place(std::int64_t image, std::int64_t tile, std::int64_t count, std::int64_t f,
                          unsigned char* values, bool far) const {
     ProductCall product = {};
@@ -233,9 +233,10 @@ class Runner {
                        end = filters.begin + filters.size;
     const bool chunks = chunked(), far = streams(plan_);
     const std::int64_t most = chunks ? kChunkSteps * kTile : std::max<std::int64_t>(rows, 1);
-    // Few tiles of pixels meet those of filters all at once, so that weights are read once; else two meet two.
-    const bool few = chunks || (far && tiles <= kTogether);
-    const std::int64_t pixels = few ? tiles : std::min<std::int64_t>(2, tiles), some = kTogether / pixels;
+    // Few tiles of pixels meet those of filters all at once, so that weights are read once, and a single one of filters
+    // meets as many; else two meet two.
+    const bool line = chunks || (far && tiles <= kTogether) || all == 1;
+    const std::int64_t pixels = std::min<std::int64_t>(line ? kTogether : 2, tiles), some = kTogether / pixels;
     for (std::int64_t row = 0; row == 0 || row < rows; row += most) {
       for (std::int64_t f = filters.begin; f < end; f += some) {
         for (std::int64_t t = 0; t < tiles; t += pixels) {
