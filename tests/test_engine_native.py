@@ -186,6 +186,46 @@ def test_threads_do_not_change_the_result(seed):
         assert np.array_equal(y, z)
 
 
+@every_isa
+@pytest.mark.parametrize("seed", range(2000, 2030))
+def test_stages_compute_what_the_whole_does(seed, monkeypatch):
+    monkeypatch.setattr(native, "CACHE", 2000)  # bytes: so that values of most steps do not fit
+    monkeypatch.setattr(native, "BEGINNING", 0)
+    monkeypatch.setattr(native, "LEAST_GAIN", 100.0)  # of a loss, even
+    drawn = Drawn(seed)
+    executors = [NativeExecutor(drawn.program, drawn.infos, threads) for threads in (1, 3)]
+    reference = Reference(drawn.program, drawn.infos)
+    for count in (5, 17, 5):
+        inputs = drawn.samples(count)
+        found, other = (executor.run(inputs) for executor in executors)
+        assert_close(found, reference.run(inputs))
+        assert all(np.array_equal(y, z) for y, z in zip(found, other, strict=True))
+        assert executors[0].profile(inputs, 2).shape == (2, len(executors[0].steps))
+        assert executors[0].workspace_bytes(count) > 0
+
+
+def test_large_values_and_large_weights_have_stages_of_their_own():
+    rng = np.random.default_rng(0)
+
+    def conv(channels, filters, number, stride):
+        window = {"kernel": (3, 3), "stride": (stride, stride), "padding": (1, 1, 1, 1), "dilation": (1, 1)}
+        attributes = {**window, "groups": 1, "filters": filters, "storage": "dense", "activation": "relu"}
+        tensors[f"w{number}"] = rng.standard_normal((filters, 9 * channels), np.float32) / (9 * channels) ** 0.5
+        return Step("conv", (number,), number + 1, attributes, {"weight": f"w{number}"})
+
+    tensors: dict[str, np.ndarray] = {}
+    steps = [conv(3, 32, 0, 1), conv(32, 32, 1, 1), conv(32, 32, 2, 1), conv(32, 256, 3, 8), conv(256, 256, 4, 2)]
+    program = Program((Input("x", (3, 48, 48)),), tuple(steps), (5,), tensors)
+    infos = validate(program)
+    executor = NativeExecutor(program, infos, 1)
+    early, late = executor.stages(32)
+    assert early.part < late.part == 32
+    assert len(early.inputs) == len(early.outputs) == len(late.inputs) == len(late.outputs) == 1
+    assert len(executor.stages(1)) == len(executor.stages(native.FEW_SAMPLES)) == 1
+    x = rng.standard_normal((32, 3, 48, 48), np.float32)
+    assert_close(executor.run([x]), Reference(program, infos).run([x]))
+
+
 def test_several_callers_at_once():
     drawn = Drawn(7)
     native = NativeExecutor(drawn.program, drawn.infos, 2)

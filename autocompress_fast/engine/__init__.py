@@ -201,8 +201,7 @@ class Engine:
 
     def workspace_bytes(self, samples: int = 1) -> int:
         """Memory of the values of so many samples. Of a larger batch, every thread computes one part at a time."""
-        part, parts = self._executor.part, -(-samples // self._executor.part)
-        return self._executor.network.workspace_bytes(min(samples, part)) * min(parts, self.threads)
+        return self._executor.workspace_bytes(samples)
 
     def profile(self, *inputs: Any, samples: int = 1, rounds: int = 20) -> Profile:
         """How long every step takes: medians over some runs, beside their speed and its share of the peak.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -40,8 +41,34 @@ MOST_SAMPLE: Final = 8 * MAX_LIVE
 """Bytes that the values of one sample may take: twice those that `validate` counts, because values keep the padding of
 their readers for as long as they live, and do not fill all the gaps between them."""
 
+FEW_SAMPLES: Final = 4
+"""So many are always computed by the whole network."""
+
 LEAST_EXPANSION: Final = 3 << 18
 """Bytes of a sample from which on the result of a 1x1 convolution is made and used some channels at a time."""
+
+
+CACHE: Final = 3 << 19
+"""Bytes of a processor's own cache that the values which a step reads and makes may take, to be found by the next."""
+
+BEGINNING: Final = 2**13
+"""Bytes that could have been moved while a step begins."""
+
+LEAST_GAIN: Final = 0.95
+"""Two stages must save a twentieth of the bytes that travel, those between them included."""
+
+MOST_STAGE: Final = 2**26
+"""Bytes that the values of the samples computed at once may take."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some operations of a network, which are run on all samples, so many at a time, before the next stage begins."""
+
+    network: _core.Network
+    inputs: Sequence[int]  # numbers of values of the whole network
+    outputs: Sequence[int]
+    part: int
 
 
 class NativeExecutor:
@@ -54,7 +81,7 @@ class NativeExecutor:
         precision: "bfloat16" multiplies numbers of that kind where it is quicker.
 
     Attributes:
-        part: how many samples are computed at once.
+        part: how many samples are computed at once, if they are few (`stages` says so for others).
         steps: of the program, what each operation of the network stands for: one, or a convolution and an addition.
     """
 
@@ -62,6 +89,9 @@ class NativeExecutor:
         self.program, self.threads = program, threads
         builder = _Builder(program, infos, precision)
         self.network, self.steps = builder.build(), tuple(builder.made)
+        self._outputs = [builder.numbers[value] for value in program.outputs]
+        self._costs = builder.costs()
+        self._stages: dict[int, tuple[Stage, ...]] = {}
         one = self.network.workspace_bytes(1)
         if one > MOST_SAMPLE:
             raise ProgramError(f"one sample needs {one} bytes at once; at most {MOST_SAMPLE} are allowed")
@@ -69,14 +99,91 @@ class NativeExecutor:
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Outputs for float32 inputs of the declared shapes, each with the same number of samples first."""
-        if len(inputs[0]) > 0:
+        if 0 < len(inputs[0]) <= FEW_SAMPLES:
             return self.network.run(list(inputs), self.threads, self.part)
+        if len(inputs[0]) > 0:
+            values, stages = dict(enumerate(inputs)), self.stages(len(inputs[0]))
+            if len(stages) == 1:
+                return self.network.run(list(inputs), self.threads, stages[0].part)
+            for stage in stages:
+                made = stage.network.run([values[value] for value in stage.inputs], self.threads, stage.part)
+                values = {**dict(zip(stage.outputs, made, strict=True)), **_kept(values, self._outputs)}
+            return [values[value] for value in self._outputs]
         ones = [np.zeros((1, *given.shape), np.float32) for given in self.program.inputs]
         return [y[:0] for y in self.network.run(ones, self.threads, 1)]
 
     def profile(self, inputs: Sequence[Array], rounds: int) -> Array:
         """(rounds, steps): seconds that each step takes, with all threads working on it."""
-        return self.network.profile(list(inputs), self.threads, self.part, rounds)
+        values, seconds = dict(enumerate(inputs)), []
+        for stage in self.stages(len(inputs[0])):
+            given = [values[value] for value in stage.inputs]
+            seconds.append(stage.network.profile(given, self.threads, stage.part, rounds))
+            made = stage.network.run(given, self.threads, stage.part)
+            values = {**dict(zip(stage.outputs, made, strict=True)), **_kept(values, self._outputs)}
+        return np.hstack(seconds)
+
+    def workspace_bytes(self, samples: int) -> int:
+        """Memory of the values of so many samples, at the stage that takes most; threads have parts of their own.
+
+        What lies between two stages comes on top, as inputs and outputs do.
+        """
+        most = 0
+        for stage in self.stages(samples):
+            part, parts = min(samples, stage.part), -(-samples // stage.part)
+            most = max(most, stage.network.workspace_bytes(part) * min(parts, self.threads))
+        return most
+
+    def stages(self, samples: int) -> tuple[Stage, ...]:
+        """How so many samples are computed: whole, or first the steps whose values are large, some samples at a time.
+
+        Large values should stay in the cache until they are read, which takes few samples at once; weights that do not
+        fit there come from memory for every part, which takes many. Where a network has the ones first and the others
+        later, as most have, each gets its own.
+        """
+        if samples not in self._stages:
+            if len(self._stages) > 64:
+                self._stages.clear()
+            self._stages[samples] = self._planned(samples)
+        return self._stages[samples]
+
+    def _planned(self, samples: int) -> tuple[Stage, ...]:
+        inputs = list(range(len(self.program.inputs)))
+        if samples <= FEW_SAMPLES:
+            return (Stage(self.network, inputs, self._outputs, self.part),)
+        steps, cuts = self._costs
+        sizes = sorted({min(2**i, samples) for i in range(12)})  # whatever the threads: the bits depend on it
+        least, size = min((_traffic(steps, size), size) for size in reversed(sizes))
+        splits = [
+            (_traffic(steps[:cut], first) + _traffic(steps[cut:], second) + 2 * between, cut, first, second)
+            for cut, between in (cuts.items() if len(set(self._outputs)) == len(self._outputs) else ())
+            for first in sizes
+            for second in sizes
+            if first < second
+        ]
+        if not splits or min(splits)[0] > LEAST_GAIN * least:
+            return (Stage(self.network, inputs, self._outputs, _fitting(self.network, size)),)
+        _, cut, first, second = min(splits)
+        early, late = self.network.stage(0, cut), self.network.stage(cut, len(steps))
+        return tuple(Stage(*made, _fitting(made[0], size)) for made, size in ((early, first), (late, second)))
+
+
+def _traffic(steps: Sequence[tuple[int, int]], part: int) -> float:
+    """Bytes of a sample that come from beyond the cache: weights once a part, and values that do not fit.
+
+    To begin a step counts as some more.
+    """
+    return sum((weights + BEGINNING) / part + (values if part * values > CACHE else 0) for weights, values in steps)
+
+
+def _fitting(network: _core.Network, part: int) -> int:
+    """So many samples, or less where their values would take too much memory."""
+    while part > 1 and network.workspace_bytes(part) > MOST_STAGE:
+        part = -(-part // 2)
+    return part
+
+
+def _kept(values: Mapping[int, Array], wanted: Sequence[int]) -> dict[int, Array]:
+    return {number: value for number, value in values.items() if number in wanted}
 
 
 class _Builder:
@@ -110,6 +217,28 @@ class _Builder:
             self.made.append((conv, step))
         self.network.finish([self.numbers[value] for value in self.program.outputs])
         return self.network
+
+    def costs(self) -> tuple[list[tuple[int, int]], dict[int, int]]:
+        """Of every operation the bytes of its weights, and of the values of a sample that it reads and makes.
+
+        And before which operations a single value is needed, with its bytes: there the network may be cut.
+        """
+        sizes = {self.numbers[value]: 4 * math.prod(self.shapes[value]) for value in self.numbers}
+        inside = {step.output for made in self.made for step in made[:-1]}
+        last = {self.numbers[value]: len(self.made) for value in self.program.outputs}
+        steps = []
+        for i, made in enumerate(self.made):
+            read = {self.numbers[value] for step in made for value in step.inputs if value not in inside}
+            weights = sum(_weight_bytes(self.program, step, self.precision) for step in made)
+            steps.append((weights, sum(sizes[value] for value in read) + sizes[self.numbers[made[-1].output]]))
+            last.update((value, max(last.get(value, 0), i)) for value in read)
+        first = len(self.program.inputs)
+        cuts = {}
+        for cut in range(1, len(self.made)):
+            needed = [value for value, until in last.items() if value < first + cut and until >= cut]
+            if len(needed) == 1 and needed[0] >= first:
+                cuts[cut] = sizes[needed[0]]
+        return steps, cuts
 
     def _tensors(self, step: Step) -> dict[str, Array]:
         return {role: self.program.tensors[name] for role, name in step.tensors.items()}
@@ -273,13 +402,20 @@ def _expansions(
 
 def _workspace(program: Program) -> int:
     """Bytes for the values of the samples computed at once."""
-    weights = 0
-    for step in program.steps:
-        a = step.attributes
-        is_winograd = step.op == "conv" and a["storage"] == "dense" and a["kernel"] == (3, 3) and a["stride"] == (1, 1)
-        own = sum(program.tensors[name].nbytes for name in step.tensors.values())
-        weights += 4 * own if is_winograd else own  # 36 transformed ones for 9
+    weights = sum(_weight_bytes(program, step, "float32") for step in program.steps)
     return min(MOST_WORKSPACE, max(LEAST_WORKSPACE, weights // 2))
+
+
+def _weight_bytes(program: Program, step: Step, precision: str) -> int:
+    """As they are packed: Winograd's are 36 for 9, those of bfloat16 half as large."""
+    a = step.attributes
+    own = sum(program.tensors[name].nbytes for name in step.tensors.values())
+    if is_narrow(step) or step.op not in ("conv", "linear"):
+        return own
+    if precision == "bfloat16":
+        return own // 2
+    is_winograd = step.op == "conv" and a["storage"] == "dense" and a["kernel"] == (3, 3) and a["stride"] == (1, 1)
+    return 4 * own if is_winograd else own
 
 
 _NONE: Final = np.zeros(0, np.float32)

@@ -349,6 +349,13 @@ void register_engine(py::module_& module) {
           },
           py::arg("inputs"), py::arg("axis"), py::arg("indices"))
       .def("finish", &Network::finish, py::arg("outputs"))
+      .def(
+          "stage",
+          [](const Network& network, std::size_t begin, std::size_t end) {
+            Network::Stage stage = network.stage(begin, end);
+            return py::make_tuple(std::move(stage.network), stage.inputs, stage.outputs);
+          },
+          py::arg("begin"), py::arg("end"))
       .def("run", &run, py::arg("inputs"), py::arg("threads"), py::arg("part"))
       .def("profile", &profile, py::arg("inputs"), py::arg("threads"), py::arg("part"), py::arg("rounds"))
       .def("workspace_bytes", &Network::workspace_bytes, py::arg("samples"), py::call_guard<py::gil_scoped_release>());

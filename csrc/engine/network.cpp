@@ -33,13 +33,16 @@ class Session {
  public:
   Session(Network& network, std::int64_t count) : images(count), network_(network) {
     lay_out();
-    const Machine machine = {network.isa_, network.weights_};
+    const std::lock_guard<std::mutex> lock(network.shared_->preparing);
+    const Machine machine = {network.isa_, network.shared_->weights};
     for (std::size_t s = 0; s < network.steps_.size(); ++s) {
       const Network::Step& step = network.steps_[s];
       std::vector<const Layout*> inputs;
       for (const int value : step.inputs) inputs.push_back(&layout(value));
       const Layout& output = layout(step.output);
-      const bool nothing = step.operation->keeps_order() && inputs[0]->in_order() && output.in_order();
+      // One plane, padded above and below alone, is in order too, but begins elsewhere.
+      const bool nothing = step.operation->keeps_order() && inputs[0]->in_order() && output.in_order() &&
+                           inputs[0]->before == output.before;
       tasks_.push_back(nothing ? nullptr : step.operation->prepare(machine, inputs, output));
     }
     arrange();
@@ -248,6 +251,42 @@ void Network::finish(const std::vector<int>& outputs) {
     ACF_CHECK(value >= 0 && static_cast<std::size_t>(value) < shapes_.size(), "there is no value ", value);
   }
   outputs_ = outputs;
+}
+
+Network::Stage Network::stage(std::size_t begin, std::size_t end) const {
+  ACF_CHECK(begin < end && end <= steps_.size(), "a stage has steps of 0 to ", steps_.size(), ", got ", begin, " to ",
+            end);
+  const int first = inputs_ + static_cast<int>(begin), last = inputs_ + static_cast<int>(end);
+  std::vector<bool> read(shapes_.size(), false), needed(shapes_.size(), false);
+  for (std::size_t s = begin; s < steps_.size(); ++s) {
+    for (const int value : steps_[s].inputs) (s < end ? read : needed)[static_cast<std::size_t>(value)] = true;
+  }
+  for (const int value : outputs_) {
+    ACF_CHECK(value >= inputs_, "a network that returns an input has no stages");
+    needed[static_cast<std::size_t>(value)] = true;
+  }
+  Stage made = {std::make_unique<Network>(isa_), {}, {}};
+  Network& network = *made.network;
+  network.shared_ = shared_;
+  std::vector<int> numbers(shapes_.size(), -1);
+  for (int value = 0; value < first; ++value) {
+    if (!read[static_cast<std::size_t>(value)]) continue;
+    numbers[static_cast<std::size_t>(value)] = network.add_input(shape(value));
+    made.inputs.push_back(value);
+  }
+  for (std::size_t s = begin; s < end; ++s) {
+    Step step = {steps_[s].operation, {}, static_cast<int>(network.shapes_.size())};
+    for (const int value : steps_[s].inputs) step.inputs.push_back(numbers[static_cast<std::size_t>(value)]);
+    numbers[static_cast<std::size_t>(steps_[s].output)] = step.output;
+    network.shapes_.push_back(shape(steps_[s].output));
+    network.steps_.push_back(std::move(step));
+  }
+  for (int value = first; value < last; ++value) {
+    if (!needed[static_cast<std::size_t>(value)]) continue;
+    network.outputs_.push_back(numbers[static_cast<std::size_t>(value)]);
+    made.outputs.push_back(value);
+  }
+  return made;
 }
 
 std::shared_ptr<Session> Network::session(std::int64_t images) {

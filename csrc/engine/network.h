@@ -30,6 +30,16 @@ class Network {
   int add(std::unique_ptr<Operation> operation, const std::vector<int>& inputs);
   void finish(const std::vector<int>& outputs);
 
+  // Steps [begin, end) as a network of their own, which shares the operations and their packed weights. Its inputs are
+  // the values from before that they read, its outputs those that are needed after: `inputs` and `outputs` are their
+  // numbers here. So a batch can be computed in small parts where values are large, and in large ones where weights
+  // are. Throws std::invalid_argument for no steps, and for an output of this network that is an input.
+  struct Stage {
+    std::unique_ptr<Network> network;
+    std::vector<int> inputs, outputs;
+  };
+  Stage stage(std::size_t begin, std::size_t end) const;
+
   const Shape& shape(int value) const { return shapes_[static_cast<std::size_t>(value)]; }
   const std::vector<int>& outputs() const { return outputs_; }
   int inputs() const { return inputs_; }
@@ -47,15 +57,20 @@ class Network {
  private:
   friend class Session;
   struct Step {
-    std::unique_ptr<Operation> operation;
+    std::shared_ptr<Operation> operation;
     std::vector<int> inputs;
     int output;
+  };
+  // What a network has in common with its stages: operations prepare themselves one at a time.
+  struct Shared {
+    std::mutex preparing;
+    Pool weights;
   };
 
   std::shared_ptr<Session> session(std::int64_t images);
 
   Isa isa_;
-  Pool weights_;
+  std::shared_ptr<Shared> shared_ = std::make_shared<Shared>();
   int inputs_ = 0;
   std::vector<Shape> shapes_;
   std::vector<Step> steps_;

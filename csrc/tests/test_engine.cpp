@@ -120,11 +120,37 @@ ACF_TEST(a_network_gives_the_same_again_and_for_every_isa) {
       EXPECT(close(parts, other));
       for (const int threads : {2, 3, 5, 9}) EXPECT(run(network, 5, second, threads, part) == parts);
     }
+    for (std::size_t cut = 1; cut < network.steps(); ++cut) {
+      const Network::Stage early = network.stage(0, cut), late = network.stage(cut, network.steps());
+      EXPECT_EQ(early.network->steps() + late.network->steps(), network.steps());
+      EXPECT(early.outputs == late.inputs);
+      if (late.inputs.size() != 1) continue;
+      EXPECT(run(*late.network, 2, run(*early.network, 2, first)) == once);
+    }
+    EXPECT_THROWS(network.stage(3, 3), std::invalid_argument, "a stage has steps of 0 to 7, got 3 to 3");
     if (expected_first.empty()) expected_first = once, expected_second = other;
     EXPECT(close(once, expected_first));
     EXPECT(close(other, expected_second));
     EXPECT(network.workspace_bytes(5) > network.workspace_bytes(2));
   }
+}
+
+// One plane with a halo above and below alone has no gaps, but does not begin where its memory does.
+ACF_TEST(what_is_reshaped_may_have_a_halo) {
+  Network network(active_isa());
+  const int x = network.add_input({1, 4, 14});
+  Window tall = window(3, 1, 0);
+  tall.kernel_w = 1;
+  tall.padding = {1, 0, 1, 0};
+  const int flat = network.add(reshape({56}), {x});
+  const int c = network.add(convolution(tall, 1, dense(2, 3, 1), {}), {x});
+  network.finish({flat, network.add(reshape({112}), {c})});
+  const Values given = numbers(56, 3);
+  const float* inputs[] = {given.data()};
+  Values found(56), rest(112);
+  float* outputs[] = {found.data(), rest.data()};
+  network.run(1, 1, inputs, outputs, 1);
+  EXPECT(found == given);
 }
 
 #if defined(__linux__)
