@@ -222,6 +222,7 @@ def test_large_values_and_large_weights_have_stages_of_their_own():
     assert early.part < late.part == 32
     assert len(early.inputs) == len(early.outputs) == len(late.inputs) == len(late.outputs) == 1
     assert len(executor.stages(1)) == len(executor.stages(native.FEW_SAMPLES)) == 1
+    assert executor.stages(31)[0].network is early.network  # with its workspaces
     x = rng.standard_normal((32, 3, 48, 48), np.float32)
     assert_close(executor.run([x]), Reference(program, infos).run([x]))
 

@@ -92,6 +92,7 @@ class NativeExecutor:
         self._outputs = [builder.numbers[value] for value in program.outputs]
         self._costs = builder.costs()
         self._stages: dict[int, tuple[Stage, ...]] = {}
+        self._cut: dict[tuple[int, int], tuple[_core.Network, list[int], list[int]]] = {}
         one = self.network.workspace_bytes(1)
         if one > MOST_SAMPLE:
             raise ProgramError(f"one sample needs {one} bytes at once; at most {MOST_SAMPLE} are allowed")
@@ -163,8 +164,14 @@ class NativeExecutor:
         if not splits or min(splits)[0] > LEAST_GAIN * least:
             return (Stage(self.network, inputs, self._outputs, _fitting(self.network, size)),)
         _, cut, first, second = min(splits)
-        early, late = self.network.stage(0, cut), self.network.stage(cut, len(steps))
+        early, late = self._stage(0, cut), self._stage(cut, len(steps))
         return tuple(Stage(*made, _fitting(made[0], size)) for made, size in ((early, first), (late, second)))
+
+    def _stage(self, begin: int, end: int) -> tuple[_core.Network, list[int], list[int]]:
+        """The same for all numbers of samples, so that they share what a network keeps."""
+        if (begin, end) not in self._cut:
+            self._cut[begin, end] = self.network.stage(begin, end)
+        return self._cut[begin, end]
 
 
 def _traffic(steps: Sequence[tuple[int, int]], part: int) -> float:
