@@ -34,8 +34,10 @@ def test_products_are_of_rounded_numbers(layers):
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
                     module.weight.copy_(rounded(module.weight))
             narrow = model(rounded(x))
-        exact = narrow if _core.narrow_units("bfloat16") else wide  # elsewhere nothing would be gained
-        torch.testing.assert_close(found, exact, rtol=0, atol=2e-5)
+        errors = {exact: float((found - y).abs().max()) for exact, y in (("narrow", narrow), ("wide", wide))}
+        assert min(errors.values()) < 2e-5
+        if "amx" in _core.narrow_units("bfloat16"):  # others may be slower than float32, which is taken then
+            assert errors["narrow"] < 2e-5 < errors["wide"]
         assert found.dtype == torch.float32
 
 
@@ -55,7 +57,7 @@ def test_networks_compute_nearly_the_same(name):
     engine = acf.compile(model, x)
     wide, narrow = engine(x), Engine(engine.program, precision="bfloat16")(x)
     assert float((wide - narrow).abs().max()) <= 0.03 * float(wide.abs().max())
-    if name != "lenet5" and _core.narrow_units("bfloat16"):
+    if name != "lenet5" and "amx" in _core.narrow_units("bfloat16"):
         assert not torch.equal(wide, narrow)
 
 
@@ -110,7 +112,7 @@ def test_what_the_machine_has_is_told():
     config = acf.show_config()
     assert "generic" in config["int8_units"]
     assert config["bfloat16_units"] == tuple(_core.narrow_units("bfloat16"))
-    assert np.isin(config["bfloat16_units"], ("avx512_bf16", "amx")).all()
+    assert np.isin(config["bfloat16_units"], ("avx512_bf16", "amx", "neon_bf16")).all()
 
 
 def test_any_number_of_samples_after_another():
