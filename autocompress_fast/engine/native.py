@@ -47,7 +47,6 @@ FEW_SAMPLES: Final = 4
 LEAST_EXPANSION: Final = 3 << 18
 """Bytes of a sample from which on the result of a 1x1 convolution is made and used some channels at a time."""
 
-
 CACHE: Final = 3 << 19
 """Bytes of a processor's own cache that the values which a step reads and makes may take, to be found by the next."""
 
@@ -100,18 +99,23 @@ class NativeExecutor:
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Outputs for float32 inputs of the declared shapes, each with the same number of samples first."""
-        if 0 < len(inputs[0]) <= FEW_SAMPLES:
+        samples = len(inputs[0])
+        if samples == 0:
+            ones = [np.zeros((1, *given.shape), np.float32) for given in self.program.inputs]
+            return [y[:0] for y in self.network.run(ones, self.threads, 1)]
+        if samples <= FEW_SAMPLES:
             return self.network.run(list(inputs), self.threads, self.part)
-        if len(inputs[0]) > 0:
-            values, stages = dict(enumerate(inputs)), self.stages(len(inputs[0]))
-            if len(stages) == 1:
-                return self.network.run(list(inputs), self.threads, stages[0].part)
-            for stage in stages:
-                made = stage.network.run([values[value] for value in stage.inputs], self.threads, stage.part)
-                values = {**dict(zip(stage.outputs, made, strict=True)), **_kept(values, self._outputs)}
-            return [values[value] for value in self._outputs]
-        ones = [np.zeros((1, *given.shape), np.float32) for given in self.program.inputs]
-        return [y[:0] for y in self.network.run(ones, self.threads, 1)]
+        stages = self.stages(samples)
+        if len(stages) == 1:  # may return a value twice, in arrays of their own
+            return self.network.run(list(inputs), self.threads, stages[0].part)
+        values = dict(enumerate(inputs))
+        for stage in stages:
+            values |= self._run_stage(stage, values)
+        return [values[value] for value in self._outputs]
+
+    def _run_stage(self, stage: Stage, values: Mapping[int, Array]) -> dict[int, Array]:
+        made = stage.network.run([values[value] for value in stage.inputs], self.threads, stage.part)
+        return dict(zip(stage.outputs, made, strict=True))
 
     def profile(self, inputs: Sequence[Array], rounds: int) -> Array:
         """(rounds, steps): seconds that each step takes, with all threads working on it."""
@@ -119,8 +123,7 @@ class NativeExecutor:
         for stage in self.stages(len(inputs[0])):
             given = [values[value] for value in stage.inputs]
             seconds.append(stage.network.profile(given, self.threads, stage.part, rounds))
-            made = stage.network.run(given, self.threads, stage.part)
-            values = {**dict(zip(stage.outputs, made, strict=True)), **_kept(values, self._outputs)}
+            values |= self._run_stage(stage, values)
         return np.hstack(seconds)
 
     def workspace_bytes(self, samples: int) -> int:
@@ -141,11 +144,12 @@ class NativeExecutor:
         fit there come from memory for every part, which takes many. Where a network has the ones first and the others
         later, as most have, each gets its own.
         """
-        if samples not in self._stages:
+        planned = self._stages.get(samples)
+        if planned is None:
             if len(self._stages) > 64:
                 self._stages.clear()
-            self._stages[samples] = self._planned(samples)
-        return self._stages[samples]
+            planned = self._stages[samples] = self._planned(samples)
+        return planned
 
     def _planned(self, samples: int) -> tuple[Stage, ...]:
         inputs = list(range(len(self.program.inputs)))
@@ -187,10 +191,6 @@ def _fitting(network: _core.Network, part: int) -> int:
     while part > 1 and network.workspace_bytes(part) > MOST_STAGE:
         part = -(-part // 2)
     return part
-
-
-def _kept(values: Mapping[int, Array], wanted: Sequence[int]) -> dict[int, Array]:
-    return {number: value for number, value in values.items() if number in wanted}
 
 
 class _Builder:
