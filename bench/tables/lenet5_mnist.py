@@ -25,6 +25,7 @@ TINY = ["--rounds", "7", "--admm-epochs", "7", "--distillation", "0", "--final-e
 # What experience says of layers of a few hundred weights does not hold at such rates.
 TINY_STRUCTURED = [*TINY, "--keep", "conv1=0.1", "--keep", "fc2=0:0.14"]
 TINY_IRREGULAR = [*TINY, "--keep", "conv1=0.24", "--keep", "conv2=0.013", "--keep", "fc2=0.045"]
+UNPRUNED = ["--rounds", "1", "--admm-epochs", "1", "--final-epochs", "1"]
 
 # name -> (what it is, target, further options)
 ROWS = {
@@ -46,8 +47,23 @@ ROWS = {
     "tiny-40x": ("filters + columns, CONV 40x, all 60x", "conv=40,params=60", ["--no-base-augment", *TINY_STRUCTURED]),
     "tiny-88x": ("filters + columns, CONV 88x, all 60x", "conv=88,params=60", TINY_STRUCTURED),
     "tiny-232x": ("filters + columns, CONV 232x, all 60x", "conv=232,params=60", TINY_STRUCTURED),
+    "tiny-232x-4bit": (
+        "filters + columns, CONV 232x, all 60x, weights of 4 bits",
+        "conv=232,params=60",
+        [*TINY_STRUCTURED, "--bits", "4"],
+    ),
+    "irregular-240x-4bit": (
+        "single weights, all 240x, those of 4 bits",
+        "params=240",
+        ["--structure", "element", *TINY_IRREGULAR, "--bits", "4"],
+    ),
     "irregular-280x": ("single weights, all 280x", "params=280", ["--structure", "element", *TINY_IRREGULAR]),
     "irregular-350x": ("single weights, all 350x", "params=350", ["--structure", "element", *TINY_IRREGULAR]),
+    "binary": (
+        "nothing; every weight -s or +s",
+        "params=1",
+        ["--bits", "1", "--levels", "binary", "--quantize-epochs", "4", "--no-augment", *UNPRUNED],
+    ),
 }
 
 

@@ -276,17 +276,30 @@ inline void combine(const RowCall& row) {
   }
 }
 
-template <bool kLargest, int kStride>
+// kKernel: of windows as high and wide as that, whose lines are pooled apart, as one waits for none of the others; or
+// 0.
+template <bool kLargest, int kStride, int kKernel>
 void pool_row(const PoolCall& row) {
   const Reg scale = N::set(row.scale);
+  const auto pool = [](Reg a, Reg b) { return kLargest ? N::larger(a, b) : N::add(a, b); };
   for (std::int64_t i = 0; i < row.count; i += N::kLanes) {
     const float* window = row.in + i * kStride;
-    Reg pooled = N::set(0.0f);
-    for (std::int64_t kh = 0; kh < row.kernel_h; ++kh, window += row.in_row) {
-      for (std::int64_t kw = 0; kw < row.kernel_w; ++kw) {
-        const float* tap = window + kw * row.dilation_w;
-        const Reg x = kStride == 1 ? N::load(tap) : N::load_strided(tap, tap + N::kLanes);
-        pooled = kh + kw == 0 ? x : kLargest ? N::larger(pooled, x) : N::add(pooled, x);
+    const auto tap = [&](std::int64_t kh, std::int64_t kw) {
+      const float* at = window + kh * row.in_row + kw * row.dilation_w;
+      return kStride == 1 ? N::load(at) : N::load_strided(at, at + N::kLanes);
+    };
+    Reg pooled = tap(0, 0);
+    if constexpr (kKernel > 0) {
+      Reg line[kKernel];
+      unrolled<kKernel>([&](auto kh) {
+        line[kh] = tap(kh, 0);
+        unrolled<kKernel - 1>([&](auto kw) { line[kh] = pool(line[kh], tap(kh, kw + 1)); });
+      });
+      pooled = line[0];
+      unrolled<kKernel - 1>([&](auto kh) { pooled = pool(pooled, line[kh + 1]); });
+    } else {
+      for (std::int64_t kh = 0; kh < row.kernel_h; ++kh) {
+        for (std::int64_t kw = kh == 0 ? 1 : 0; kw < row.kernel_w; ++kw) pooled = pool(pooled, tap(kh, kw));
       }
     }
     if (!kLargest) pooled = N::mul(pooled, scale);
@@ -296,6 +309,14 @@ void pool_row(const PoolCall& row) {
       N::store_masked(row.out + i, N::mask(0, static_cast<int>(row.count - i)), pooled);
     }
   }
+}
+
+template <bool kLargest, int kStride>
+void pool_rows(const PoolCall& row) {
+  const bool square = row.kernel_h == row.kernel_w;
+  if (square && row.kernel_w == 2) return pool_row<kLargest, kStride, 2>(row);
+  if (square && row.kernel_w == 3) return pool_row<kLargest, kStride, 3>(row);
+  return pool_row<kLargest, kStride, 0>(row);
 }
 
 inline float pooled_window(const PoolCall& row, const float* window) {
@@ -311,8 +332,8 @@ inline float pooled_window(const PoolCall& row, const float* window) {
 }
 
 inline void pool(const PoolCall& row) {
-  if (row.stride_w == 1) return row.largest ? pool_row<true, 1>(row) : pool_row<false, 1>(row);
-  if (row.stride_w == 2) return row.largest ? pool_row<true, 2>(row) : pool_row<false, 2>(row);
+  if (row.stride_w == 1) return row.largest ? pool_rows<true, 1>(row) : pool_rows<false, 1>(row);
+  if (row.stride_w == 2) return row.largest ? pool_rows<true, 2>(row) : pool_rows<false, 2>(row);
   for (std::int64_t i = 0; i < row.count; ++i) row.out[i] = pooled_window(row, row.in + i * row.stride_w);
 }
 

@@ -86,7 +86,7 @@ class PackedWeights {
 
   Planned with_weights(const narrow::Plan& plan, const Machine& machine) {
     for (const auto& [other, packed] : narrow_) {
-      if (other.in_place == plan.in_place && other.in.row == plan.in.row && other.in.plane == plan.in.plane) {
+      if (narrow::same_packed(other, plan)) {
         return {plan, packed};
       }
     }

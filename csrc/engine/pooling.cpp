@@ -31,9 +31,11 @@ struct Axis {
 
   std::int64_t start(std::int64_t i) const { return i * stride - before; }
   // The taps [first, last) of window i that lie in the input.
-  std::int64_t first(std::int64_t i) const { return std::max<std::int64_t>(0, (-start(i) + dilation - 1) / dilation); }
-  std::int64_t last(std::int64_t i) const {
-    return std::clamp<std::int64_t>((size - start(i) + dilation - 1) / dilation, 0, kernel);
+  std::int64_t first(std::int64_t i) const { return std::max<std::int64_t>(0, steps(-start(i))); }
+  std::int64_t last(std::int64_t i) const { return std::clamp<std::int64_t>(steps(size - start(i)), 0, kernel); }
+  // Of the dilation, that cover so many elements. A division takes as long as a window.
+  std::int64_t steps(std::int64_t elements) const {
+    return dilation == 1 ? elements : (elements + dilation - 1) / dilation;
   }
 };
 
@@ -90,8 +92,9 @@ class PoolTask : public Task {
   // A window that sticks out.
   float edge(const float* from, std::int64_t taps, std::int64_t y, std::int64_t x) const {
     float pooled = pooling_.largest ? -std::numeric_limits<float>::infinity() : 0.0f;
+    const std::int64_t begin = columns_.first(x), end = columns_.last(x);
     for (std::int64_t kh = 0; kh < taps; ++kh) {
-      for (std::int64_t kw = columns_.first(x); kw < columns_.last(x); ++kw) {
+      for (std::int64_t kw = begin; kw < end; ++kw) {
         const float tap = from[kh * rows_.dilation * input_.strides[1] + columns_.start(x) + kw * columns_.dilation];
         if (!pooling_.largest) pooled += tap;
         if (pooling_.largest && !(pooled > tap || pooled != pooled)) pooled = tap;  // NaN stays

@@ -30,6 +30,7 @@ class Runner {
         width_(plan.shape.out_width()),
         height_(plan.shape.out_height()),
         images_(images),
+        positions_{plan.in.row, 0, position_rows(plan) * kTile},
         pixels_(images * height_ * width_),
         tiles_(ceil_div(pixels_, kTile)),
         call_(conv::activation_call(epilogue.activation, epilogue.slope)) {
@@ -43,7 +44,7 @@ class Runner {
   void run(float* scratch, int threads) const {
     const std::int64_t wanted = threads == 1 ? 1 : task_count(threads);
     if (wanted == 1) threads = 1;
-    if (plan_.in_place) return run_in_place(scratch, threads, wanted);
+    if (plan_.reading == Reading::in_place) return run_in_place(scratch, threads, wanted);
     // Threads that take pixels all read all weights, threads that take filters all gather all pixels.
     const std::int64_t filters = filter_tiles(plan_);
     const bool by_pixels = tiles_ >= 2 * filters || filters < 2 * threads;
@@ -61,13 +62,19 @@ class Runner {
   }
 
   static std::int64_t slot_count(const Plan& plan) {
-    if (plan.in_place) return std::min<std::int64_t>(Slots::most(), plan.images * position_tiles(plan));
+    if (plan.reading == Reading::in_place)
+      return std::min<std::int64_t>(Slots::most(), plan.images * position_tiles(plan));
     const std::int64_t tasks = pixel_tiles(plan, plan.images) * filter_tiles(plan) * plan.shape.groups;
     return std::min<std::int64_t>(Slots::most(), tasks);
   }
-  static std::int64_t slot_bytes(const Plan& plan) {
-    if (plan.in_place) return image_bytes(plan) + kTogether * kStepBytes;
+  // Values of a block, then sums.
+  static std::int64_t gathered_bytes(const Plan& plan) {
     return block_tiles(plan) * value_bytes(plan) + filter_tiles(plan) * kTogether * kStepBytes;
+  }
+  static std::int64_t slot_bytes(const Plan& plan) {
+    if (plan.reading == Reading::in_place) return image_bytes(plan) + kTogether * kStepBytes;
+    return gathered_bytes(plan) +
+           (plan.reading == Reading::narrow ? channel_groups(plan) * block_positions(plan) * kPositionBytes : 0);
   }
 
  private:
@@ -99,7 +106,12 @@ class Runner {
   }
 
   void run_band(std::int64_t image, const conv::Part& tiles, unsigned char* values) const {
-    make_narrow(image, tiles, values);
+    const std::int64_t rows = position_rows(plan_),
+                       last = std::min(rows, tiles.begin + tiles.size + ceil_div(reach(plan_), kTile)),
+                       pitch = position_plane(plan_) * kPositionBytes, groups = channel_groups(plan_),
+                       whole = image_bytes(plan_) / pitch;
+    make_narrow(image, tiles.begin, last, values + tiles.begin * kRowBytes, pitch);
+    if (whole > groups) std::memset(values + groups * pitch, 0, static_cast<std::size_t>((whole - groups) * pitch));
     all_.begin(static_cast<int>(plan_.rows));
     // Weights that stream pass by once, with all values; those in the cache are read again for every two tiles.
     const std::int64_t filters = filter_tiles(plan_), pixels = filters == 1 ? kTogether : 2,
@@ -115,13 +127,11 @@ class Runner {
     all_.end();
   }
 
-  // The positions of an image that some tiles read, in all channels.
-  void make_narrow(std::int64_t image, const conv::Part& tiles, unsigned char* values) const {
+  // Some rows of positions of an image, in all channels: those of a group of channels side by side.
+  void make_narrow(std::int64_t image, std::int64_t begin, std::int64_t end, unsigned char* to,
+                   std::int64_t pitch) const {
     const conv::Shape& s = plan_.shape;
-    const std::int64_t n = columns_per_row(plan_.number), groups = channel_groups(plan_),
-                       pitch = position_plane(plan_) * 4, rows = position_rows(plan_),
-                       reach = (s.kernel_h - 1) * s.dilation_h * plan_.in.row + (s.kernel_w - 1) * s.dilation_w,
-                       end = std::min(rows, tiles.begin + tiles.size + ceil_div(reach, kTile));
+    const std::int64_t n = columns_per_row(plan_.number), groups = channel_groups(plan_), rows = position_rows(plan_);
     Reads reads = {};
     reads.step = 1;
     reads.count = kTile;
@@ -129,18 +139,16 @@ class Runner {
     reads.stretch[0] = {0, 0, kTile};
     GatherCall gather = {};
     gather.reads = &reads;
-    gather.columns = (end - tiles.begin) * n;
+    gather.columns = (end - begin) * n;
     gather.inverse = 1.0f / input_.scale;
     gather.zero = input_.zero;
     const float* first = in_ + image * plan_.in.image - s.padding.top * plan_.in.row - s.padding.left;
-    for (std::int64_t g = 0; g < groups; ++g) {
+    for (std::int64_t g = 0; g < groups; ++g, to += pitch) {
       gather.in = first + g * n * plan_.in.plane;
-      gather.offsets = part<std::int32_t>(at_.offsets) + ((g + 1 == groups ? rows : 0) + tiles.begin) * n;
-      gather.to = values + g * pitch + tiles.begin * kRowBytes;
+      gather.offsets = part<std::int32_t>(at_.offsets) + ((g + 1 == groups ? rows : 0) + begin) * n;
+      gather.to = to;
       table_.gather(gather);
     }
-    const std::int64_t whole = image_bytes(plan_) / pitch;
-    if (whole > groups) std::memset(values + groups * pitch, 0, static_cast<std::size_t>((whole - groups) * pitch));
   }
 
   // Two tiles of pixels with two of filters, or up to four with one.
@@ -152,19 +160,23 @@ class Runner {
     product.pixels = values + tile * kRowBytes;
     product.pixels_pitch = kRowBytes;
     product.places = part<std::int64_t>(at_.places);
-    product.rows_pitch = position_plane(plan_) * 4;
+    product.rows_pitch = position_plane(plan_) * kPositionBytes;
     product.rows = plan_.steps * kTile;
     product.filter_tiles = static_cast<int>(std::min<std::int64_t>(2, filter_tiles(plan_) - f));
     product.pixel_tiles = static_cast<int>(count);
+    product.lanes = kTile;
     product.streams = far;
     unsigned char* sums = values + image_bytes(plan_);
     product.sums = sums;
     table_.product(product);
+    Store stores[kTogether * kMaxStores];
+    int spread_over = 0;
+    for (std::int64_t p = 0; p < count; ++p) {
+      Place place;
+      if (put_positions(image, tile + p, place)) spread_over += spread(place, p, stores + spread_over);
+    }
     for (int i = 0; i < product.filter_tiles; ++i) {
-      for (std::int64_t p = 0; p < count; ++p, sums += kStepBytes) {
-        Place place;
-        if (put_positions(image, tile + p, place)) finish(0, f + i, filter_tiles(plan_) * kTile, place, sums);
-      }
+      finish(0, f + i, stores, spread_over, sums + i * count * kStepBytes);
     }
   }
 
@@ -196,23 +208,13 @@ class Runner {
   }
 
   void run_block(std::int64_t group, const conv::Part& tiles, const conv::Part& filters, unsigned char* values) const {
-    const std::int64_t columns = part<std::int64_t>(at_.counts)[group],
-                       rows = ceil_div(columns, columns_per_row(plan_.number)), pitch = value_bytes(plan_);
     Place places[kMaxTiles];
-    GatherCall gather = {};
-    gather.offsets = part<std::int32_t>(at_.offsets) + group * offsets_per_group(plan_);
-    gather.columns = columns;
-    gather.inverse = 1.0f / input_.scale;
-    gather.zero = input_.zero;
+    const std::int64_t pitch = value_bytes(plan_), rows = plan_.reading == Reading::narrow
+                                                              ? copy(tiles, places, values)
+                                                              : gather(group, tiles, places, values);
+    // Whole steps are read: what no column fills meets weights of zero, and must be finite.
     for (std::int64_t t = 0; t < tiles.size; ++t) {
-      Reads reads;
-      gather.in = locate(tiles.begin + t, reads, places[t]);
-      gather.reads = &reads;
-      gather.ahead = reads.stretches == 1 ? static_cast<std::int32_t>(tiles.size * kTile * reads.step) : 0;
-      gather.to = values + t * pitch;
-      table_.gather(gather);
-      // Whole steps are read: what no column fills meets weights of zero, and must be finite.
-      std::memset(gather.to + rows * kRowBytes, 0, static_cast<std::size_t>(pitch - rows * kRowBytes));
+      std::memset(values + t * pitch + rows * kRowBytes, 0, static_cast<std::size_t>(pitch - rows * kRowBytes));
     }
 
     for (std::int64_t t = 0; t < tiles.size;) {
@@ -222,21 +224,80 @@ class Runner {
     }
   }
 
-  // Whether the columns are cut into chunks, for which sums are put aside. Weights that stream are better read in
-  // order.
-  bool chunked() const { return all_.order == Order::by_step && plan_.steps > kChunkSteps && !streams(plan_); }
+  // Both return how many rows of a tile hold columns.
+  std::int64_t gather(std::int64_t group, const conv::Part& tiles, Place* places, unsigned char* values) const {
+    GatherCall call = {};
+    call.offsets = part<std::int32_t>(at_.offsets) + group * offsets_per_group(plan_);
+    call.columns = part<std::int64_t>(at_.counts)[group];
+    call.inverse = 1.0f / input_.scale;
+    call.zero = input_.zero;
+    for (std::int64_t t = 0; t < tiles.size; ++t) {
+      Reads reads;
+      call.in = in_ + locate(tiles.begin + t, plan_.in, reads, places[t]);
+      call.reads = &reads;
+      call.ahead = reads.stretches == 1 ? static_cast<std::int32_t>(tiles.size * kTile * reads.step) : 0;
+      call.to = values + t * value_bytes(plan_);
+      table_.gather(call);
+    }
+    return ceil_div(call.columns, columns_per_row(plan_.number));
+  }
+
+  std::int64_t copy(const conv::Part& tiles, Place* places, unsigned char* values) const {
+    unsigned char* narrow = values + gathered_bytes(plan_);
+    const std::int64_t first = make_narrow_for(tiles, narrow);
+    CopyCall call = {};
+    call.from = part<Row>(at_.rows);
+    call.plane = block_positions(plan_);
+    call.rows = plan_.rows;
+    for (std::int64_t t = 0; t < tiles.size; ++t) {
+      Reads reads;
+      const std::int64_t at = locate(tiles.begin + t, positions_, reads, places[t]);
+      call.in = reinterpret_cast<const float*>(narrow) + at - first;
+      call.reads = &reads;
+      call.to = values + t * value_bytes(plan_);
+      all_.copy(call);
+    }
+    return plan_.rows;
+  }
+
+  // What some tiles of pixels read; returns its first position. Those of all images are counted one after the other.
+  std::int64_t make_narrow_for(const conv::Part& tiles, unsigned char* to) const {
+    const conv::Shape& s = plan_.shape;
+    const auto position = [&](std::int64_t pixel) {
+      return pixel / (height_ * width_) * positions_.image + pixel / width_ % height_ * s.stride_h * positions_.row +
+             pixel % width_ * s.stride_w;
+    };
+    const std::int64_t last = std::min((tiles.begin + tiles.size) * kTile, pixels_) - 1, image = positions_.image,
+                       first = position(tiles.begin * kTile) / kTile * kTile,
+                       end = ceil_div(position(last) + reach(plan_) + 1, kTile) * kTile;
+    for (std::int64_t n = first / image; n * image < end; ++n) {
+      const std::int64_t from = std::max(first - n * image, std::int64_t{0}), until = std::min(end - n * image, image);
+      make_narrow(n, from / kTile, until / kTile, to + (n * image + from - first) * kPositionBytes,
+                  block_positions(plan_) * kPositionBytes);
+    }
+    return first;
+  }
+
+  // Whether the columns are cut into chunks, so that values of a few tiles of pixels stay in the first-level cache
+  // while all filters pass by; their sums are put aside. AMX is quicker with weights that stream in order.
+  bool chunked() const {
+    return all_.chunk > 0 && plan_.steps > all_.chunk && !(all_.order == Order::by_step && streams(plan_));
+  }
 
   // Some tiles of pixels with some of filters.
   void multiply(std::int64_t group, const conv::Part& filters, std::int64_t tiles, const Place* places,
                 std::int64_t rows, const unsigned char* values, unsigned char* sums) const {
     const std::int64_t all = filter_tiles(plan_), weight_pitch = weight_bytes(plan_), pitch = value_bytes(plan_),
                        end = filters.begin + filters.size;
-    const bool chunks = chunked(), far = streams(plan_);
-    const std::int64_t most = chunks ? kChunkSteps * kTile : std::max<std::int64_t>(rows, 1);
-    // Few tiles of pixels meet those of filters all at once, so that weights are read once, and a single one of filters
-    // meets as many; else two meet two.
-    const bool line = chunks || (far && tiles <= kTogether) || all == 1;
-    const std::int64_t pixels = std::min<std::int64_t>(line ? kTogether : 2, tiles), some = kTogether / pixels;
+    const bool chunks = chunked() && (all_.order == Order::by_step || tiles > 1), far = streams(plan_);
+    const std::int64_t most = chunks ? all_.chunk * kTile : std::max<std::int64_t>(rows, 1);
+    // A tile of filters meets some of pixels, whose results lie side by side. Two meet two where that saves AMX loads:
+    // not where weights come from far away and few tiles of pixels can meet them all at once.
+    const bool square = all_.order == Order::by_step && !chunks && all > 1 && !(far && tiles <= kTogether);
+    const std::int64_t pixels = std::min<std::int64_t>(square ? 2 : kTogether, tiles), some = kTogether / pixels;
+    Store stores[kMaxTiles * kMaxStores];
+    int first[kMaxTiles + 1] = {};
+    for (std::int64_t t = 0; t < tiles; ++t) first[t + 1] = first[t] + spread(places[t], t % pixels, stores + first[t]);
     for (std::int64_t row = 0; row == 0 || row < rows; row += most) {
       for (std::int64_t f = filters.begin; f < end; f += some) {
         for (std::int64_t t = 0; t < tiles; t += pixels) {
@@ -248,6 +309,7 @@ class Runner {
           product.rows = std::min(most, rows - row);
           product.filter_tiles = static_cast<int>(std::min(some, end - f));
           product.pixel_tiles = static_cast<int>(std::min(pixels, tiles - t));
+          product.lanes = lanes_of(places[t + product.pixel_tiles - 1]);
           product.resumes = row > 0;
           product.streams = far && t == 0;
           product.sums = sums + (chunks ? (f - filters.begin) * tiles * kStepBytes : 0);
@@ -260,16 +322,16 @@ class Runner {
           }
           table_.product(product);
           if (row + most < rows) continue;
-          auto* tile = static_cast<unsigned char*>(product.sums);
           for (int i = 0; i < product.filter_tiles; ++i) {
-            for (int p = 0; p < product.pixel_tiles; ++p, tile += kStepBytes) {
-              finish(group, f + i, all * kTile, places[t + p], tile);
-            }
+            finish(group, f + i, stores + first[t], first[t + product.pixel_tiles] - first[t],
+                   static_cast<unsigned char*>(product.sums) + i * product.pixel_tiles * kStepBytes);
           }
         }
       }
     }
   }
+
+  static int lanes_of(const Place& place) { return place.segments[place.count - 1].to; }
 
   // What the results of some tiles of filters are added to and where they go, one product ahead.
   void prefetch_results(std::int64_t group, std::int64_t begin, std::int64_t end, const Place& place) const {
@@ -288,48 +350,40 @@ class Runner {
     return bytes_ + at_.weights + (group * filter_tiles(plan_) + filter_tile) * weight_bytes(plan_);
   }
 
-  void finish(std::int64_t group, std::int64_t filter_tile, std::int64_t padded, const Place& place,
-              unsigned char* sums) const {
+  // Of some tiles of pixels.
+  void finish(std::int64_t group, std::int64_t filter_tile, const Store* stores, int count, unsigned char* sums) const {
     const std::int64_t within = filter_tile * kTile, per_group = group_filters(plan_),
-                       filter = group * per_group + within, numbered = group * padded + within;
-    conv::Tile tile;
-    spread(place, tile);
+                       filter = group * per_group + within, numbered = group * filter_tiles(plan_) * kTile + within;
     conv::Call call = call_;
-    call.tile = &tile;
     call.out += filter * call.out_plane;
     if (call.residual != nullptr) call.residual += filter * call.residual_plane;
     const bool integers = plan_.number == Number::int8;
-    table_.finish({&call, sums, static_cast<int>(std::min<std::int64_t>(kTile, per_group - within)),
+    table_.finish({&call, stores, count, sums, static_cast<int>(std::min<std::int64_t>(kTile, per_group - within)),
                    integers ? part<std::int32_t>(at_.corrections) + numbered : nullptr,
                    integers ? part<float>(at_.multipliers) + numbered : nullptr, part<float>(at_.bias) + numbered});
   }
 
-  // The segments, cut into those of registers.
-  void spread(const Place& place, conv::Tile& tile) const {
-    const int lanes = all_.lanes;
-    int count = 0, segment = 0;
-    for (int v = 0; v * lanes < kTile; ++v) {
-      tile.first[v] = count;
-      const int begin = v * lanes, end = begin + lanes;
-      while (segment < place.count) {
-        const conv::Segment& s = place.segments[segment];
-        if (s.from >= end) break;
+  // Where the pixels of tile `number` of those that are finished together go: a place, cut into registers. Returns how
+  // many stores that takes.
+  int spread(const Place& place, std::int64_t number, Store* stores) const {
+    int count = 0;
+    for (int i = 0; i < place.count; ++i) {
+      const conv::Segment& s = place.segments[i];
+      for (int begin = s.from / all_.lanes * all_.lanes; begin < s.to; begin += all_.lanes) {
         // Lane i of the register is lane begin + i of the tile.
-        tile.segments[count++] = {s.out + begin, s.residual + begin, std::max(s.from, begin) - begin,
-                                  std::min(s.to, end) - begin};
-        if (s.to > end) break;
-        ++segment;
+        stores[count++] = {s.out + begin, s.residual + begin, static_cast<std::int32_t>(number * kTile * kTile + begin),
+                           std::max(s.from, begin) - begin, std::min(s.to, begin + all_.lanes) - begin};
       }
     }
-    tile.first[kTile / lanes] = count;
+    return count;
   }
 
-  // The pixels of a tile; returns the first one's place in the input.
-  const float* locate(std::int64_t tile, Reads& reads, Place& place) const {
+  // The pixels of a tile, among images of a pitch; returns where the first one lies.
+  std::int64_t locate(std::int64_t tile, const conv::Pitch& pitch, Reads& reads, Place& place) const {
     const conv::Shape& s = plan_.shape;
     const std::int64_t first = tile * kTile, last = std::min(first + kTile, pixels_);
     std::int64_t n = first / (height_ * width_), y = first / width_ % height_, x = first % width_;
-    const auto read_at = [&] { return n * plan_.in.image + y * s.stride_h * plan_.in.row + x * s.stride_w; };
+    const auto read_at = [&] { return n * pitch.image + y * s.stride_h * pitch.row + x * s.stride_w; };
     const std::int64_t base = read_at();
     reads.step = s.stride_w;
     reads.count = static_cast<int>(last - first);
@@ -357,7 +411,7 @@ class Runner {
       }
     }
     for (int i = reads.count; i < kTile; ++i) reads.lanes[i] = 0;
-    return in_ + base;
+    return base;
   }
 
   const Plan& plan_;
@@ -368,7 +422,9 @@ class Runner {
   Quantization input_;
   const float* in_;
   conv::Pitch out_pitch_, residual_pitch_;
-  std::int64_t width_, height_, images_, pixels_, tiles_;
+  std::int64_t width_, height_, images_;
+  conv::Pitch positions_;
+  std::int64_t pixels_, tiles_;
   conv::Call call_;
 };
 

@@ -1,56 +1,49 @@
-// What makes the sums of a tile results: included after conv/finish-inl.h.
+// What makes the sums of some tiles of pixels results: included after conv/finish-inl.h.
 
 using conv::Call;
 
-// value(f, v): register v of filter f, before residual and activation.
-template <bool kClamps, class Value>
-ACF_INLINE void store_tile(const FinishCall& finish, const Value& value) {
+// value(f, sums): of filter f, of the register that lies there, before residual and activation. What many filters have
+// in common is outside the loop over these, and the pixels of a filter are written side by side.
+template <bool kClamps, bool kAdds, class Value>
+ACF_INLINE void store_tiles(const FinishCall& finish, const Value& value) {
   const Call& call = *finish.call;
-  for (int v = 0; v < kTile / N::kLanes; ++v) {
-    const Segment* first = call.tile->segments + call.tile->first[v];
-    const Segment* last = call.tile->segments + call.tile->first[v + 1];
-    if (first == last) continue;
-    const auto mask = N::mask(first->from, first->to);
-    float* out = call.out + first->out;
-    const float* residual = call.residual == nullptr ? nullptr : call.residual + first->residual;
-    for (int f = 0; f < finish.filters; ++f, out += call.out_plane) {
-      Reg sum = value(f, v);
-      if (residual != nullptr) {
-        sum = N::add(sum, N::load_masked(residual, mask));
-        for (const Segment* s = first + 1; s != last; ++s) {
-          sum = N::add(sum, N::load_masked(residual + (s->residual - first->residual), N::mask(s->from, s->to)));
-        }
-        residual += call.residual_plane;
-      }
-      sum = kClamps ? clamp(sum, call.low, call.high) : activate(call, sum);
-      N::store_masked(out, mask, sum);
-      for (const Segment* s = first + 1; s != last; ++s) {
-        N::store_masked(out + (s->out - first->out), N::mask(s->from, s->to), sum);
-      }
+  const Reg low = N::set(call.low), high = N::set(call.high);
+  typename N::Mask mask[kTogether * kMaxStores];
+  for (int i = 0; i < finish.count; ++i) mask[i] = N::mask(finish.stores[i].from, finish.stores[i].to);
+  for (int f = 0; f < finish.filters; ++f) {
+    const auto of_filter = value(f);
+    float* out = call.out + f * call.out_plane;
+    const float* residual = kAdds ? call.residual + f * call.residual_plane : nullptr;
+    for (int i = 0; i < finish.count; ++i) {
+      const Store& store = finish.stores[i];
+      Reg sum = of_filter(store.sums);
+      if constexpr (kAdds) sum = N::add(sum, N::load_masked(residual + store.residual, mask[i]));
+      N::store_masked(out + store.out, mask[i], kClamps ? N::min(high, N::max(low, sum)) : activate(call, sum));
     }
   }
 }
 
 template <class Value>
-ACF_INLINE void finish_tile(const FinishCall& finish, const Value& value) {
-  if (finish.call->clamps) {
-    store_tile<true>(finish, value);
-  } else {
-    store_tile<false>(finish, value);
-  }
+ACF_INLINE void finish_tiles(const FinishCall& finish, const Value& value) {
+  const bool adds = finish.call->residual != nullptr;
+  if (finish.call->clamps)
+    return adds ? store_tiles<true, true>(finish, value) : store_tiles<true, false>(finish, value);
+  return adds ? store_tiles<false, true>(finish, value) : store_tiles<false, false>(finish, value);
 }
 
 inline void finish_bfloat16(const FinishCall& call) {
-  const auto* sums = static_cast<const float*>(call.sums);
-  finish_tile(call, [&](int f, int v) {
-    return N::add(N::load(sums + f * kTile + v * N::kLanes), N::broadcast(call.bias + f));
+  finish_tiles(call, [&](int f) {
+    const float* sums = static_cast<const float*>(call.sums) + f * kTile;
+    const Reg bias = N::broadcast(call.bias + f);
+    return [=](std::int32_t at) { return N::add(N::load(sums + at), bias); };
   });
 }
 
 inline void finish_int8(const FinishCall& call) {
-  const auto* sums = static_cast<const std::int32_t*>(call.sums);
-  finish_tile(call, [&](int f, int v) {
-    const Reg sum = N::difference(sums + f * kTile + v * N::kLanes, call.corrections[f]);
-    return N::add(N::mul(sum, N::broadcast(call.multipliers + f)), N::broadcast(call.bias + f));
+  finish_tiles(call, [&](int f) {
+    const std::int32_t* sums = static_cast<const std::int32_t*>(call.sums) + f * kTile;
+    const std::int32_t correction = call.corrections[f];
+    const Reg multiplier = N::broadcast(call.multipliers + f), bias = N::broadcast(call.bias + f);
+    return [=](std::int32_t at) { return N::add(N::mul(N::difference(sums + at, correction), multiplier), bias); };
   });
 }

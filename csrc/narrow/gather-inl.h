@@ -27,3 +27,18 @@ ACF_INLINE void gather_rows(const GatherCall& call, const Make& make) {
     make(pixels, to);
   }
 }
+
+inline void copy_rows(const CopyCall& call) {
+  const Reads& reads = *call.reads;
+  const bool together = reads.stretches == 1 && reads.step == 1 && reads.count == kTile;
+  unsigned char* to = call.to;
+  for (std::int64_t row = 0; row < call.rows; ++row, to += kRowBytes) {
+    const float* from = call.in + call.from[row].group * call.plane + call.from[row].position;
+    if (together) {
+      std::memcpy(to, from + reads.stretch[0].at, kRowBytes);
+      continue;
+    }
+    std::memset(to, 0, kRowBytes);
+    for (int i = 0; i < reads.count; ++i) std::memcpy(to + 4 * i, from + reads.lanes[i], 4);
+  }
+}

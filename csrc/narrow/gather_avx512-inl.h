@@ -133,6 +133,15 @@ inline void gather_int8(const GatherCall& call) {
   });
 }
 
+inline void copy_rows(const CopyCall& call) {
+  with_pixels(*call.reads, [&](const auto& pixels) {
+    unsigned char* to = call.to;
+    for (std::int64_t row = 0; row < call.rows; ++row, to += kRowBytes) {
+      _mm512_store_ps(to, pixels.load(call.in + call.from[row].group * call.plane + call.from[row].position));
+    }
+  });
+}
+
 #ifdef __AVX512BF16__
 
 // Pairs of two columns, pixel by pixel.

@@ -41,6 +41,19 @@ struct GatherCall {
   unsigned char* to;  // (rows, kRowBytes), 64-byte aligned
 };
 
+// Copies a tile of pixels: row r is, of every pixel, the 4 bytes at + from[r].group * plane + from[r].position.
+struct Row {
+  std::int32_t group, position;
+};
+struct CopyCall {
+  const float* in;  // 4 bytes, whatever they are
+  const Reads* reads;
+  const Row* from;
+  std::int64_t plane;  // in 4 bytes, as all places here
+  std::int64_t rows;
+  unsigned char* to;  // (rows, kRowBytes), 64-byte aligned
+};
+
 // sums[f][p] (kTile, kTile), of up to kTogether tiles: for the first filters all pixels, then for the next.
 struct ProductCall {
   const unsigned char* weights;
@@ -53,14 +66,27 @@ struct ProductCall {
   std::int64_t rows_pitch;
   std::int64_t rows;  // that hold columns; whole steps can be read
   int filter_tiles, pixel_tiles;
-  bool resumes;  // adds to the sums: for weights by_step alone
+  int lanes;     // of the last tile of pixels; sums of others may be anything
+  bool resumes;  // adds to the sums: for units that have chunks
   bool streams;  // the weights come from far away
   void* sums;
 };
 
-// Makes the sums of a tile results, and stores them; of int8: float(sum - correction) * multiplier + bias.
+// Lanes [from, to) of a register of sums go to out + lane, after residual + lane was added. In floats, from element
+// (0, p, 0, 0) of the tensors for the first filter p.
+struct Store {
+  std::int64_t out, residual;
+  std::int32_t sums;  // where the register lies, in numbers
+  std::int32_t from, to;
+};
+inline constexpr int kMaxStores = 2 * kTile;  // of a tile
+
+// Makes the sums of some tiles of pixels results, and stores them; of int8: float(sum - correction) * multiplier +
+// bias.
 struct FinishCall {
-  const conv::Call* call;  // with the tile, residual, output and activation
+  const conv::Call* call;  // with the residual, output and activation
+  const Store* stores;
+  int count;  // at most kTogether * kMaxStores
   void* sums;
   int filters;
   const std::int32_t* corrections;
@@ -69,6 +95,7 @@ struct FinishCall {
 };
 
 using GatherKernel = void (*)(const GatherCall&);
+using CopyKernel = void (*)(const CopyCall&);
 using ProductKernel = void (*)(const ProductCall&);
 using FinishKernel = void (*)(const FinishCall&);
 
@@ -87,9 +114,11 @@ enum class Order { by_row, by_step, halves };
 struct Kernels {
   int lanes;  // of the registers that finish
   Order order;
+  int chunk;                     // products go on after so many steps, with those of other filters between; 0: never
   std::int32_t shift;            // gathered integers are q - shift
   NumberKernels bfloat16, int8;  // null: the unit lacks them
-  void (*begin)(int rows);       // around every stretch of products whose steps have so many rows, or null
+  CopyKernel copy;
+  void (*begin)(int rows);  // around every stretch of products whose steps have so many rows, or null
   void (*end)();
 };
 

@@ -215,9 +215,11 @@ void product_of(const ProductCall& call) {
 
 const Kernels amx_kernels = {N::kLanes,
                              Order::by_step,
+                             8,
                              0,
                              {gather_bfloat16, product_of<Number::bfloat16>, finish_bfloat16},
                              {gather_int8, product_of<Number::int8>, finish_int8},
+                             copy_rows,
                              begin,
                              end};
 

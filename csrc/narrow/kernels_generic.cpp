@@ -64,7 +64,7 @@ void product_int8(const ProductCall& call) {
 
 }  // namespace
 
-const Kernels generic_kernels = {N::kLanes, Order::by_row, 0, {}, {gather_int8, product_int8, finish_int8},
-                                 nullptr,   nullptr};
+const Kernels generic_kernels = {N::kLanes, Order::by_row, 0,      0, {}, {gather_int8, product_int8, finish_int8},
+                                 copy_rows, nullptr,       nullptr};
 
 }  // namespace acf::narrow

@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "narrow/kernels.h"
@@ -21,15 +22,18 @@ using namespace conv;
 
 #include "narrow/products_avx512-inl.h"
 
-void product_int8(const ProductCall& call) {
-  product_by_rows(
-      call, _mm512_setzero_si512(), [](__m512i sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); },
-      [](unsigned char* to, __m512i sum) { _mm512_storeu_si512(to, sum); });
-}
+struct Integers {
+  using Sum = __m512i;
+  static Sum zero() { return _mm512_setzero_si512(); }
+  static Sum load(const unsigned char* from) { return _mm512_loadu_si512(from); }
+  static void store(unsigned char* to, Sum sum) { _mm512_storeu_si512(to, sum); }
+  static Sum dot(Sum sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); }
+};
 
 }  // namespace
 
-const Kernels vnni_kernels = {N::kLanes, Order::by_row, 0, {}, {gather_int8, product_int8, finish_int8},
-                              nullptr,   nullptr};
+const Kernels vnni_kernels = {
+    N::kLanes, Order::by_row, 4,      0, {}, {gather_int8, product_by_rows<Integers>, finish_int8},
+    copy_rows, nullptr,       nullptr};
 
 }  // namespace acf::narrow

@@ -6,8 +6,9 @@
 //
 // in tiles of 16 filters and 16 pixels that take 64 bytes of columns of each at once: 32 of bfloat16, 64 of int8. The
 // values of some tiles of pixels are gathered column by column, as the kept columns say, and meet all filters; so the
-// cost is that of the kept columns, and nothing but zeros at the end of a tile is computed in vain. Where all columns
-// are left, a unit that loads tiles by rows may read them in place, from images made narrow as a whole.
+// cost is that of the kept columns, and nothing but zeros at the end of a tile is computed in vain. Where nearly all
+// columns are left, what a block of pixels reads is made narrow once, and columns are copied from that; or a unit that
+// loads tiles by rows reads them in place.
 //
 // bfloat16. Weights and values are rounded to the nearest (ties to even); products are exact; how they are added up
 // depends on the unit.
@@ -48,6 +49,13 @@ struct Quantization {
   std::int32_t zero = 0;
 };
 
+// Where products find their values.
+enum class Reading {
+  wide,      // columns are gathered from float32, made narrow on the way
+  narrow,    // what a block of pixels reads is made narrow first, by channels; rows of columns are copied from there
+  in_place,  // images are made narrow first; products read them there
+};
+
 // How one convolution will be computed. Plain data; plan() fills it in.
 struct Plan {
   conv::Shape shape;
@@ -56,20 +64,22 @@ struct Plan {
   Unit unit = Unit::generic;
   std::int64_t images = 1;  // that it was made for; any number can be run
   std::int64_t steps = 1;   // of 64 bytes of columns, in the group with the most
-  // Complete columns, with amx: images become narrow once, and products read their steps, of `rows` rows, in place.
-  bool in_place = false;
-  std::int64_t rows = 16;
-  double cycles = 0;  // estimated
+  Reading reading = Reading::wide;
+  std::int64_t rows = 16;  // narrow: that hold columns; in_place: of a step
+  double cycles = 0;       // estimated
 };
 
 // Throws std::invalid_argument for sizes that cannot be computed: as conv::plan, and for int8 more columns in a group
 // than an int32 can add up; for a unit that this machine or the number lacks.
+std::vector<Plan> plans(const conv::Shape& shape, const conv::Pitch& in, std::int64_t images, std::int64_t count,
+                        const std::int64_t* columns, Number number, Unit unit);  // all ways, the quickest first
 Plan plan(const conv::Shape& shape, const conv::Pitch& in, std::int64_t images, std::int64_t count,
           const std::int64_t* columns, Number number, Unit unit);
 
 // Weights as the kernels read them, kAlignment-aligned. weights: as for conv::pack; for int8 integers from -127 to 127,
 // with the scale of every filter. Throws std::invalid_argument for others.
 std::size_t packed_size(const Plan& plan);
+bool same_packed(const Plan& one, const Plan& other);  // of the same weights: what is packed for one is for the other
 void pack(const Plan& plan, std::int64_t count, const std::int64_t* columns, const float* weights, const float* bias,
           void* packed);
 void pack(const Plan& plan, std::int64_t count, const std::int64_t* columns, const float* weights, const float* scales,

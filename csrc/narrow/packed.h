@@ -19,30 +19,30 @@ using conv::Parts;
 // block, so it is larger beside those.
 inline constexpr std::int64_t kCachedBytes = 512 << 10;
 inline constexpr std::int64_t kBlockBytes = 256 << 10, kLargeBlockBytes = 1 << 20;
-// Of the first-level cache: values of a few tiles of pixels that stay there while all filters pass by.
-inline constexpr std::int64_t kChunkSteps = 8;
 inline constexpr std::int64_t kMaxTiles = 32;  // of pixels at a time
 inline constexpr std::int64_t kMaxColumns = (std::int64_t{1} << 31) / (255 * 128);
 
-inline constexpr std::uint32_t kVersion = 1;
+inline constexpr std::uint32_t kVersion = 2;
 
 struct Header {
   std::uint32_t magic = 0x4e464341;  // "ACFN"
   std::uint32_t version = kVersion;
-  std::int64_t numbers[18] = {};
+  std::int64_t numbers[19] = {};
 };
 
 // Packed weights, one after the other, each at a multiple of kAlignment:
 //   header
 //   counts       int64 (groups,): of columns
 //   offsets      int32 (groups, columns of all steps): from a pixel to what a column reads, in floats;
-//                in place: (2, rows of 16 positions, channels of a row) of a group of channels, whole or the last one
+//                unless wide: (2, rows of 16 positions, channels of a row) of a group of channels, whole or the last
+//                one
 //   places       int64 (steps,), in place: from a position to what a step reads, in bytes
+//   rows         Row (rows of all steps,), narrow: what a row reads
 //   bias         float (groups, filters of a group in whole tiles)
 //   multipliers  float, likewise, and corrections int32: of int8
 //   weights      (groups, tiles of filters, steps), as Order says
 struct Packed {
-  std::size_t counts, offsets, places, bias, multipliers, corrections, weights, size;
+  std::size_t counts, offsets, places, rows, bias, multipliers, corrections, weights, size;
 };
 
 inline const NumberKernels& table(const Plan& plan) {
@@ -55,8 +55,9 @@ inline std::int64_t group_filters(const Plan& plan) { return plan.shape.filters 
 inline std::int64_t filter_tiles(const Plan& plan) { return ceil_div(group_filters(plan), kTile); }
 inline std::int64_t offsets_per_group(const Plan& plan) { return plan.steps * step_columns(plan.number); }
 
-// In place: an image is a set of planes of positions, halo and all, as it lies in memory; a position has 4 bytes, those
-// of a group of channels.
+// Unless wide: an image is a set of planes of positions, halo and all, as it lies in memory; a position has 4 bytes,
+// those of a group of channels.
+inline constexpr std::int64_t kPositionBytes = 4;
 inline std::int64_t positions(const Plan& plan) {
   const conv::Padding& padding = plan.shape.padding;
   return (plan.shape.height + padding.top + padding.bottom - 1) * plan.in.row + padding.left + plan.shape.width +
@@ -70,8 +71,14 @@ inline std::int64_t channel_groups(const Plan& plan) {
   return ceil_div(plan.shape.channels, std::int64_t{columns_per_row(plan.number)});
 }
 inline std::int64_t channel_blocks(const Plan& plan) { return ceil_div(channel_groups(plan), kTile); }
+// From the first position that a pixel reads to the last.
+inline std::int64_t reach(const Plan& plan) {
+  const conv::Shape& s = plan.shape;
+  return (s.kernel_h - 1) * s.dilation_h * plan.in.row + (s.kernel_w - 1) * s.dilation_w;
+}
 inline std::int64_t image_bytes(const Plan& plan) {
-  return (channel_blocks(plan) > 1 ? channel_blocks(plan) * kTile : channel_groups(plan)) * position_plane(plan) * 4;
+  return (channel_blocks(plan) > 1 ? channel_blocks(plan) * kTile : channel_groups(plan)) * position_plane(plan) *
+         kPositionBytes;
 }
 // Of an image; pixels between rows and in the halo are computed in vain.
 inline std::int64_t position_tiles(const Plan& plan) {
@@ -97,6 +104,17 @@ inline std::int64_t block_tiles(const Plan& plan) {
                   std::max<std::int64_t>(1, pixel_tiles(plan, plan.images)));
 }
 
+// Narrow: positions that a block of pixels reads at most, of images one after the other; from plane to plane an odd
+// number of cache lines.
+inline std::int64_t block_positions(const Plan& plan) {
+  const conv::Shape& s = plan.shape;
+  const std::int64_t line = s.stride_h * plan.in.row,  // from one of pixels to the next
+      between = std::max<std::int64_t>(0, position_rows(plan) * kTile - s.out_height() * line),  // images, beyond that
+      pixels = block_tiles(plan) * kTile, lines = ceil_div(pixels - 1, s.out_width()) + 1,
+                     crossings = ceil_div(pixels, s.out_height() * s.out_width());
+  return (ceil_div(lines * line + crossings * between + reach(plan) + 2 * kTile, kTile) | 1) * kTile;
+}
+
 inline Header header_of(const Plan& plan) {
   Header header;
   const conv::Shape& s = plan.shape;
@@ -116,7 +134,8 @@ inline Header header_of(const Plan& plan) {
                                   plan.steps,
                                   static_cast<std::int64_t>(plan.number),
                                   static_cast<std::int64_t>(plan.unit),
-                                  plan.in_place ? plan.rows : 0,
+                                  static_cast<std::int64_t>(plan.reading),
+                                  plan.rows,
                                   s.height};
   std::copy(std::begin(numbers), std::end(numbers), header.numbers);
   return header;
@@ -135,10 +154,12 @@ inline Packed packed_layout(const Plan& plan) {
   Packed at = {};
   place(sizeof(Header) + sizeof(Quantization));
   at.counts = place(groups * sizeof(std::int64_t));
-  const std::int64_t offsets = plan.in_place ? 2 * position_rows(plan) * columns_per_row(plan.number)
-                                             : plan.shape.groups * offsets_per_group(plan);
+  const std::int64_t offsets = plan.reading == Reading::wide ? plan.shape.groups * offsets_per_group(plan)
+                                                             : 2 * position_rows(plan) * columns_per_row(plan.number);
   at.offsets = place(static_cast<std::size_t>(offsets) * sizeof(std::int32_t));
-  at.places = place(plan.in_place ? static_cast<std::size_t>(plan.steps) * sizeof(std::int64_t) : 0);
+  at.places =
+      place(plan.reading == Reading::in_place ? static_cast<std::size_t>(plan.steps) * sizeof(std::int64_t) : 0);
+  at.rows = place(plan.reading == Reading::narrow ? static_cast<std::size_t>(plan.steps) * kTile * sizeof(Row) : 0);
   at.bias = place(filters * sizeof(float));
   at.multipliers = place(integers ? filters * sizeof(float) : 0);
   at.corrections = place(integers ? filters * sizeof(std::int32_t) : 0);

@@ -33,14 +33,14 @@ struct Problem {
   bool residual = false;
 };
 
-std::string describe(const Problem& problem, Unit unit) {
+std::string describe(const Problem& problem, const Plan& way) {
   const conv::Shape& s = problem.shape;
   std::ostringstream text;
-  text << unit_name(unit) << " images " << problem.images << " " << s.channels << "x" << s.height << "x" << s.width
-       << " -> " << s.filters << " groups " << s.groups << " kernel " << s.kernel_h << "x" << s.kernel_w << " stride "
-       << s.stride_h << "," << s.stride_w << " dilation " << s.dilation_h << "," << s.dilation_w << " padding "
-       << s.padding.top << "," << s.padding.left << "," << s.padding.bottom << "," << s.padding.right << " share "
-       << problem.share << " residual " << problem.residual;
+  text << unit_name(way.unit) << " reading " << static_cast<int>(way.reading) << " images " << problem.images << " "
+       << s.channels << "x" << s.height << "x" << s.width << " -> " << s.filters << " groups " << s.groups << " kernel "
+       << s.kernel_h << "x" << s.kernel_w << " stride " << s.stride_h << "," << s.stride_w << " dilation "
+       << s.dilation_h << "," << s.dilation_w << " padding " << s.padding.top << "," << s.padding.left << ","
+       << s.padding.bottom << "," << s.padding.right << " share " << problem.share << " residual " << problem.residual;
   return text.str();
 }
 
@@ -63,8 +63,15 @@ struct Case {
     }
   }
 
-  Plan planned(Number number, Unit unit) const {
-    return plan(problem.shape, in.layout.pitch, problem.images, count(), columns.data(), number, unit);
+  // On every unit, in every way.
+  std::vector<Plan> planned(Number number) const {
+    std::vector<Plan> all;
+    for (const Unit unit : units(active_isa(), number)) {
+      const std::vector<Plan> ways =
+          plans(problem.shape, in.layout.pitch, problem.images, count(), columns.data(), number, unit);
+      all.insert(all.end(), ways.begin(), ways.end());
+    }
+    return all;
   }
   std::int64_t count() const { return static_cast<std::int64_t>(columns.size()); }
   std::size_t outputs() const {
@@ -85,7 +92,7 @@ struct Case {
     std::vector<float> got = out.interior();
     out.each([](float& value) { value = kNaN; });
     const bool untouched = std::memcmp(out.memory.data(), before.data(), before.size() * sizeof(float)) == 0;
-    EXPECT_EQ(untouched ? "" : "halo written by " + describe(problem, way.unit), "");
+    EXPECT_EQ(untouched ? "" : "halo written by " + describe(problem, way), "");
     return got;
   }
 
@@ -107,8 +114,7 @@ void check_bfloat16(Random& random, const Problem& problem) {
   std::vector<double> expected(c.outputs()), sums(c.outputs());
   conv::reference::run(s, in.layout.pitch, c.count(), c.columns.data(), weights.data(), c.bias.data(), problem.images,
                        in.data(), c.epilogue, expected.data(), sums.data());
-  for (const Unit unit : units(active_isa(), Number::bfloat16)) {
-    const Plan way = c.planned(Number::bfloat16, unit);
+  for (const Plan& way : c.planned(Number::bfloat16)) {
     AlignedBytes packed(packed_size(way));
     pack(way, c.count(), c.columns.data(), c.weights.data(), c.bias.data(), packed.data());
     const std::vector<float> got = c.run_packed(way, packed, static_cast<int>(between(random, 1, 3)));
@@ -119,7 +125,7 @@ void check_bfloat16(Random& random, const Problem& problem) {
       const double bound = 1.2e-7 * (roundings * sums[i] + 8 * (1 + std::abs(expected[i])));
       if (!(std::abs(static_cast<double>(got[i]) - expected[i]) <= bound)) ++wrong;
     }
-    EXPECT_EQ(std::to_string(wrong) + " wrong of " + describe(problem, unit), "0 wrong of " + describe(problem, unit));
+    EXPECT_EQ(std::to_string(wrong) + " wrong of " + describe(problem, way), "0 wrong of " + describe(problem, way));
   }
 }
 
@@ -145,8 +151,7 @@ void check_int8(Random& random, const Problem& problem) {
   const bool exact = problem.epilogue.activation == Activation::none ||
                      problem.epilogue.activation == Activation::relu ||
                      problem.epilogue.activation == Activation::relu6;
-  for (const Unit unit : units(active_isa(), Number::int8)) {
-    const Plan way = c.planned(Number::int8, unit);
+  for (const Plan& way : c.planned(Number::int8)) {
     AlignedBytes packed(packed_size(way));
     pack(way, c.count(), c.columns.data(), c.weights.data(), scales.data(), input, c.bias.data(), packed.data());
     const std::vector<float> got = c.run_packed(way, packed, static_cast<int>(between(random, 1, 3)));
@@ -156,7 +161,7 @@ void check_int8(Random& random, const Problem& problem) {
           exact ? got[i] == expected[i] : std::abs(got[i] - expected[i]) <= 1e-6f * (1 + std::abs(expected[i]));
       if (!same) ++wrong;
     }
-    EXPECT_EQ(std::to_string(wrong) + " wrong of " + describe(problem, unit), "0 wrong of " + describe(problem, unit));
+    EXPECT_EQ(std::to_string(wrong) + " wrong of " + describe(problem, way), "0 wrong of " + describe(problem, way));
   }
 }
 
@@ -243,8 +248,7 @@ ACF_TEST(large_layers_equal_the_reference_for_any_threads) {
   check(random, problem);
 
   Case c(random, problem);
-  for (const Unit unit : units(active_isa(), Number::bfloat16)) {
-    const Plan way = c.planned(Number::bfloat16, unit);
+  for (const Plan& way : c.planned(Number::bfloat16)) {
     AlignedBytes packed(packed_size(way));
     pack(way, c.count(), c.columns.data(), c.weights.data(), c.bias.data(), packed.data());
     const std::vector<float> one = c.run_packed(way, packed, 1);
@@ -264,8 +268,7 @@ ACF_TEST(sums_of_extremes_are_exact) {
     std::fill(c.weights.begin(), c.weights.end(), 127 * sign);
     const std::vector<float> scales(3, 1.0f);
     const Quantization input = {1, 0};
-    for (const Unit unit : units(active_isa(), Number::int8)) {
-      const Plan way = c.planned(Number::int8, unit);
+    for (const Plan& way : c.planned(Number::int8)) {
       AlignedBytes packed(packed_size(way));
       pack(way, c.count(), c.columns.data(), c.weights.data(), scales.data(), input, nullptr, packed.data());
       for (const float y : c.run_packed(way, packed, 1)) EXPECT_EQ(y, sign * 2001 * 255 * 127);
