@@ -1,6 +1,7 @@
 // Cuts a convolution into tiles and hands them to the kernels of the plan's unit.
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "core/check.h"
 #include "core/parallel.h"
@@ -13,6 +14,11 @@ namespace {
 struct Place {
   int count;
   conv::Segment segments[kTile];
+};
+
+// One of all images.
+struct Pixel {
+  std::int64_t number, n, y, x;
 };
 
 class Runner {
@@ -33,6 +39,7 @@ class Runner {
         positions_{plan.in.row, 0, position_rows(plan) * kTile},
         pixels_(images * height_ * width_),
         tiles_(ceil_div(pixels_, kTile)),
+        far_results_(images * plan.shape.filters * out_pitch.plane * std::int64_t{sizeof(float)} > kCachedBytes),
         call_(conv::activation_call(epilogue.activation, epilogue.slope)) {
     std::memcpy(&input_, bytes_ + sizeof(Header), sizeof(input_));
     call_.out = out;
@@ -44,9 +51,9 @@ class Runner {
   void run(float* scratch, int threads) const {
     const std::int64_t wanted = threads == 1 ? 1 : task_count(threads);
     if (wanted == 1) threads = 1;
-    if (plan_.reading == Reading::in_place) return run_in_place(scratch, threads, wanted);
+    if (in_place_) return run_in_place(scratch, threads, wanted);
     // Threads that take pixels all read all weights, threads that take filters all gather all pixels.
-    const std::int64_t filters = filter_tiles(plan_);
+    const std::int64_t filters = filter_tiles_;
     const bool by_pixels = tiles_ >= 2 * filters || filters < 2 * threads;
     const Parts pixel_parts(tiles_, by_pixels ? std::min(tiles_, wanted) : 1),
         filter_parts(filters, by_pixels ? 1 : std::min(filters, wanted));
@@ -67,14 +74,20 @@ class Runner {
     const std::int64_t tasks = pixel_tiles(plan, plan.images) * filter_tiles(plan) * plan.shape.groups;
     return std::min<std::int64_t>(Slots::most(), tasks);
   }
-  // Values of a block, then sums.
+  // What lies in a slot: values of a block, then sums; then what the block reads, made narrow, and offsets of rows
+  // there.
   static std::int64_t gathered_bytes(const Plan& plan) {
     return block_tiles(plan) * value_bytes(plan) + filter_tiles(plan) * kTogether * kStepBytes;
   }
+  static std::int64_t narrow_bytes(const Plan& plan) {
+    return channel_groups(plan) * block_positions(plan) * kPositionBytes;
+  }
+  static std::int64_t offset_bytes(const Plan& plan) {
+    return ceil_div(plan.rows * static_cast<std::int64_t>(sizeof(std::int32_t)), kRowBytes) * kRowBytes;
+  }
   static std::int64_t slot_bytes(const Plan& plan) {
     if (plan.reading == Reading::in_place) return image_bytes(plan) + kTogether * kStepBytes;
-    return gathered_bytes(plan) +
-           (plan.reading == Reading::narrow ? channel_groups(plan) * block_positions(plan) * kPositionBytes : 0);
+    return gathered_bytes(plan) + (plan.reading == Reading::narrow ? narrow_bytes(plan) + offset_bytes(plan) : 0);
   }
 
  private:
@@ -108,19 +121,19 @@ class Runner {
   void run_band(std::int64_t image, const conv::Part& tiles, unsigned char* values) const {
     const std::int64_t rows = position_rows(plan_),
                        last = std::min(rows, tiles.begin + tiles.size + ceil_div(reach(plan_), kTile)),
-                       pitch = position_plane(plan_) * kPositionBytes, groups = channel_groups(plan_),
-                       whole = image_bytes(plan_) / pitch;
+                       pitch = position_plane_ * kPositionBytes, groups = channel_groups(plan_),
+                       whole = image_bytes_ / pitch;
     make_narrow(image, tiles.begin, last, values + tiles.begin * kRowBytes, pitch);
     if (whole > groups) std::memset(values + groups * pitch, 0, static_cast<std::size_t>((whole - groups) * pitch));
     all_.begin(static_cast<int>(plan_.rows));
     // Weights that stream pass by once, with all values; those in the cache are read again for every two tiles.
-    const std::int64_t filters = filter_tiles(plan_), pixels = filters == 1 ? kTogether : 2,
-                       most = streams(plan_) ? tiles.size : pixels;
+    const std::int64_t filters = filter_tiles_, pixels = filters == 1 ? kTogether : 2,
+                       most = streams_ ? tiles.size : pixels;
     for (std::int64_t t = 0; t < tiles.size; t += most) {
       const std::int64_t end = std::min(t + most, tiles.size);
       for (std::int64_t f = 0; f < filters; f += 2) {
         for (std::int64_t u = t; u < end; u += pixels) {
-          multiply_in_place(image, tiles.begin + u, std::min(pixels, end - u), f, values, streams(plan_) && u == t);
+          multiply_in_place(image, tiles.begin + u, std::min(pixels, end - u), f, values, streams_ && u == t);
         }
       }
     }
@@ -156,17 +169,17 @@ class Runner {
                          unsigned char* values, bool far) const {
     ProductCall product = {};
     product.weights = weights_of(0, f);
-    product.weights_pitch = weight_bytes(plan_);
+    product.weights_pitch = weight_bytes_;
     product.pixels = values + tile * kRowBytes;
     product.pixels_pitch = kRowBytes;
     product.places = part<std::int64_t>(at_.places);
-    product.rows_pitch = position_plane(plan_) * kPositionBytes;
+    product.rows_pitch = position_plane_ * kPositionBytes;
     product.rows = plan_.steps * kTile;
-    product.filter_tiles = static_cast<int>(std::min<std::int64_t>(2, filter_tiles(plan_) - f));
+    product.filter_tiles = static_cast<int>(std::min<std::int64_t>(2, filter_tiles_ - f));
     product.pixel_tiles = static_cast<int>(count);
     product.lanes = kTile;
     product.streams = far;
-    unsigned char* sums = values + image_bytes(plan_);
+    unsigned char* sums = values + image_bytes_;
     product.sums = sums;
     table_.product(product);
     Store stores[kTogether * kMaxStores];
@@ -198,7 +211,7 @@ class Runner {
 
   // Some tiles of pixels and of filters, block by block.
   void run_part(std::int64_t group, const conv::Part& tiles, const conv::Part& filters, unsigned char* values) const {
-    const std::int64_t most = block_tiles(plan_), blocks = ceil_div(tiles.size, most);
+    const std::int64_t most = block_tiles_, blocks = ceil_div(tiles.size, most);
     const Parts cut(tiles.size, blocks);
     if (all_.begin != nullptr) all_.begin(kTile);
     for (std::int64_t b = 0; b < blocks; ++b) {
@@ -207,73 +220,82 @@ class Runner {
     if (all_.end != nullptr) all_.end();
   }
 
+  // Few tiles of pixels at a time, so that values go no further than the first-level cache, where weights come by for
+  // each of them anyway; else all, whose results are written in long stretches.
   void run_block(std::int64_t group, const conv::Part& tiles, const conv::Part& filters, unsigned char* values) const {
-    Place places[kMaxTiles];
-    const std::int64_t pitch = value_bytes(plan_), rows = plan_.reading == Reading::narrow
-                                                              ? copy(tiles, places, values)
-                                                              : gather(group, tiles, places, values);
-    // Whole steps are read: what no column fills meets weights of zero, and must be finite.
-    for (std::int64_t t = 0; t < tiles.size; ++t) {
-      std::memset(values + t * pitch + rows * kRowBytes, 0, static_cast<std::size_t>(pitch - rows * kRowBytes));
-    }
-
-    for (std::int64_t t = 0; t < tiles.size;) {
-      const std::int64_t count = chunked() ? std::min<std::int64_t>(kTogether, tiles.size - t) : tiles.size;
-      multiply(group, filters, count, places + t, rows, values + t * pitch, values + block_tiles(plan_) * pitch);
-      t += count;
+    const std::int64_t most = chunked() || filters.size <= 2 ? kTogether : tiles.size, pitch = value_bytes_;
+    unsigned char* narrow = values + gathered_bytes_;
+    auto* offsets = reinterpret_cast<std::int32_t*>(narrow + narrow_bytes(plan_));
+    const std::int64_t first = narrow_ ? make_narrow_for(tiles, narrow) : 0;
+    if (narrow_) put_offsets(offsets);
+    Pixel next = pixel(tiles.begin * kTile);
+    for (std::int64_t t = 0; t < tiles.size; t += most) {
+      const std::int64_t count = std::min(most, tiles.size - t);
+      Place places[kMaxTiles];
+      const std::int64_t rows = narrow_ ? copy(next, count, places, narrow - first * kPositionBytes, offsets, values)
+                                        : gather(group, next, count, tiles.size, places, values);
+      // Whole steps are read, by units that do: what no column fills meets weights of zero, and must be finite.
+      for (std::int64_t u = 0; all_.order == Order::by_step && u < count; ++u) {
+        std::memset(values + u * pitch + rows * kRowBytes, 0, static_cast<std::size_t>(pitch - rows * kRowBytes));
+      }
+      multiply(group, filters, count, places, rows, values, values + block_tiles_ * pitch);
     }
   }
 
-  // Both return how many rows of a tile hold columns.
-  std::int64_t gather(std::int64_t group, const conv::Part& tiles, Place* places, unsigned char* values) const {
+  // Both fill some tiles, and return how many rows of each hold columns.
+  std::int64_t gather(std::int64_t group, Pixel& next, std::int64_t tiles, std::int64_t ahead, Place* places,
+                      unsigned char* values) const {
     GatherCall call = {};
     call.offsets = part<std::int32_t>(at_.offsets) + group * offsets_per_group(plan_);
     call.columns = part<std::int64_t>(at_.counts)[group];
     call.inverse = 1.0f / input_.scale;
     call.zero = input_.zero;
-    for (std::int64_t t = 0; t < tiles.size; ++t) {
+    for (std::int64_t t = 0; t < tiles; ++t) {
       Reads reads;
-      call.in = in_ + locate(tiles.begin + t, plan_.in, reads, places[t]);
+      call.in = in_ + locate(next, plan_.in, reads, places[t]);
       call.reads = &reads;
-      call.ahead = reads.stretches == 1 ? static_cast<std::int32_t>(tiles.size * kTile * reads.step) : 0;
-      call.to = values + t * value_bytes(plan_);
+      call.ahead = reads.stretches == 1 ? static_cast<std::int32_t>(ahead * kTile * reads.step) : 0;
+      call.to = values + t * value_bytes_;
       table_.gather(call);
     }
     return ceil_div(call.columns, columns_per_row(plan_.number));
   }
 
-  std::int64_t copy(const conv::Part& tiles, Place* places, unsigned char* values) const {
-    unsigned char* narrow = values + gathered_bytes(plan_);
-    const std::int64_t first = make_narrow_for(tiles, narrow);
+  // narrow: where the first position of all would lie.
+  std::int64_t copy(Pixel& next, std::int64_t tiles, Place* places, const unsigned char* narrow,
+                    const std::int32_t* offsets, unsigned char* values) const {
     CopyCall call = {};
-    call.from = part<Row>(at_.rows);
-    call.plane = block_positions(plan_);
+    call.offsets = offsets;
     call.rows = plan_.rows;
-    for (std::int64_t t = 0; t < tiles.size; ++t) {
+    for (std::int64_t t = 0; t < tiles; ++t) {
       Reads reads;
-      const std::int64_t at = locate(tiles.begin + t, positions_, reads, places[t]);
-      call.in = reinterpret_cast<const float*>(narrow) + at - first;
+      call.in = reinterpret_cast<const float*>(narrow) + locate(next, positions_, reads, places[t]);
       call.reads = &reads;
-      call.to = values + t * value_bytes(plan_);
+      call.to = values + t * value_bytes_;
       all_.copy(call);
     }
     return plan_.rows;
   }
 
+  void put_offsets(std::int32_t* offsets) const {
+    const auto plane = static_cast<std::int32_t>(block_positions_);
+    const Row* rows = part<Row>(at_.rows);
+    for (std::int64_t r = 0; r < plan_.rows; ++r) offsets[r] = rows[r].group * plane + rows[r].position;
+  }
+
   // What some tiles of pixels read; returns its first position. Those of all images are counted one after the other.
   std::int64_t make_narrow_for(const conv::Part& tiles, unsigned char* to) const {
     const conv::Shape& s = plan_.shape;
-    const auto position = [&](std::int64_t pixel) {
-      return pixel / (height_ * width_) * positions_.image + pixel / width_ % height_ * s.stride_h * positions_.row +
-             pixel % width_ * s.stride_w;
+    const auto position = [&](const Pixel& p) {
+      return p.n * positions_.image + p.y * s.stride_h * positions_.row + p.x * s.stride_w;
     };
     const std::int64_t last = std::min((tiles.begin + tiles.size) * kTile, pixels_) - 1, image = positions_.image,
-                       first = position(tiles.begin * kTile) / kTile * kTile,
-                       end = ceil_div(position(last) + reach(plan_) + 1, kTile) * kTile;
+                       first = position(pixel(tiles.begin * kTile)) / kTile * kTile,
+                       end = ceil_div(position(pixel(last)) + reach(plan_) + 1, kTile) * kTile;
     for (std::int64_t n = first / image; n * image < end; ++n) {
       const std::int64_t from = std::max(first - n * image, std::int64_t{0}), until = std::min(end - n * image, image);
       make_narrow(n, from / kTile, until / kTile, to + (n * image + from - first) * kPositionBytes,
-                  block_positions(plan_) * kPositionBytes);
+                  block_positions_ * kPositionBytes);
     }
     return first;
   }
@@ -281,15 +303,15 @@ class Runner {
   // Whether the columns are cut into chunks, so that values of a few tiles of pixels stay in the first-level cache
   // while all filters pass by; their sums are put aside. AMX is quicker with weights that stream in order.
   bool chunked() const {
-    return all_.chunk > 0 && plan_.steps > all_.chunk && !(all_.order == Order::by_step && streams(plan_));
+    return all_.chunk > 0 && plan_.steps > all_.chunk && !(all_.order == Order::by_step && streams_);
   }
 
   // Some tiles of pixels with some of filters.
   void multiply(std::int64_t group, const conv::Part& filters, std::int64_t tiles, const Place* places,
                 std::int64_t rows, const unsigned char* values, unsigned char* sums) const {
-    const std::int64_t all = filter_tiles(plan_), weight_pitch = weight_bytes(plan_), pitch = value_bytes(plan_),
+    const std::int64_t all = filter_tiles_, weight_pitch = weight_bytes_, pitch = value_bytes_,
                        end = filters.begin + filters.size;
-    const bool chunks = chunked() && (all_.order == Order::by_step || tiles > 1), far = streams(plan_);
+    const bool chunks = chunked() && (all_.order == Order::by_step || tiles > 1), far = streams_;
     const std::int64_t most = chunks ? all_.chunk * kTile : std::max<std::int64_t>(rows, 1);
     // A tile of filters meets some of pixels, whose results lie side by side. Two meet two where that saves AMX loads:
     // not where weights come from far away and few tiles of pixels can meet them all at once.
@@ -297,7 +319,9 @@ class Runner {
     const std::int64_t pixels = std::min<std::int64_t>(square ? 2 : kTogether, tiles), some = kTogether / pixels;
     Store stores[kMaxTiles * kMaxStores];
     int first[kMaxTiles + 1] = {};
-    for (std::int64_t t = 0; t < tiles; ++t) first[t + 1] = first[t] + spread(places[t], t % pixels, stores + first[t]);
+    for (std::int64_t t = 0, number = 0; t < tiles; ++t, number = number + 1 == pixels ? 0 : number + 1) {
+      first[t + 1] = first[t] + spread(places[t], number, stores + first[t]);
+    }
     for (std::int64_t row = 0; row == 0 || row < rows; row += most) {
       for (std::int64_t f = filters.begin; f < end; f += some) {
         for (std::int64_t t = 0; t < tiles; t += pixels) {
@@ -313,7 +337,7 @@ class Runner {
           product.resumes = row > 0;
           product.streams = far && t == 0;
           product.sums = sums + (chunks ? (f - filters.begin) * tiles * kStepBytes : 0);
-          if (row + most >= rows) {
+          if (far_results_ && row + most >= rows) {
             const bool last = t + pixels >= tiles;
             const std::int64_t next = last ? 0 : t + pixels, next_filters = last ? f + some : f;
             for (std::int64_t p = next; p < std::min(next + pixels, tiles); ++p) {
@@ -335,7 +359,7 @@ class Runner {
 
   // What the results of some tiles of filters are added to and where they go, one product ahead.
   void prefetch_results(std::int64_t group, std::int64_t begin, std::int64_t end, const Place& place) const {
-    const std::int64_t per_group = group_filters(plan_);
+    const std::int64_t per_group = group_filters_;
     const conv::Segment& s = place.segments[0];
     for (std::int64_t f = begin * kTile; f < std::min(per_group, end * kTile); ++f) {
       const std::int64_t filter = group * per_group + f;
@@ -347,13 +371,13 @@ class Runner {
   }
 
   const unsigned char* weights_of(std::int64_t group, std::int64_t filter_tile) const {
-    return bytes_ + at_.weights + (group * filter_tiles(plan_) + filter_tile) * weight_bytes(plan_);
+    return bytes_ + at_.weights + (group * filter_tiles_ + filter_tile) * weight_bytes_;
   }
 
   // Of some tiles of pixels.
   void finish(std::int64_t group, std::int64_t filter_tile, const Store* stores, int count, unsigned char* sums) const {
-    const std::int64_t within = filter_tile * kTile, per_group = group_filters(plan_),
-                       filter = group * per_group + within, numbered = group * filter_tiles(plan_) * kTile + within;
+    const std::int64_t within = filter_tile * kTile, per_group = group_filters_, filter = group * per_group + within,
+                       numbered = group * filter_tiles_ * kTile + within;
     conv::Call call = call_;
     call.out += filter * call.out_plane;
     if (call.residual != nullptr) call.residual += filter * call.residual_plane;
@@ -369,20 +393,27 @@ class Runner {
     int count = 0;
     for (int i = 0; i < place.count; ++i) {
       const conv::Segment& s = place.segments[i];
-      for (int begin = s.from / all_.lanes * all_.lanes; begin < s.to; begin += all_.lanes) {
+      for (int begin = 0; begin < s.to; begin += all_.lanes) {
+        const int from = std::max(s.from - begin, 0), to = std::min(s.to - begin, all_.lanes);
+        if (from >= to) continue;
         // Lane i of the register is lane begin + i of the tile.
-        stores[count++] = {s.out + begin, s.residual + begin, static_cast<std::int32_t>(number * kTile * kTile + begin),
-                           std::max(s.from, begin) - begin, std::min(s.to, begin + all_.lanes) - begin};
+        const auto sums = static_cast<std::int32_t>(number * kTile * kTile + begin);
+        stores[count++] = {s.out + begin, s.residual + begin, sums, from, to};
       }
     }
     return count;
   }
 
-  // The pixels of a tile, among images of a pitch; returns where the first one lies.
-  std::int64_t locate(std::int64_t tile, const conv::Pitch& pitch, Reads& reads, Place& place) const {
+  Pixel pixel(std::int64_t number) const {
+    return {number, number / (height_ * width_), number / width_ % height_, number % width_};
+  }
+
+  // The pixels of a tile from a first one on, which becomes that of the next tile; among images of a pitch. Returns
+  // where the first one lies.
+  std::int64_t locate(Pixel& next, const conv::Pitch& pitch, Reads& reads, Place& place) const {
     const conv::Shape& s = plan_.shape;
-    const std::int64_t first = tile * kTile, last = std::min(first + kTile, pixels_);
-    std::int64_t n = first / (height_ * width_), y = first / width_ % height_, x = first % width_;
+    const std::int64_t first = next.number, last = std::min(first + kTile, pixels_);
+    std::int64_t &n = next.n, &y = next.y, &x = next.x;
     const auto read_at = [&] { return n * pitch.image + y * s.stride_h * pitch.row + x * s.stride_w; };
     const std::int64_t base = read_at();
     reads.step = s.stride_w;
@@ -391,15 +422,20 @@ class Runner {
     for (std::int64_t pixel = first; pixel < last;) {
       const std::int64_t size = std::min(width_ - x, last - pixel), at = read_at() - base;
       const auto from = static_cast<int>(pixel - first), to = static_cast<int>(from + size);
-      for (int i = from; i < to; ++i) reads.lanes[i] = static_cast<std::int32_t>(at + (i - from) * s.stride_w);
       const std::int64_t lane_zero = at - from * s.stride_w;
       if (reads.stretches > 0 && reads.stretch[reads.stretches - 1].at == lane_zero) {
         reads.stretch[reads.stretches - 1].to = to;
       } else {
         reads.stretch[reads.stretches++] = {lane_zero, from, to};
       }
-      place.segments[place.count++] = {n * out_pitch_.image + y * out_pitch_.row + x - from,
-                                       n * residual_pitch_.image + y * residual_pitch_.row + x - from, from, to};
+      const conv::Segment segment = {n * out_pitch_.image + y * out_pitch_.row + x - from,
+                                     n * residual_pitch_.image + y * residual_pitch_.row + x - from, from, to};
+      conv::Segment* before = place.segments + place.count - 1;
+      if (place.count > 0 && before->out == segment.out && before->residual == segment.residual) {
+        before->to = to;
+      } else {
+        place.segments[place.count++] = segment;
+      }
       pixel += size;
       x += size;
       if (x == width_) {
@@ -410,11 +446,31 @@ class Runner {
         }
       }
     }
-    for (int i = reads.count; i < kTile; ++i) reads.lanes[i] = 0;
+    if (reads.stretches > 1 || s.stride_w > 1 || reads.count < kTile) put_lanes(reads);
+    next.number = last;
     return base;
   }
 
+  static void put_lanes(Reads& reads) {
+    std::fill(std::begin(reads.lanes), std::end(reads.lanes), 0);
+    for (int i = 0; i < reads.stretches; ++i) {
+      const Stretch& stretch = reads.stretch[i];
+      for (int lane = stretch.from; lane < stretch.to; ++lane) {
+        reads.lanes[lane] = static_cast<std::int32_t>(stretch.at + lane * reads.step);
+      }
+    }
+  }
+
+  // Of the plan: some are divisions, which take longer than a tile's stores.
   const Plan& plan_;
+  const std::int64_t group_filters_ = group_filters(plan_), filter_tiles_ = filter_tiles(plan_),
+                     weight_bytes_ = weight_bytes(plan_), value_bytes_ = value_bytes(plan_),
+                     block_tiles_ = block_tiles(plan_), gathered_bytes_ = gathered_bytes(plan_);
+  const bool narrow_ = plan_.reading == Reading::narrow, in_place_ = plan_.reading == Reading::in_place,
+             streams_ = streams(plan_);
+  const std::int64_t block_positions_ = narrow_ ? block_positions(plan_) : 0,
+                     position_plane_ = in_place_ ? position_plane(plan_) : 0,
+                     image_bytes_ = in_place_ ? image_bytes(plan_) : 0;
   const Kernels& all_;
   const NumberKernels& table_;
   Packed at_;
@@ -425,6 +481,7 @@ class Runner {
   std::int64_t width_, height_, images_;
   conv::Pitch positions_;
   std::int64_t pixels_, tiles_;
+  bool far_results_;  // will not be found in the second-level cache
   conv::Call call_;
 };
 

@@ -33,7 +33,7 @@ inline void copy_rows(const CopyCall& call) {
   const bool together = reads.stretches == 1 && reads.step == 1 && reads.count == kTile;
   unsigned char* to = call.to;
   for (std::int64_t row = 0; row < call.rows; ++row, to += kRowBytes) {
-    const float* from = call.in + call.from[row].group * call.plane + call.from[row].position;
+    const float* from = call.in + call.offsets[row];
     if (together) {
       std::memcpy(to, from + reads.stretch[0].at, kRowBytes);
       continue;

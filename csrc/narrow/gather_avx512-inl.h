@@ -137,7 +137,7 @@ inline void copy_rows(const CopyCall& call) {
   with_pixels(*call.reads, [&](const auto& pixels) {
     unsigned char* to = call.to;
     for (std::int64_t row = 0; row < call.rows; ++row, to += kRowBytes) {
-      _mm512_store_ps(to, pixels.load(call.in + call.from[row].group * call.plane + call.from[row].position));
+      _mm512_store_ps(to, pixels.load(call.in + call.offsets[row]));
     }
   });
 }

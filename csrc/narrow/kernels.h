@@ -15,8 +15,8 @@ inline constexpr int kTogether = 4;  // tiles of sums of one product: 1 x 4, 2 x
 
 inline constexpr int columns_per_row(Number number) { return number == Number::bfloat16 ? 2 : 4; }
 
-// Where the pixels of a tile are read: lanes [from, to) of a stretch lie at + lane * step; lane i lies at lanes[i]. In
-// floats.
+// Where the pixels of a tile are read: lanes [from, to) of a stretch lie at + lane * step; lane i lies at lanes[i],
+// which a whole tile in one stretch with a step of 1 does not tell. In floats.
 struct Stretch {
   std::int64_t at;
   int from, to;
@@ -41,15 +41,11 @@ struct GatherCall {
   unsigned char* to;  // (rows, kRowBytes), 64-byte aligned
 };
 
-// Copies a tile of pixels: row r is, of every pixel, the 4 bytes at + from[r].group * plane + from[r].position.
-struct Row {
-  std::int32_t group, position;
-};
+// Copies a tile of pixels: row r is, of every pixel, the 4 bytes at + offsets[r].
 struct CopyCall {
   const float* in;  // 4 bytes, whatever they are
   const Reads* reads;
-  const Row* from;
-  std::int64_t plane;  // in 4 bytes, as all places here
+  const std::int32_t* offsets;
   std::int64_t rows;
   unsigned char* to;  // (rows, kRowBytes), 64-byte aligned
 };

@@ -22,6 +22,11 @@ inline constexpr std::int64_t kBlockBytes = 256 << 10, kLargeBlockBytes = 1 << 2
 inline constexpr std::int64_t kMaxTiles = 32;  // of pixels at a time
 inline constexpr std::int64_t kMaxColumns = (std::int64_t{1} << 31) / (255 * 128);
 
+// What a row of columns reads: channels of a group, at a position from a pixel's first one.
+struct Row {
+  std::int32_t group, position;
+};
+
 inline constexpr std::uint32_t kVersion = 2;
 
 struct Header {
