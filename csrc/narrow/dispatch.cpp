@@ -79,9 +79,6 @@ class Runner {
   static std::int64_t gathered_bytes(const Plan& plan) {
     return block_tiles(plan) * value_bytes(plan) + filter_tiles(plan) * kTogether * kStepBytes;
   }
-  static std::int64_t narrow_bytes(const Plan& plan) {
-    return channel_groups(plan) * block_positions(plan) * kPositionBytes;
-  }
   static std::int64_t offset_bytes(const Plan& plan) {
     return ceil_div(plan.rows * static_cast<std::int64_t>(sizeof(std::int32_t)), kRowBytes) * kRowBytes;
   }

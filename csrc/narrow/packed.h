@@ -113,11 +113,15 @@ inline std::int64_t block_tiles(const Plan& plan) {
 // number of cache lines.
 inline std::int64_t block_positions(const Plan& plan) {
   const conv::Shape& s = plan.shape;
-  const std::int64_t line = s.stride_h * plan.in.row,  // from one of pixels to the next
+  const std::int64_t line = s.out_height() > 1 ? s.stride_h * plan.in.row : 0,  // from one of pixels to the next
       between = std::max<std::int64_t>(0, position_rows(plan) * kTile - s.out_height() * line),  // images, beyond that
       pixels = block_tiles(plan) * kTile, lines = ceil_div(pixels - 1, s.out_width()) + 1,
                      crossings = ceil_div(pixels, s.out_height() * s.out_width());
   return (ceil_div(lines * line + crossings * between + reach(plan) + 2 * kTile, kTile) | 1) * kTile;
+}
+
+inline std::int64_t narrow_bytes(const Plan& plan) {
+  return channel_groups(plan) * block_positions(plan) * kPositionBytes;
 }
 
 inline Header header_of(const Plan& plan) {

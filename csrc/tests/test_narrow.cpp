@@ -233,6 +233,22 @@ ACF_TEST(linear_layers_equal_the_reference) {
   }
 }
 
+// A stride that no second pixel takes, and planes whose rows lie far apart.
+ACF_TEST(strides_and_rows_of_any_size_equal_the_reference) {
+  Random random(6);
+  Problem problem;
+  problem.shape.channels = 5;
+  problem.shape.filters = 19;
+  problem.shape.stride_h = problem.shape.stride_w = std::int64_t{1} << 28;
+  problem.images = 33;
+  check(random, problem);
+  problem.shape.width = problem.shape.kernel_w = 5'000;
+  problem.shape.height = 3;
+  problem.shape.stride_h = 1;
+  problem.images = 2;
+  check(random, problem);
+}
+
 // More weights than are kept in the cache, so that many tiles of pixels are gathered at once; and any threads.
 ACF_TEST(large_layers_equal_the_reference_for_any_threads) {
   Random random(4);
