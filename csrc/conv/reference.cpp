@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "conv/conv.h"
+#include "conv/naive.h"
 
 namespace acf::conv::reference {
 
@@ -24,42 +24,21 @@ double activate(Activation activation, double slope, double x) {
 void run(const Shape& shape, const Pitch& in_pitch, std::int64_t count, const std::int64_t* columns,
          const float* weights, const float* bias, std::int64_t images, const float* in, const Epilogue& epilogue,
          double* out, double* sums) {
-  const std::int64_t group_columns = shape.columns() / shape.groups, group_filters = shape.filters / shape.groups;
-  for (std::int64_t n = 0; n < images; ++n) {
-    const float* weight = weights;
-    for (std::int64_t p = 0; p < shape.filters; ++p) {
-      const std::int64_t group = p / group_filters;
-      const std::int64_t* first = std::lower_bound(columns, columns + count, group * group_columns);
-      const std::int64_t* last = std::lower_bound(columns, columns + count, (group + 1) * group_columns);
-      for (std::int64_t y = 0; y < shape.out_height(); ++y) {
-        for (std::int64_t x = 0; x < shape.out_width(); ++x) {
-          double sum = bias == nullptr ? 0 : static_cast<double>(bias[p]), size = std::abs(sum);
-          for (const std::int64_t* column = first; column != last; ++column) {
-            const std::int64_t kw = *column % shape.kernel_w, kh = *column / shape.kernel_w % shape.kernel_h,
-                               c = *column / shape.kernel_w / shape.kernel_h;
-            const std::int64_t from_y = y * shape.stride_h - shape.padding.top + kh * shape.dilation_h,
-                               from_x = x * shape.stride_w - shape.padding.left + kw * shape.dilation_w;
-            if (from_y < 0 || from_y >= shape.height || from_x < 0 || from_x >= shape.width) continue;
-            const double product =
-                static_cast<double>(weight[column - first]) *
-                static_cast<double>(in[n * in_pitch.image + c * in_pitch.plane + from_y * in_pitch.row + from_x]);
-            sum += product;
-            size += std::abs(product);
-          }
-          if (epilogue.residual != nullptr) {
-            const Pitch& pitch = epilogue.residual_pitch;
-            const auto residual =
-                static_cast<double>(epilogue.residual[n * pitch.image + p * pitch.plane + y * pitch.row + x]);
-            sum += residual;
-            size += std::abs(residual);
-          }
-          *out++ = activate(epilogue.activation, static_cast<double>(epilogue.slope), sum);
-          if (sums != nullptr) *sums++ = size;
-        }
-      }
-      weight += last - first;
+  each_output(shape, in_pitch, count, columns, images, [&](const Output& output, const auto& taps) {
+    double sum = bias == nullptr ? 0 : static_cast<double>(bias[output.filter]), size = std::abs(sum);
+    const auto add = [&](double term) {
+      sum += term;
+      size += std::abs(term);
+    };
+    taps([&](std::int64_t weight, std::int64_t from) {
+      add(static_cast<double>(weights[weight]) * static_cast<double>(in[from]));
+    });
+    if (epilogue.residual != nullptr) {
+      add(static_cast<double>(epilogue.residual[output.at(epilogue.residual_pitch)]));
     }
-  }
+    *out++ = activate(epilogue.activation, static_cast<double>(epilogue.slope), sum);
+    if (sums != nullptr) *sums++ = size;
+  });
 }
 
 }  // namespace acf::conv::reference

@@ -175,6 +175,7 @@ class Runner {
     product.filter_tiles = static_cast<int>(std::min<std::int64_t>(2, filter_tiles_ - f));
     product.pixel_tiles = static_cast<int>(count);
     product.lanes = kTile;
+    product.filters = static_cast<int>(std::min(kTogether * std::int64_t{kTile}, group_filters_ - f * kTile));
     product.streams = far;
     unsigned char* sums = values + image_bytes_;
     product.sums = sums;
@@ -331,6 +332,7 @@ class Runner {
           product.filter_tiles = static_cast<int>(std::min(some, end - f));
           product.pixel_tiles = static_cast<int>(std::min(pixels, tiles - t));
           product.lanes = lanes_of(places[t + product.pixel_tiles - 1]);
+          product.filters = static_cast<int>(std::min(kTogether * std::int64_t{kTile}, group_filters_ - f * kTile));
           product.resumes = row > 0;
           product.streams = far && t == 0;
           product.sums = sums + (chunks ? (f - filters.begin) * tiles * kStepBytes : 0);

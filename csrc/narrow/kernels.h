@@ -63,6 +63,7 @@ struct ProductCall {
   std::int64_t rows;  // that hold columns; whole steps can be read
   int filter_tiles, pixel_tiles;
   int lanes;     // of the last tile of pixels; sums of others may be anything
+  int filters;   // of all tiles, likewise
   bool resumes;  // adds to the sums: for units that have chunks
   bool streams;  // the weights come from far away
   void* sums;

@@ -32,9 +32,9 @@ ACF_INLINE void product_of_half(const ProductCall& call, const unsigned char* we
 }
 
 template <int kPixels, class Ops>
-ACF_INLINE void product_of_tiles(const ProductCall& call, const unsigned char* weights, const unsigned char* pixels,
-                                 unsigned char* sums) {
-  for (int half = 0; half < 2; ++half) {
+ACF_INLINE void product_of_tiles(const ProductCall& call, int filters, const unsigned char* weights,
+                                 const unsigned char* pixels, unsigned char* sums) {
+  for (int half = 0; half * kHalf < filters; ++half) {
     product_of_half<kPixels, Ops>(call, weights + 4 * kHalf * half, pixels, sums + kHalf * kRowBytes * half);
   }
 }
@@ -111,12 +111,13 @@ void product_by_rows(const ProductCall& call) {
   }
   for (int f = 0; f < call.filter_tiles; ++f) {
     const unsigned char *weights = call.weights + f * call.weights_pitch, *pixels = call.pixels;
+    const int filters = std::min(kTile, call.filters - f * kTile);
     for (int left = call.pixel_tiles; left > 0;) {
       const int some = left == 4 ? 2 : left;
       switch (some) {
-        case 1: product_of_tiles<1, Ops>(call, weights, pixels, sums); break;
-        case 2: product_of_tiles<2, Ops>(call, weights, pixels, sums); break;
-        default: product_of_tiles<3, Ops>(call, weights, pixels, sums); break;
+        case 1: product_of_tiles<1, Ops>(call, filters, weights, pixels, sums); break;
+        case 2: product_of_tiles<2, Ops>(call, filters, weights, pixels, sums); break;
+        default: product_of_tiles<3, Ops>(call, filters, weights, pixels, sums); break;
       }
       left -= some;
       pixels += some * call.pixels_pitch;

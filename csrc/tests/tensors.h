@@ -25,6 +25,26 @@ inline std::vector<float> gaussian(Random& random, std::int64_t n) {
   return values;
 }
 
+// Of any sizes that fit, with up to `filters` filters in a group; now and then a wide one.
+inline Shape random_shape(Random& random, std::int64_t filters) {
+  for (;;) {
+    Shape s;
+    s.groups = between(random, 0, 3) == 0 ? between(random, 2, 4) : 1;
+    s.channels = s.groups * between(random, 1, 9);
+    s.filters = s.groups * between(random, 1, filters);
+    s.height = between(random, 1, 13);
+    s.width = between(random, 1, 13) + (between(random, 0, 4) == 0 ? 20 : 0);
+    s.kernel_h = between(random, 1, 5);
+    s.kernel_w = between(random, 1, 5);
+    s.stride_h = between(random, 1, 3);
+    s.stride_w = between(random, 0, 1) == 0 ? s.stride_h : between(random, 1, 3);
+    s.dilation_h = between(random, 1, 2);
+    s.dilation_w = between(random, 1, 2);
+    s.padding = {between(random, 0, 3), between(random, 0, 3), between(random, 0, 3), between(random, 0, 3)};
+    if (s.out_height() >= 1 && s.out_width() >= 1) return s;
+  }
+}
+
 // A tensor in memory of its own, misaligned by one float. What is neither interior nor halo is NaN.
 struct Tensor {
   std::int64_t images, channels, height, width;
