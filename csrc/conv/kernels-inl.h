@@ -276,16 +276,15 @@ inline void combine(const RowCall& row) {
   }
 }
 
-// kKernel: of windows as high and wide as that, whose lines are pooled apart, as one waits for none of the others; or
-// 0.
+// Some vectors of a row. kKernel: of windows as high and wide as that, whose lines are pooled apart, as one waits for
+// none of the others; or 0.
 template <bool kLargest, int kStride, int kKernel>
-void pool_row(const PoolCall& row) {
-  const Reg scale = N::set(row.scale);
+ACF_INLINE void pool_row(const PoolCall& call, const float* in, float* out, Reg scale) {
   const auto pool = [](Reg a, Reg b) { return kLargest ? N::larger(a, b) : N::add(a, b); };
-  for (std::int64_t i = 0; i < row.count; i += N::kLanes) {
-    const float* window = row.in + i * kStride;
+  for (std::int64_t i = 0; i < call.count; i += N::kLanes) {
+    const float* window = in + i * kStride;
     const auto tap = [&](std::int64_t kh, std::int64_t kw) {
-      const float* at = window + kh * row.in_row + kw * row.dilation_w;
+      const float* at = window + kh * call.in_row + kw * call.dilation_w;
       return kStride == 1 ? N::load(at) : N::load_strided(at, at + N::kLanes);
     };
     Reg pooled = tap(0, 0);
@@ -298,25 +297,33 @@ void pool_row(const PoolCall& row) {
       pooled = line[0];
       unrolled<kKernel - 1>([&](auto kh) { pooled = pool(pooled, line[kh + 1]); });
     } else {
-      for (std::int64_t kh = 0; kh < row.kernel_h; ++kh) {
-        for (std::int64_t kw = kh == 0 ? 1 : 0; kw < row.kernel_w; ++kw) pooled = pool(pooled, tap(kh, kw));
+      for (std::int64_t kh = 0; kh < call.kernel_h; ++kh) {
+        for (std::int64_t kw = kh == 0 ? 1 : 0; kw < call.kernel_w; ++kw) pooled = pool(pooled, tap(kh, kw));
       }
     }
     if (!kLargest) pooled = N::mul(pooled, scale);
-    if (i + N::kLanes <= row.count) {
-      N::store(row.out + i, pooled);
+    if (i + N::kLanes <= call.count) {
+      N::store(out + i, pooled);
     } else {
-      N::store_masked(row.out + i, N::mask(0, static_cast<int>(row.count - i)), pooled);
+      N::store_masked(out + i, N::mask(0, static_cast<int>(call.count - i)), pooled);
     }
   }
 }
 
+template <bool kLargest, int kStride, int kKernel>
+void pool_rows(const PoolCall& call) {
+  const Reg scale = N::set(call.scale);
+  for (std::int64_t y = 0; y < call.rows; ++y) {
+    pool_row<kLargest, kStride, kKernel>(call, call.in + y * call.in_step, call.out + y * call.out_step, scale);
+  }
+}
+
 template <bool kLargest, int kStride>
-void pool_rows(const PoolCall& row) {
-  const bool square = row.kernel_h == row.kernel_w;
-  if (square && row.kernel_w == 2) return pool_row<kLargest, kStride, 2>(row);
-  if (square && row.kernel_w == 3) return pool_row<kLargest, kStride, 3>(row);
-  return pool_row<kLargest, kStride, 0>(row);
+void pool_windows(const PoolCall& call) {
+  const bool square = call.kernel_h == call.kernel_w;
+  if (square && call.kernel_w == 2) return pool_rows<kLargest, kStride, 2>(call);
+  if (square && call.kernel_w == 3) return pool_rows<kLargest, kStride, 3>(call);
+  return pool_rows<kLargest, kStride, 0>(call);
 }
 
 inline float pooled_window(const PoolCall& row, const float* window) {
@@ -331,10 +338,14 @@ inline float pooled_window(const PoolCall& row, const float* window) {
   return row.largest ? pooled : pooled * row.scale;
 }
 
-inline void pool(const PoolCall& row) {
-  if (row.stride_w == 1) return row.largest ? pool_rows<true, 1>(row) : pool_rows<false, 1>(row);
-  if (row.stride_w == 2) return row.largest ? pool_rows<true, 2>(row) : pool_rows<false, 2>(row);
-  for (std::int64_t i = 0; i < row.count; ++i) row.out[i] = pooled_window(row, row.in + i * row.stride_w);
+inline void pool(const PoolCall& call) {
+  if (call.stride_w == 1) return call.largest ? pool_windows<true, 1>(call) : pool_windows<false, 1>(call);
+  if (call.stride_w == 2) return call.largest ? pool_windows<true, 2>(call) : pool_windows<false, 2>(call);
+  for (std::int64_t y = 0; y < call.rows; ++y) {
+    for (std::int64_t i = 0; i < call.count; ++i) {
+      call.out[y * call.out_step + i] = pooled_window(call, call.in + y * call.in_step + i * call.stride_w);
+    }
+  }
 }
 
 inline float sum(const float* p, std::int64_t count) {

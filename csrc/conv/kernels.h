@@ -85,7 +85,7 @@ struct RowCall {
   std::int64_t count;
 };
 
-// A row of a pooling whose windows lie in the input: the largest of the taps, or `scale` times their sum. Reads up to
+// Rows of a pooling whose windows lie in the input: the largest of the taps, or `scale` times their sum. Reads up to
 // kSlack floats further than the last window.
 struct PoolCall {
   bool largest;
@@ -93,7 +93,8 @@ struct PoolCall {
   const float* in;  // the first tap of the first window
   std::int64_t in_row, kernel_h, kernel_w, dilation_w, stride_w;
   float* out;
-  std::int64_t count;
+  std::int64_t count;                    // of a row
+  std::int64_t rows, in_step, out_step;  // how many, and from one to the next
 };
 
 // Winograd's F(4x4, 3x3) on vectors of tiles, one tile in a lane. A row of a strip, of tiles side by side, fills a

@@ -68,24 +68,31 @@ class PoolTask : public Task {
                [&](std::int64_t n, std::int64_t c) {
                  const float* from = operands[0] + n * input_.image + c * input_.strides[0];
                  float* to = operands[1] + n * output_.image + c * output_.strides[0];
-                 for (std::int64_t y = 0; y < rows_.outputs; ++y) row(from, to + y * output_.strides[1], y);
+                 for (std::int64_t y = 0; y < rows_.whole_begin; ++y) pool(from, to, y, y + 1);
+                 pool(from, to, rows_.whole_begin, rows_.whole_end);
+                 for (std::int64_t y = rows_.whole_end; y < rows_.outputs; ++y) pool(from, to, y, y + 1);
                });
   }
 
  private:
-  void row(const float* plane, float* out, std::int64_t y) const {
-    const std::int64_t first = rows_.first(y), last = rows_.last(y), pitch = input_.strides[1];
-    const float* from = plane + (rows_.start(y) + first * rows_.dilation) * pitch;
-    const std::int64_t taps = last - first;
-    if (taps > 0 && columns_.whole_end > columns_.whole_begin) {
-      const std::int64_t begin = columns_.whole_begin;
-      kernels_.pool({pooling_.largest, scale(y, begin), from + columns_.start(begin), pitch * rows_.dilation, taps,
-                     columns_.kernel, columns_.dilation, columns_.stride, out + begin, columns_.whole_end - begin});
+  // Rows whose windows have the same taps in the input.
+  void pool(const float* plane, float* out, std::int64_t begin, std::int64_t end) const {
+    if (begin == end) return;
+    const std::int64_t first = rows_.first(begin), taps = rows_.last(begin) - first, pitch = input_.strides[1],
+                       in_step = rows_.stride * pitch, out_step = output_.strides[1];
+    const float* from = plane + (rows_.start(begin) + first * rows_.dilation) * pitch;
+    out += begin * out_step;
+    // Of each row those in the input at once; a row of windows all above or below it has none.
+    const std::int64_t whole = taps > 0 ? columns_.whole_begin : columns_.outputs,
+                       after = taps > 0 ? columns_.whole_end : columns_.outputs;
+    if (after > whole) {
+      kernels_.pool({pooling_.largest, scale(begin, whole), from + columns_.start(whole), pitch * rows_.dilation, taps,
+                     columns_.kernel, columns_.dilation, columns_.stride, out + whole, after - whole, end - begin,
+                     in_step, out_step});
     }
-    for (std::int64_t x = 0; x < columns_.outputs; ++x) {
-      if (taps > 0 && x == columns_.whole_begin) x = columns_.whole_end;
-      if (x >= columns_.outputs) break;
-      out[x] = edge(from, taps, y, x);
+    for (std::int64_t y = begin; y < end; ++y, from += in_step, out += out_step) {
+      for (std::int64_t x = 0; x < whole; ++x) out[x] = edge(from, taps, y, x);
+      for (std::int64_t x = after; x < columns_.outputs; ++x) out[x] = edge(from, taps, y, x);
     }
   }
 
