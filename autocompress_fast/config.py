@@ -12,9 +12,8 @@ class Config(dict[str, object]):
 
     def __repr__(self) -> str:
         width = max(map(len, self), default=0)
-        return "\n".join(
-            f"{key:<{width}}  {', '.join(value) if isinstance(value, tuple) else value}" for key, value in self.items()
-        )
+        shown = {key: ", ".join(value) or "none" if isinstance(value, tuple) else value for key, value in self.items()}
+        return "\n".join(f"{key:<{width}}  {value}" for key, value in shown.items())
 
 
 def default_threads() -> int:

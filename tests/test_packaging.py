@@ -15,7 +15,7 @@ import pytest
 
 import autocompress_fast as acf
 from autocompress_fast import _core
-from autocompress_fast.config import default_threads
+from autocompress_fast.config import Config, default_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(acf.__file__).parent
@@ -133,6 +133,13 @@ def test_config_prints_one_line_per_entry():
     lines = repr(config).splitlines()
     assert [line.split()[0] for line in lines] == list(config)
     assert len({len(line) - len(line.split(maxsplit=1)[1]) for line in lines}) == 1, "values are aligned"
+
+
+def test_config_says_none_of_what_a_machine_lacks():
+    assert repr(Config(int8_units=("avx2", "vnni"), bfloat16_units=())).splitlines() == [
+        "int8_units      avx2, vnni",
+        "bfloat16_units  none",
+    ]
 
 
 def test_threads_are_the_processors_until_torch_is_loaded(run_python):
