@@ -21,6 +21,13 @@ struct Pixel {
   std::int64_t number, n, y, x;
 };
 
+// What a block reads, from a first position on, and what rows of columns read from a pixel's.
+struct Narrow {
+  const float* values;  // 4 bytes, whatever they are
+  std::int64_t first;
+  const std::int32_t* offsets;
+};
+
 class Runner {
  public:
   Runner(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out,
@@ -222,16 +229,13 @@ class Runner {
   // each of them anyway; else all, whose results are written in long stretches.
   void run_block(std::int64_t group, const conv::Part& tiles, const conv::Part& filters, unsigned char* values) const {
     const std::int64_t most = chunked() || filters.size <= 2 ? kTogether : tiles.size, pitch = value_bytes_;
-    unsigned char* narrow = values + gathered_bytes_;
-    auto* offsets = reinterpret_cast<std::int32_t*>(narrow + narrow_bytes(plan_));
-    const std::int64_t first = narrow_ ? make_narrow_for(tiles, narrow) : 0;
-    if (narrow_) put_offsets(offsets);
+    const Narrow narrow = narrow_ ? make_narrow_for(tiles, values + gathered_bytes_) : Narrow{};
     Pixel next = pixel(tiles.begin * kTile);
     for (std::int64_t t = 0; t < tiles.size; t += most) {
       const std::int64_t count = std::min(most, tiles.size - t);
       Place places[kMaxTiles];
-      const std::int64_t rows = narrow_ ? copy(next, count, places, narrow - first * kPositionBytes, offsets, values)
-                                        : gather(group, next, count, tiles.size, places, values);
+      const std::int64_t rows =
+          narrow_ ? copy(next, count, places, narrow, values) : gather(group, next, count, tiles.size, places, values);
       // Whole steps are read, by units that do: what no column fills meets weights of zero, and must be finite.
       for (std::int64_t u = 0; all_.order == Order::by_step && u < count; ++u) {
         std::memset(values + u * pitch + rows * kRowBytes, 0, static_cast<std::size_t>(pitch - rows * kRowBytes));
@@ -259,15 +263,13 @@ class Runner {
     return ceil_div(call.columns, columns_per_row(plan_.number));
   }
 
-  // narrow: where the first position of all would lie.
-  std::int64_t copy(Pixel& next, std::int64_t tiles, Place* places, const unsigned char* narrow,
-                    const std::int32_t* offsets, unsigned char* values) const {
+  std::int64_t copy(Pixel& next, std::int64_t tiles, Place* places, const Narrow& narrow, unsigned char* values) const {
     CopyCall call = {};
-    call.offsets = offsets;
+    call.offsets = narrow.offsets;
     call.rows = plan_.rows;
     for (std::int64_t t = 0; t < tiles; ++t) {
       Reads reads;
-      call.in = reinterpret_cast<const float*>(narrow) + locate(next, positions_, reads, places[t]);
+      call.in = narrow.values + (locate(next, positions_, reads, places[t]) - narrow.first);
       call.reads = &reads;
       call.to = values + t * value_bytes_;
       all_.copy(call);
@@ -275,14 +277,8 @@ class Runner {
     return plan_.rows;
   }
 
-  void put_offsets(std::int32_t* offsets) const {
-    const auto plane = static_cast<std::int32_t>(block_positions_);
-    const Row* rows = part<Row>(at_.rows);
-    for (std::int64_t r = 0; r < plan_.rows; ++r) offsets[r] = rows[r].group * plane + rows[r].position;
-  }
-
-  // What some tiles of pixels read; returns its first position. Those of all images are counted one after the other.
-  std::int64_t make_narrow_for(const conv::Part& tiles, unsigned char* to) const {
+  // What some tiles of pixels read. Positions of all images are counted one after the other.
+  Narrow make_narrow_for(const conv::Part& tiles, unsigned char* to) const {
     const conv::Shape& s = plan_.shape;
     const auto position = [&](const Pixel& p) {
       return p.n * positions_.image + p.y * s.stride_h * positions_.row + p.x * s.stride_w;
@@ -295,7 +291,11 @@ class Runner {
       make_narrow(n, from / kTile, until / kTile, to + (n * image + from - first) * kPositionBytes,
                   block_positions_ * kPositionBytes);
     }
-    return first;
+    auto* offsets = reinterpret_cast<std::int32_t*>(to + narrow_bytes(plan_));
+    const auto plane = static_cast<std::int32_t>(block_positions_);
+    const Row* rows = part<Row>(at_.rows);
+    for (std::int64_t r = 0; r < plan_.rows; ++r) offsets[r] = rows[r].group * plane + rows[r].position;
+    return {reinterpret_cast<const float*>(to), first, offsets};
   }
 
   // Whether the columns are cut into chunks, so that values of a few tiles of pixels stay in the first-level cache
@@ -429,8 +429,8 @@ class Runner {
       }
       const conv::Segment segment = {n * out_pitch_.image + y * out_pitch_.row + x - from,
                                      n * residual_pitch_.image + y * residual_pitch_.row + x - from, from, to};
-      conv::Segment* before = place.segments + place.count - 1;
-      if (place.count > 0 && before->out == segment.out && before->residual == segment.residual) {
+      conv::Segment* before = place.count > 0 ? &place.segments[place.count - 1] : nullptr;
+      if (before != nullptr && before->out == segment.out && before->residual == segment.residual) {
         before->to = to;
       } else {
         place.segments[place.count++] = segment;
