@@ -571,7 +571,7 @@ def test_no_worker_outlives_its_search(tmp_path, kill, seconds):
         os.killpg(parent.pid, kill)  # what a terminal does
     else:
         parent.kill()
-    _, errors = parent.communicate(timeout=60)
+    _, errors = parent.communicate(timeout=300)
     assert errors.count(b"Traceback") == (kill == signal.SIGINT)
     waits_for(lambda: not any(alive(int(path.name)) for path in pids.iterdir()))
 
