@@ -76,8 +76,9 @@ class Runner {
   }
 
   static std::int64_t slot_count(const Plan& plan) {
-    if (plan.reading == Reading::in_place)
+    if (plan.reading == Reading::in_place) {
       return std::min<std::int64_t>(Slots::most(), plan.images * position_tiles(plan));
+    }
     const std::int64_t tasks = pixel_tiles(plan, plan.images) * filter_tiles(plan) * plan.shape.groups;
     return std::min<std::int64_t>(Slots::most(), tasks);
   }

@@ -210,6 +210,8 @@ bool can_be_narrow(const Plan& plan, std::int64_t count) {
   if (kernels(plan.unit).order == Order::by_step && (s.kernel_h * s.kernel_w == 1 || can_be_in_place(plan, count))) {
     return false;
   }
+  // What was pruned meets weights of zero in such rows, and may be infinite in bfloat16.
+  if (plan.number == Number::bfloat16 && count != s.columns()) return false;
   constexpr std::int64_t kMostBytes = 4 << 20;  // of a block: far more than the second-level cache gains nothing
   return s.groups == 1 && s.out_width() <= plan.in.row &&
          channel_groups(plan) <= kMostBytes / kPositionBytes / block_positions(plan);
