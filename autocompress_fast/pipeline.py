@@ -537,8 +537,9 @@ def _rounds_within(run: _Run, state: _State, rounds: int, floor: float) -> _Stat
     reached, scale, refused, number = 0.0, 1.0, 0, 0
     while reached < 1 and refused < _MOST_REFUSED:
         number += 1
-        step = scale * (min(share for share in [*shares, 1.0] if share > reached + 1e-9) - reached)
-        share = min(1.0, reached + step) if 1 - reached - step > 1e-9 else 1.0
+        begun = sum(share <= reached + 1e-9 for share in shares)  # which of the planned steps
+        share = reached + scale * (shares[begun] - shares[begun - 1])
+        share = share if share < 1 - 1e-9 else 1.0
         part = run.goal.part(share, run.meter.dense)
         run.stages.progress.note(f"round {number}: to {part}")
         trial = _trained(run, _round(run, state, number, part), f"round{number}", number, "retrain")

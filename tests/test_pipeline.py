@@ -271,6 +271,7 @@ def test_no_more_accuracy_is_lost_than_allowed(trained, target, max_drop):
     assert all(row["validation"] >= accuracy["base"] - max_drop for row in accepted)
     assert all(row["validation"] < accuracy["base"] - max_drop for row in refused)
     assert len(refused) == 3 or result.target.met(result.dense, result.small)
+    assert len(accepted) <= 3 * 4  # three steps, of which a quarter at least is done at once
     assert result.small.params == min([result.dense.params, *(row["params"] for row in accepted)])
 
 
@@ -303,10 +304,17 @@ def test_a_target_that_holds_is_met(trained):
     assert Target(params=4).met(result.dense, result.small)
 
 
+TAKEN_BACK = {"target": "200x", "max_drop": 5.0, "recipe": HOLDING}
+
+
+@pytest.fixture(scope="module")
+def taken_back(trained) -> Result:
+    return run(trained, **TAKEN_BACK)
+
+
 @pytest.mark.parametrize("kill", [{"steps": 8}, {"steps": 20}, {"steps": 33}])
-def test_a_run_with_rounds_taken_back_is_continued(trained, tmp_path, kill):
-    options = {"target": "200x", "max_drop": 5.0, "recipe": HOLDING}
-    expected = run(trained, **options)
+def test_a_run_with_rounds_taken_back_is_continued(trained, taken_back, tmp_path, kill):
+    options, expected = TAKEN_BACK, taken_back
     with pytest.raises(StopError):
         run(trained, **options, workdir=tmp_path, progress=Watcher(**kill))
     with pytest.raises(ValueError, match="holds a run with another max_drop"):

@@ -50,8 +50,7 @@ inline Reg gelu(Reg x) {
   return N::sub(N::max(zero, x), N::mul(N::mul(N::set(0.5f), size), rest));
 }
 
-inline Reg activate(const Call& call, Reg x) {
-  if (call.clamps) return clamp(x, call.low, call.high);
+__attribute__((noinline)) inline Reg activate_smoothly(const Call& call, Reg x) {
   const Reg sixth = N::set(1.0f / 6);
   switch (call.activation) {
     case Activation::leaky: return N::fma(N::min(N::set(0.0f), x), N::set(call.slope), N::max(N::set(0.0f), x));
@@ -63,6 +62,10 @@ inline Reg activate(const Call& call, Reg x) {
     case Activation::gelu: return gelu(x);
     default: return x;
   }
+}
+
+ACF_INLINE Reg activate(const Call& call, Reg x) {
+  return call.clamps ? clamp(x, call.low, call.high) : activate_smoothly(call, x);
 }
 
 // ---- what follows the sums ------------------------------------------------------------------------------------------
