@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -37,8 +37,6 @@ _UNCOUNTED = 0.75
 _FILTER_CHOICES = 16  # candidate filter counts of a layer, spaced geometrically
 _ROUNDED = 2  # steps in which a search rounds budgets, to a factor of two, for the choice among those
 _MOST_GROWTH, _GROWTH_STEPS = 64.0, 16  # of `fill`: factors up to the first, found to a relative 64^(2^-16)
-_MOST_OF_A_LAYER, _LAYER_STEPS = 2.0, 6  # likewise, of the factor of a single layer
-_WASTE = 0.005  # of a budget, that is not worth looking at every layer for
 _STEPS, _CLOSE = 16, 0.01  # of the search for a latency: at most so many, and the logarithm that is close enough
 _ATTEMPTS, _MARGIN = 12, 0.03  # for what the weights keep to meet it, each aiming by so much (a logarithm) lower
 
@@ -358,11 +356,9 @@ def fill(
     """The constraints, as much larger as the target allows once unused paths are gone.
 
     What a constraint lets stay is not all used: a filter that the next layer does not read is dead, and so is a column
-    of a dropped filter. Their places go to others: the counts of all layers grow by one factor (not where convolutions
-    have a budget of their own), then those of convolutions and of linear layers each by one more, as far as the target
-    is still met; and each time, as whole filters and columns leave something over, those of single layers, the ones
-    that lost most first. Where other weights than those that
-    `allocate` saw miss a latency, the counts shrink by one factor instead.
+    of a dropped filter. Their places go to others: the counts of all layers grow by one factor, then those of
+    convolutions and of linear layers each by one more, as far as the target is still met. Where other weights than
+    those that `allocate` saw miss a latency, the counts shrink by one factor first.
 
     Args:
         report: of the network as it is now.
@@ -393,52 +389,39 @@ def fill(
     sizes = dense.dense if isinstance(dense, Meter) else dense
     structure = next(iter(constraints.values())).structure if constraints else ""
     ranges = _ranges(report, keep or {}, structure)
-    names = [layer.name for layer in report.layers if layer.name in constraints]
-    factors = dict.fromkeys(names, 1.0)
-    allowed = {name: _weights(report[name], constraint) for name, constraint in constraints.items()}
+    factors = {True: 1.0, False: 1.0}  # of convolutions; of linear layers
     linear = math.inf  # a target for convolutions alone says nothing of linear layers: those keep what they were given
     if list(target.given()) == ["conv"]:
+        allowed = {name: _weights(report[name], constraint) for name, constraint in constraints.items()}
         linear = sum(allowed.get(layer.name, layer.weights) for layer in report.layers if not layer.is_conv)
 
     known: dict[tuple[Any, ...], Counts] = {}  # factors that differ little lead to the same constraints
 
-    def left(trial: dict[str, float]) -> Counts:
+    def fits(trial: dict[bool, float]) -> bool:
         grown = _grown(report, constraints, trial, ranges)
         key = tuple(constraint.keep for constraint in grown.values())
         if key not in known:
             known[key] = meter.measure(project(grown))
-        return known[key]
-
-    def fits(trial: dict[str, float]) -> bool:
-        now = left(trial)
+        now = known[key]
         return target.met(sizes, now) and now.params - now.conv <= linear
 
-    def grow(chosen: Sequence[str], low: float, high: float, steps: int = _GROWTH_STEPS) -> None:
+    def grow(kinds: tuple[bool, ...], low: float, high: float) -> None:
         """Multiply by the largest factor that fits, between these logarithms; by the least when none does."""
-        for _ in range(steps):
+        for _ in range(_GROWTH_STEPS):
             middle = 0.5 * (low + high)
-            grown = factors | {name: factors[name] * math.exp(middle) for name in chosen}
+            grown = {kind: factor * (math.exp(middle) if kind in kinds else 1.0) for kind, factor in factors.items()}
             low, high = (middle, high) if fits(grown) else (low, middle)
-        factors.update({name: factors[name] * math.exp(low) for name in chosen})
+        factors.update({kind: factors[kind] * math.exp(low) for kind in kinds})
 
     if target.measured and not fits(factors):
-        grow(names, -math.log(_MOST_GROWTH), 0.0)
+        grow((True, False), -math.log(_MOST_GROWTH), 0.0)
         if not fits(factors):
             raise ValueError(
                 f"the target {target} cannot be met with weights that are so far from where it was decided"
             )
         return _grown(report, constraints, factors, ranges)
-    convolutions = [name for name in names if report[name].is_conv]
-    others = [name for name in names if not report[name].is_conv]
-    passes: list[tuple[list[str], Target | None]] = [(names, target), (convolutions, target), (others, target)]
-    if target.conv is not None:  # each kind has a budget of its own
-        passes = [(convolutions, target), (others, replace(target, conv=None) if len(target.rates()) > 1 else None)]
-    for chosen, goal in passes:
-        grow(chosen, 0.0, math.log(_MOST_GROWTH))
-        for name in sorted(chosen, key=lambda name: allowed[name] / report[name].weights):
-            if goal is None or target.measured or goal.excess(sizes, left(factors)) > -_WASTE:
-                break
-            grow([name], 0.0, math.log(_MOST_OF_A_LAYER), _LAYER_STEPS)
+    for kinds in ((True, False), (True,), (False,)):
+        grow(kinds, 0.0, math.log(_MOST_GROWTH))
     return _grown(report, constraints, factors, ranges)
 
 
@@ -801,19 +784,19 @@ def _weights(layer: Layer, constraint: Constraint) -> int:
 def _grown(
     report: Report,
     constraints: dict[str, Constraint],
-    factors: Mapping[str, float],
+    factors: dict[bool, float],
     ranges: Mapping[str, tuple[int, int]],
 ) -> dict[str, Constraint]:
-    """The constraints with so many times the weights of each layer.
+    """The constraints with so many times the weights: from 1 on, no count is smaller than before; else none is larger.
 
-    From 1 on, no count is smaller than before; else none is larger. None is above what there is, or leaves its range.
+    None is above what there is, or leaves its range.
     """
     grown: dict[str, Constraint] = {}
     groups: dict[Set, int] = {}
     for layer in reversed(report.layers):
         if layer.name not in constraints:
             continue
-        old, factor = constraints[layer.name], factors[layer.name]
+        old, factor = constraints[layer.name], factors[layer.is_conv]
         farther: Callable[[int, int], int] = max if factor >= 1 else min
         low, high = ranges.get(layer.name, (1, layer.weights))
         tied = report.set_of.get(layer.name)
