@@ -51,7 +51,7 @@ def test_the_two_commands_of_the_readme_are_where_ci_finds_them():
     marked = dict(re.findall(r"<!-- ci: (\w+) -->\s*```bash\n(.*?)\n```", text))
     assert marked == {
         "install": 'pip install -c constraints.txt ".[demo]" && autocompress demo',
-        "test": 'pip install -c constraints.txt ".[test]" && pytest',
+        "test": 'pip install -c constraints.txt ".[test]" && pytest -n auto',
     }
 
 
