@@ -11,6 +11,8 @@ import numpy as np
 
 from autocompress_fast._files import write_atomically
 from autocompress_fast.engine import file
+from autocompress_fast.engine.narrow import can_be_narrow, scales_name
+from autocompress_fast.engine.packing import Packed, expected
 from autocompress_fast.engine.program import Program, Shape, Step, validate
 from autocompress_fast.graph import Counts, Report
 from autocompress_fast.latency import Compaction, LatencyModel, Matrix, Sizes
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from autocompress_fast.progress import Progress
     from autocompress_fast.rates import Target
 
-__all__ = ["FileSize", "Meter", "Size"]
+__all__ = ["FileSize", "Meter", "Numbers", "Size"]
+
+_LONGEST = 0.0012345678901234567  # a number with as many digits as any
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Meter:
         target: Target,
         *,
         info: Mapping[str, Any] | None = None,
+        numbers: Numbers | None = None,
         directory: Path | str | None = "",
         progress: Progress | None = None,
     ) -> Meter:
@@ -86,6 +91,7 @@ class Meter:
             report: on the dense network.
             target: whose latency is timed with so many threads, if it has one.
             info: that will be saved with the network; counts to the bytes of the file.
+            numbers: that its weights will become; float32 if not given.
             directory: of the measurements, as of `LatencyModel.of`.
             progress: what is told of them.
 
@@ -95,7 +101,8 @@ class Meter:
         names, latency = target.measured, None
         if "seconds" in names:
             latency = LatencyModel.of(report, threads=target.threads, directory=directory, progress=progress)
-        return cls(report, latency=latency, file=FileSize(report, info or {}) if "bytes" in names else None)
+        file = FileSize(report, info or {}, numbers) if "bytes" in names else None
+        return cls(report, latency=latency, file=file)
 
     def after(self, now: Report, kept: Mapping[str, Kept]) -> Meter:
         """The same for plans in the shapes of the network after compactions.
@@ -183,20 +190,35 @@ def _columns(constraint: Constraint) -> int:
     return constraint.keep if constraint.structure == "column" else 0
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """What the weights of a network become when it is pruned.
+
+    Args:
+        values: different ones of a layer, zero apart, when they lie on levels; 0 for any.
+        narrow: 8-bit layers (`acf.quantize`).
+    """
+
+    values: int = 0
+    narrow: bool = False
+
+
 class FileSize:
     """How many bytes the `.acf` file of a network takes after pruning, without building the network.
 
     Args:
         report: on the dense network.
         info: that is saved with it.
+        numbers: that weights will become; float32 if not given.
 
     Raises:
         UnsupportedError: the engine cannot run the network.
     """
 
-    def __init__(self, report: Report, info: Mapping[str, Any]) -> None:
+    def __init__(self, report: Report, info: Mapping[str, Any], numbers: Numbers | None = None) -> None:
         from autocompress_fast.engine.lower import lower_trace
 
+        self._report, self._numbers = report, numbers or Numbers()
         self._program, names = lower_trace(report.trace)
         self._shapes = [g.shape for g in self._program.inputs] + [i.shape for i in validate(self._program)]
         self._compaction, self._info = Compaction(report, self._program, names), dict(info)
@@ -204,20 +226,50 @@ class FileSize:
     def bytes(self, plan: Plan | None = None) -> int:
         """Of the network when `plan`, a result of `unused_paths`, is cut out of it; of the network itself without.
 
-        It is exact but for numbers that are written with fewer digits, and for biases of layers without one, which may
-        get one when constants are folded; these count.
+        It is exact but for numbers that are written with fewer digits, for biases of layers without one, which may
+        get one when constants are folded, and for levels that no weight is on; these count. Of the network itself it is
+        that with the weights it has.
         """
         if plan is None:
             return file.size(self._program, self._info)
-        sizes = self._compaction.sizes(plan, settled=True)
-        return file.size(self._smaller(sizes), self._info)
+        program, packed = self._smaller(self._compaction.sizes(plan, settled=True))
+        return file.size(self._narrowed(program) if self._numbers.narrow else program, self._info, packed)
 
-    def _smaller(self, sizes: Sizes) -> Program:
-        """The program with tensors of these sizes; they hold nothing."""
+    def _narrowed(self, program: Program) -> Program:
+        """With 8-bit layers; of their numbers the digits alone count."""
+        tensors, steps = dict(program.tensors), []
+        for step in program.steps:
+            if step.op not in ("conv", "linear") or not can_be_narrow(program, step):
+                steps.append(step)
+                continue
+            name = step.tensors["weight"]
+            scales = scales_name(name, tensors)
+            tensors[scales] = _empty(np.float32, step.attributes["filters"])
+            tensors[name] = _empty(np.int8, *tensors[name].shape)
+            attributes = {**step.attributes, "input_scale": _LONGEST, "input_zero": 255}
+            steps.append(replace(step, attributes=attributes, tensors={**step.tensors, "scales": scales}))
+        return replace(program, steps=tuple(steps), tensors=tensors)
+
+    def _codes(self, step: Step, matrix: Matrix, tensor: Any) -> Packed | None:
+        """How weights on levels are stored."""
+        name, whole = step.name, self._program.tensors.get(step.tensors.get("weight", ""))
+        if not self._numbers.values or name in self._report.held:
+            return None
+        zeros = tensor.ndim > 1 and matrix.weights < tensor.size
+        # A normalisation that was folded into the weights has given every filter levels of its own.
+        alike = whole is not None and np.array_equal(whole.ravel(), self._report.weight(name).ravel())
+        values = self._numbers.values + zeros
+        if tensor.ndim == 1 and not alike:  # of all filters together
+            return expected(tensor.shape, values * matrix.filters, alike=True)
+        return expected(tensor.shape, values, alike)
+
+    def _smaller(self, sizes: Sizes) -> tuple[Program, dict[str, Packed]]:
+        """The program with tensors of these sizes, which hold nothing, and those that are stored as codes."""
         assert sizes.shapes is not None
         assert sizes.matrices is not None
         steps: list[Step] = []
         tensors: dict[str, Any] = {}
+        packed: dict[str, Packed] = {}
         for step in self._program.steps:
             matrix = sizes.matrices.get(step.output)
             old = {role: self._program.tensors[name] for role, name in step.tensors.items()}
@@ -231,9 +283,12 @@ class FileSize:
                 if "bias" in old or matrix.columns * matrix.groups < self._compaction.whole[step.output]:
                     arrays["bias"] = _empty(np.float32, matrix.filters)
             names = {role: step.tensors.get(role, f"{step.name or step.op}.{role}") for role in arrays}
+            for role in arrays.keys() & {"weight", "values"}:
+                if matrix is not None and (codes := self._codes(step, matrix, arrays[role])):
+                    packed[names[role]] = codes
             tensors |= {names[role]: array for role, array in arrays.items()}
             steps.append(replace(step, attributes=attributes, tensors=names))
-        return replace(self._program, steps=tuple(steps), tensors=tensors)
+        return replace(self._program, steps=tuple(steps), tensors=tensors), packed
 
 
 def _stored(matrix: Matrix) -> tuple[str, dict[str, Any]]:

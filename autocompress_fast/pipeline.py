@@ -44,7 +44,7 @@ from autocompress_fast.engine.narrow import quantize
 from autocompress_fast.engine.simulation import Simulation, simulate
 from autocompress_fast.graph import Counts, Pattern, Report, inspect
 from autocompress_fast.latency import LATENCIES
-from autocompress_fast.meter import Meter, Size
+from autocompress_fast.meter import Meter, Numbers, Size
 from autocompress_fast.plan import Plan, apply_masks
 from autocompress_fast.progress import Progress, default_progress
 from autocompress_fast.purify import purify
@@ -94,13 +94,13 @@ class Recipe:
             accuracy on some validation samples stays within `purify_tolerance` points of what it was before, until
             `purify_epochs` of masked retraining follow, which may win it back for the next round.
         bits: of every weight that is left: at the end the weights are brought to 2^bits levels (`LevelConstraint`) by
-            ADMM, and set to them in portions, the closest first; first and last layer after the others. Not given:
-            float32.
+            ADMM, and set to them in portions, the closest first; first and last layer after the others. A target in
+            bytes counts weights of so many bits, but for ternary ones. Not given: float32.
         levels: "equal", "power", "ternary" or "binary".
         quantize_epochs: of the ADMM training towards levels, and after every portion; ten such trainings in all.
         activation_bits: 8 for a network that computes with 8-bit weights and activations (`acf.quantize`), and is then
             trained for `activation_epochs` with their rounding (`acf.simulate`), which is what the result's model is.
-            Targets are met before, in float32. Not given: float32.
+            Targets are met before: rates and latencies in float32, bytes as they will be. Not given: float32.
         admm_lr, retrain_lr, final_lr, purify_lr, quantize_lr, activation_lr: peak learning rates.
         rho: strength of the ADMM penalty over its updates, one after every epoch.
         optimizer, weight_decay, momentum: of all stages.
@@ -416,7 +416,7 @@ def compress(
     model = baked(model)  # weights that are computed cannot be pulled towards zero
     if goal is None:
         goal = Target(params=report.counts().params / smallest(report, recipe.structure, keep=recipe.keep).params)
-    meter = meter_for(report, goal, data, workdir, progress)
+    meter = meter_for(report, goal, data, recipe, workdir, progress)
     rounds = recipe.rounds_for(goal, meter.dense)
     if dry_run:
         return _dry_run(model, loader, validation, meter, goal, recipe, rounds)
@@ -873,7 +873,12 @@ def _example(example_input: Example | None, validation: Batches) -> tuple[torch.
 
 
 def meter_for(
-    report: Report, goal: Target, data: Any, workdir: str | Path | None = None, progress: Progress | None = None
+    report: Report,
+    goal: Target,
+    data: Any,
+    recipe: Recipe,
+    workdir: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Meter:
     """Of all that the target asks for; with the latencies that an earlier run in the work directory went by.
 
@@ -882,7 +887,12 @@ def meter_for(
     known = workdir is not None and any(Path(workdir).glob(LATENCIES))
     accuracy = dict.fromkeys(("base", "final", "base_test", "final_test"), 100 / 7)  # has as many digits as any
     info = _info(data, report, None, accuracy, goal)
-    return Meter.of(report, goal, info=info, directory=workdir if known else "", progress=progress)
+    if recipe.activation_bits is not None:  # of what `quantize` says, the digits alone count
+        info["provenance"]["quantization"] = {"method": "mse", "samples": 10**6, "layers": len(report.layers)}
+    # How many weights ternary levels make zero, and how they are stored then, training decides.
+    values = 0 if recipe.bits is None or recipe.levels == "ternary" else 2**recipe.bits
+    numbers = Numbers(values, narrow=recipe.activation_bits is not None)
+    return Meter.of(report, goal, info=info, numbers=numbers, directory=workdir if known else "", progress=progress)
 
 
 def _claimed(

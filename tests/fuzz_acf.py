@@ -82,7 +82,7 @@ def content_of(program: Program, info: dict[str, Any], *, few_values: bool = Fal
         scales = {step.tensors["scales"] for step in program.steps if is_narrow(step)}  # must not become zero
         floats = {k for k, v in stored.items() if v.dtype == np.float32 and k not in scales}
         rounded = {k: np.round(2 * v) / 2 if k in floats else v for k, v in stored.items()}
-        stored, described = packing.split(rounded, overhead=-(2**20))
+        stored, described = packing.stored(rounded, packing.chosen(rounded, overhead=-(2**20)))
     version = {"format_version": 3 if narrow else 2 if few_values else 1}
     if narrow or few_values:
         version["packed"] = described

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -21,11 +22,13 @@ from autocompress_fast.compact import compact
 from autocompress_fast.engine import file, latency
 from autocompress_fast.engine.latency import Outline, Timing, _estimate
 from autocompress_fast.engine.lower import lower
+from autocompress_fast.engine.narrow import quantize
 from autocompress_fast.engine.program import Program, validate
 from autocompress_fast.graph import Report, inspect
 from autocompress_fast.latency import LatencyModel
-from autocompress_fast.meter import FileSize, Meter, Size
+from autocompress_fast.meter import FileSize, Meter, Numbers, Size
 from autocompress_fast.plan import Plan
+from autocompress_fast.quantize import LevelConstraint
 from autocompress_fast.rates import Action, Target, allocate, fill
 from autocompress_fast.search import Search
 
@@ -229,6 +232,39 @@ def test_the_bytes_of_a_file_are_known_before_it_is_written(name: str, structure
         assert found <= size.bytes(plan) <= found + 12 * len(report.layers)
 
 
+@pytest.mark.parametrize("structure", ["filter+column", "element"])
+@pytest.mark.parametrize("name", ["lenet_digits", "residual", "lenet300"])
+@pytest.mark.parametrize("levels", [LevelConstraint(1), LevelConstraint(2, "power"), LevelConstraint(4)])
+def test_the_bytes_of_weights_on_levels_are_known(levels, name: str, structure: str, tmp_path: Path) -> None:
+    model, x, report = network(name)
+    size = FileSize(report, {"note": 'a "note", ä'}, Numbers(len(levels.levels)))
+    plan = acf.unused_paths(projected(report, allocate(report, Target(params=3), report.counts(), structure)), report)
+    small = compact(model, plan, x, report=report).model
+    with torch.no_grad():
+        for norm in (module for module in small.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.weight.uniform_(0.5, 1.5)  # which gives every filter levels of its own
+        whole = written(small, x, tmp_path)
+        for layer in report.layers:
+            weight = small.get_submodule(layer.name).weight
+            weight.copy_(levels.project(weight))
+    found = written(small, x, tmp_path)
+    assert found < 0.95 * whole
+    assert found <= size.bytes(plan) <= 1.1 * found + 100  # not every level is used
+
+
+@pytest.mark.parametrize("name", ["lenet_digits", "residual"])
+def test_the_bytes_of_8_bit_layers_are_known(name: str, tmp_path: Path) -> None:
+    model, x, report = network(name)
+    size = FileSize(report, {"note": 'a "note", ä'}, Numbers(narrow=True))
+    plan = acf.unused_paths(projected(report, allocate(report, Target(params=3), report.counts())), report)
+    small = compact(model, plan, x, report=report).model
+    engine = quantize(acf.compile(small.eval(), x), torch.randn(20, *x.shape[1:]))
+    file.write(tmp_path / "narrow.acf", engine.program, {"note": 'a "note", ä'})
+    found = (tmp_path / "narrow.acf").stat().st_size
+    assert file.size(engine.program, {"note": 'a "note", ä'}) == found < written(small, x, tmp_path)
+    assert found <= size.bytes(plan) <= 1.02 * found + 100
+
+
 def written(model: nn.Module, x: torch.Tensor, folder: Path) -> int:
     program, info = lower(model.eval(), x), {"note": 'a "note", ä'}
     file.write(folder / "network.acf", program, info)
@@ -355,6 +391,18 @@ def test_a_search_keeps_the_shares_too() -> None:
 
 
 # Whole runs
+
+
+@pytest.mark.parametrize("numbers", [{"bits": 2, "quantize_epochs": 1}, {"activation_bits": 8, "activation_epochs": 1}])
+def test_a_target_in_bytes_counts_weights_of_few_bits(numbers: dict[str, Any], tmp_path: Path) -> None:
+    data, model = acf.data.digits(), models.create("lenet_digits")
+    plain = acf.Recipe(rounds=1, admm_epochs=1, final_epochs=1, precision="float32", batch_size=256)
+    recipe = dataclasses.replace(plain, **numbers)
+    in_float32 = acf.compress(model, data, target="bytes=7k", recipe=plain, dry_run=True)
+    result = acf.compress(model, data, target="bytes=7k", recipe=recipe)
+    path = result.save(tmp_path / "small.acf")
+    assert 6_000 < path.stat().st_size == result.small.bytes <= 7_000
+    assert result.small.params > 2 * in_float32.small.params
 
 
 @pytest.mark.parametrize("structure", ["filter+column", "element"])

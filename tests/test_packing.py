@@ -11,7 +11,7 @@ from torch import nn
 
 import autocompress_fast as acf
 from autocompress_fast.engine import FileFormatError
-from autocompress_fast.engine.packing import MOST_BITS, Packed, joined, pack, split, unpack
+from autocompress_fast.engine.packing import MOST_BITS, Packed, chosen, expected, joined, pack, stored, unpack
 from autocompress_fast.quantize import LevelConstraint
 
 VERSION_2 = Path(__file__).parent / "data" / "version_2.acf"
@@ -100,12 +100,16 @@ def test_parts_that_do_not_fit_are_refused(packed, message):
         unpack(packed)
 
 
+def split(tensors):
+    return stored(tensors, chosen(tensors))
+
+
 def test_tensors_of_a_file():
     tensors = {"a": of_values(2, (30, 40), 0), "b": np.arange(2000, dtype=np.float32), "i": np.zeros(2000, np.uint16)}
-    stored, described = split(tensors)
-    assert set(stored) == {"a.codes", "a.table", "b", "i"}
+    arrays, described = split(tensors)
+    assert set(arrays) == {"a.codes", "a.table", "b", "i"}
     assert described == {"a": {"shape": [30, 40], "bits": 1}}
-    again = joined(stored, described, 10**6)
+    again = joined(arrays, described, 10**6)
     assert {name: tensor.tobytes() for name, tensor in again.items()} == {n: t.tobytes() for n, t in tensors.items()}
     taken = {**tensors, "a.codes": np.zeros(1, np.float32)}
     assert split(taken)[1] == {}  # the name is in use
@@ -127,9 +131,25 @@ def test_tensors_of_a_file():
     ],
 )
 def test_descriptions_that_do_not_fit_are_refused(described, message):
-    stored, _ = split({"a": of_values(2, (30, 40), 0)})
+    arrays, _ = split({"a": of_values(2, (30, 40), 0)})
     with pytest.raises(ValueError, match=message):
-        joined(stored, described, 10**6)
+        joined(arrays, described, 10**6)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("shape", [(40, 30), (7, 300), (500, 3), (4000,)])
+@pytest.mark.parametrize("values", [1, 2, 3, 16, 17, 256, 257])
+def test_what_is_expected_is_what_is_packed(values, shape, alike):
+    filters, columns = shape if len(shape) > 1 else (1, shape[0])
+    places = np.resize(np.arange(values), filters * columns if alike else columns)
+    rows = np.broadcast_to(places.reshape(-1, columns), (filters, columns)).astype(np.float32)
+    if not alike:
+        rows = rows + (np.arange(filters, dtype=np.float32) / 1000)[:, None]
+    packed, found = pack(rows.reshape(shape)), expected(shape, values, alike)
+    assert (packed is None) == (found is None)
+    if packed is not None:
+        assert (found.shape, found.bits) == (packed.shape, packed.bits)
+        assert (found.codes.nbytes, found.table.nbytes) == (packed.codes.nbytes, packed.table.nbytes)
 
 
 def quantized() -> nn.Module:

@@ -181,7 +181,7 @@ class Job:
     def _check_target(self, report: Report) -> None:
         """Raise ValueError if no network of this shape can be as small as the target."""
         if self.target is not None:
-            meter = meter_for(report, self.target, self.data, self.folder)
+            meter = meter_for(report, self.target, self.data, self.recipe, self.folder)
             allocate(report, self.target, meter, self.recipe.structure, keep=self.recipe.keep)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,14 +59,19 @@ def write(path: str | Path, program: Program, info: dict[str, Any]) -> None:
     """
     infos = validate(program)
     check_info(info, program, infos)
-    tensors, packed = packing.split(program.tensors)
+    tensors, packed = packing.stored(program.tensors, packing.chosen(program.tensors))
     # One key: safetensors writes several in any order, and the same program should be the same file.
     metadata = {METADATA_KEY: _content(program, info, packed)}
-    write_atomically(path, safetensors.numpy.save(tensors, metadata))
+    in_order = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    write_atomically(path, safetensors.numpy.save(in_order, metadata))
 
 
-def size(program: Program, info: dict[str, Any]) -> int:
-    """Bytes of the file that `write` makes, or more if it packs tensors; of these, shapes and dtypes alone count.
+def size(program: Program, info: dict[str, Any], packed: Mapping[str, packing.Packed] | None = None) -> int:
+    """Bytes of the file that `write` makes; of tensors and of these codes, shapes and dtypes alone count.
+
+    Args:
+        program, info: as for `write`.
+        packed: the tensors that are stored as codes; those that `write` packs if not given.
 
     Example:
         >>> from autocompress_fast.engine.program import Input, Step
@@ -74,11 +79,12 @@ def size(program: Program, info: dict[str, Any]) -> int:
         >>> size(Program((Input("x", (4,)),), steps, (1,), {}), {})
         336
     """
-    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _content(program, info)}}
+    tensors, described = packing.stored(program.tensors, packing.chosen(program.tensors) if packed is None else packed)
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _content(program, info, described)}}
     end = 0
-    order = [np.dtype(kind) for kind in ("float32", "uint32", "uint16", "int8")]  # of safetensors, then by name
+    order = [np.dtype(kind) for kind in ("float32", "uint32", "uint16", "int8", "uint8")]  # of safetensors, then names
     codes = {dtype: code for code, dtype in _DTYPES.items()}
-    for name, tensor in sorted(program.tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+    for name, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
         offsets = [end, end + tensor.nbytes]
         header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         end = offsets[1]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from autocompress_fast.data import Dataset
 
-__all__ = ["quantize"]
+__all__ = ["can_be_narrow", "quantize", "scales_name"]
 
 Array = np.ndarray[Any, Any]
 
@@ -113,7 +113,7 @@ def _chosen_steps(program: Program, skip: Collection[str]) -> list[Step]:
         if not any(_matches(step.name, pattern) for step in layers):
             names = ", ".join(dict.fromkeys(step.name for step in layers)) or "none"
             raise ValueError(f"skip names {pattern!r}, which no layer matches; layers are {names:.500}")
-    possible = [step for step in layers if _fits(program, step)]
+    possible = [step for step in layers if can_be_narrow(program, step)]
     if not possible:
         raise ValueError("there is nothing to quantize: the network has no layer with dense or columns storage")
     steps = [step for step in possible if not any(_matches(step.name, pattern) for pattern in skip)]
@@ -126,7 +126,8 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
 
 
-def _fits(program: Program, step: Step) -> bool:
+def can_be_narrow(program: Program, step: Step) -> bool:
+    """Whether `quantize` can make this layer an 8-bit one."""
     a = step.attributes
     if a["storage"] == "sparse" or (a.get("groups", 1) > 1 and a["filters"] // a["groups"] < _LEAST_FILTERS):
         return False
@@ -220,14 +221,16 @@ def _narrowed(program: Program, grids: Mapping[int, Grid], *, best: bool) -> Pro
         name = step.tensors["weight"]
         least = 2 * MIN_SCALE / min(1.0, grid.scale)  # products with the scale of the input are not below either
         tensors[name], scales = rounded_weights(tensors[name], best=best, least=least)
-        role = _unused(f"{name.removesuffix('.weight')}.scales", tensors)
+        role = scales_name(name, tensors)
         tensors[role] = scales
         attributes = {**step.attributes, "input_scale": grid.scale, "input_zero": grid.zero}
         steps[i] = dataclasses.replace(step, attributes=attributes, tensors={**step.tensors, "scales": role})
     return dataclasses.replace(program, steps=tuple(steps), tensors=tensors)
 
 
-def _unused(name: str, taken: Mapping[str, Any]) -> str:
+def scales_name(weight: str, taken: Mapping[str, Any]) -> str:
+    """Of the tensor with the scales of these weights."""
+    name = f"{weight.removesuffix('.weight')}.scales"
     free, count = name, 1
     while free in taken:
         count += 1

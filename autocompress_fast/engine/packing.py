@@ -7,13 +7,13 @@ for each, and codes of b bits that say where in the row a value lies. What is re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["MOST_BITS", "Packed", "joined", "pack", "split", "unpack"]
+__all__ = ["MOST_BITS", "Packed", "chosen", "expected", "joined", "pack", "stored", "unpack"]
 
 Array = np.ndarray[Any, Any]
 
@@ -55,10 +55,42 @@ def pack(tensor: Array, *, overhead: int = _HEADER) -> Packed | None:
     words = np.ascontiguousarray(tensor).view(np.uint32).reshape(tensor.shape)  # -0.0 and 0.0 are two values
     candidates = [found for rows in (words.reshape(1, -1), words.reshape(len(words), -1)) if (found := _coded(rows))]
     packed = [Packed(tensor.shape, bits, codes, table) for bits, codes, table in candidates]
+    return _smallest(packed, tensor.nbytes - overhead)
+
+
+def expected(shape: tuple[int, ...], values: int, alike: bool, *, overhead: int = _HEADER) -> Packed | None:
+    """What `pack` makes at most of a tensor (filters, columns), or of some values, whose filters have so many values.
+
+    Args:
+        shape: of the tensor.
+        values: different ones, of a filter.
+        alike: all filters have the same; of values in one dimension always.
+
+    Returns:
+        Arrays without memory; None where the tensor stays as it is.
+
+    Example:
+        >>> expected((64, 64), 2, alike=True).codes.nbytes
+        512
+        >>> expected((64, 64), 2, alike=False).table.shape
+        (64, 2)
+    """
+    size = math.prod(shape)
+    tables = [(1, min(size, values if alike or len(shape) == 1 else values * shape[0]))]
+    if len(shape) > 1:
+        tables.append((shape[0], min(values, size // max(1, shape[0]))))
+    packed = []
+    for rows, width in tables:
+        if 0 < width <= 2**MOST_BITS:
+            bits = max(1, (width - 1).bit_length())
+            codes = np.broadcast_to(np.uint8(0), -(-size * bits // 8))
+            packed.append(Packed(shape, bits, codes, np.broadcast_to(np.float32(0), (rows, width))))
+    return _smallest(packed, 4 * size - overhead)
+
+
+def _smallest(packed: Sequence[Packed], below: int) -> Packed | None:
     best = min(packed, key=lambda one: one.codes.nbytes + one.table.nbytes, default=None)
-    if best is None or best.codes.nbytes + best.table.nbytes + overhead >= tensor.nbytes:
-        return None
-    return best
+    return None if best is None or best.codes.nbytes + best.table.nbytes >= below else best
 
 
 def unpack(packed: Packed) -> Array:
@@ -82,20 +114,24 @@ def unpack(packed: Packed) -> Array:
     return found
 
 
-def split(
-    tensors: Mapping[str, Array], *, overhead: int = _HEADER
+def chosen(tensors: Mapping[str, Array], *, overhead: int = _HEADER) -> dict[str, Packed]:
+    """Those of the tensors that a file has as codes."""
+    found = {name: pack(tensor, overhead=overhead) for name, tensor in tensors.items()}
+    return {
+        name: packed
+        for name, packed in found.items()
+        if packed is not None and f"{name}.codes" not in tensors and f"{name}.table" not in tensors
+    }
+
+
+def stored(
+    tensors: Mapping[str, Array], packed: Mapping[str, Packed]
 ) -> tuple[dict[str, Array], dict[str, dict[str, Any]]]:
     """The tensors of a file, and how those that are packed are described in its header."""
-    stored: dict[str, Array] = {}
-    described: dict[str, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        packed = pack(tensor, overhead=overhead)
-        if packed is None or f"{name}.codes" in tensors or f"{name}.table" in tensors:
-            stored[name] = np.asarray(tensor, order="C")
-            continue
-        stored |= {f"{name}.codes": packed.codes, f"{name}.table": packed.table}
-        described[name] = {"shape": list(packed.shape), "bits": packed.bits}
-    return stored, described
+    kept = {name: tensor for name, tensor in tensors.items() if name not in packed}
+    for name, one in packed.items():
+        kept |= {f"{name}.codes": one.codes, f"{name}.table": one.table}
+    return kept, {name: {"shape": list(one.shape), "bits": one.bits} for name, one in packed.items()}
 
 
 def joined(stored: Mapping[str, Array], described: object, most: int) -> dict[str, Array]:
