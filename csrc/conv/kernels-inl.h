@@ -117,7 +117,7 @@ void pixels_in_lanes(const Call& call) {
 
 // sums: (kPixels, width), one row per pixel.
 template <int kPixels>
-__attribute__((noinline, noclone)) void finish_pixels(const Call& call, const float* sums, int width) {
+void finish_pixels(const Call& call, const float* sums, int width) {
   const Tile& tile = *call.tile;
   constexpr int kVectors = (kPixels + N::kLanes - 1) / N::kLanes;
   if (call.out_plane == 1 && (call.residual == nullptr || call.residual_plane == 1)) {
