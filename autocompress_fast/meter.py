@@ -197,10 +197,19 @@ class Numbers:
     Args:
         values: different ones of a layer, zero apart, when they lie on levels; 0 for any.
         narrow: 8-bit layers (`acf.quantize`).
+
+    Raises:
+        ValueError: fewer than no values, or both: 8-bit layers have levels of their own.
     """
 
     values: int = 0
     narrow: bool = False
+
+    def __post_init__(self) -> None:
+        if self.values < 0:
+            raise ValueError(f"values must be 0 or more, got {self.values}")
+        if self.values and self.narrow:
+            raise ValueError(f"8-bit layers have levels of their own, got values={self.values}")
 
 
 class FileSize:
@@ -218,10 +227,19 @@ class FileSize:
     def __init__(self, report: Report, info: Mapping[str, Any], numbers: Numbers | None = None) -> None:
         from autocompress_fast.engine.lower import lower_trace
 
-        self._report, self._numbers = report, numbers or Numbers()
+        self._numbers, self._held = numbers or Numbers(), report.held
         self._program, names = lower_trace(report.trace)
         self._shapes = [g.shape for g in self._program.inputs] + [i.shape for i in validate(self._program)]
         self._compaction, self._info = Compaction(report, self._program, names), dict(info)
+        # A normalisation that is folded into the weights gives every filter levels of its own.
+        layers = {layer.name for layer in report.layers} if self._numbers.values else set()
+        self._alike = {
+            step.name
+            for step in self._program.steps
+            if step.name in layers
+            and "weight" in step.tensors
+            and np.array_equal(self._program.tensors[step.tensors["weight"]].ravel(), report.weight(step.name).ravel())
+        }
 
     def bytes(self, plan: Plan | None = None) -> int:
         """Of the network when `plan`, a result of `unused_paths`, is cut out of it; of the network itself without.
@@ -252,13 +270,10 @@ class FileSize:
 
     def _codes(self, step: Step, matrix: Matrix, tensor: Any) -> Packed | None:
         """How weights on levels are stored."""
-        name, whole = step.name, self._program.tensors.get(step.tensors.get("weight", ""))
-        if not self._numbers.values or name in self._report.held:
+        if not self._numbers.values or step.name in self._held:
             return None
         zeros = tensor.ndim > 1 and matrix.weights < tensor.size
-        # A normalisation that was folded into the weights has given every filter levels of its own.
-        alike = whole is not None and np.array_equal(whole.ravel(), self._report.weight(name).ravel())
-        values = self._numbers.values + zeros
+        alike, values = step.name in self._alike, self._numbers.values + zeros
         if tensor.ndim == 1 and not alike:  # of all filters together
             return expected(tensor.shape, values * matrix.filters, alike=True)
         return expected(tensor.shape, values, alike)

@@ -265,6 +265,18 @@ def test_the_bytes_of_8_bit_layers_are_known(name: str, tmp_path: Path) -> None:
     assert found <= size.bytes(plan) <= 1.02 * found + 100
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"values": -1}, "values must be 0 or more, got -1"),
+        ({"values": 4, "narrow": True}, "8-bit layers have levels of their own, got values=4"),
+    ],
+)
+def test_numbers_that_weights_cannot_become_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Numbers(**given)
+
+
 def written(model: nn.Module, x: torch.Tensor, folder: Path) -> int:
     program, info = lower(model.eval(), x), {"note": 'a "note", ä'}
     file.write(folder / "network.acf", program, info)

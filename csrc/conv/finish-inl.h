@@ -50,6 +50,7 @@ inline Reg gelu(Reg x) {
   return N::sub(N::max(zero, x), N::mul(N::mul(N::set(0.5f), size), rest));
 }
 
+// Not inlined: copies in all kernels would take long to compile, and a call is little beside what it does.
 __attribute__((noinline)) inline Reg activate_smoothly(const Call& call, Reg x) {
   const Reg sixth = N::set(1.0f / 6);
   switch (call.activation) {
