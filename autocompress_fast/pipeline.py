@@ -107,6 +107,9 @@ class Recipe:
         distillation: share of the loss that compares with the dense network. Try 0 for networks of a few thousand
             weights, which may not be able to follow it.
         temperature: of the distributions compared.
+        dropout: share of the inputs of fully connected layers that every step of the final training leaves out, and
+            of purification and of the trainings towards levels. About 0.1, with many epochs, helps networks of a few
+            thousand weights that know their training set by heart.
         batch_size: of training.
         precision: "float32", "bfloat16", or "auto": bfloat16 where the CPU has instructions for it.
         channels_last: memory layout of images while training.
@@ -146,6 +149,7 @@ class Recipe:
     momentum: float = 0.9
     distillation: float = 0.95
     temperature: float = 4.0
+    dropout: float = 0.0
     batch_size: int = 128
     precision: str = "auto"
     channels_last: bool = True
@@ -197,6 +201,7 @@ class Recipe:
             warmup=0.0 if kind == "admm" else 0.1,
             distillation=self.distillation,
             temperature=self.temperature,
+            dropout=self.dropout if kind in ("final", "purify", "quantize") else 0.0,
             precision="float32" if kind == "activation" else precision,  # bfloat16 would round what is rounded
             channels_last=self.channels_last,
             compile=self.compile,

@@ -813,11 +813,18 @@ def test_targets_out_of_reach_are_refused_before_anything_is_written(trained, tm
         ({"admm_lr": 0.0}, "lr must be positive"),
         ({"optimizer": "lion"}, "optimizer must be one of"),
         ({"distillation": 1.5}, "distillation must be from 0 to 1"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
     ],
 )
 def test_recipes_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**options)
+
+
+def test_dropout_is_of_the_final_training_and_what_follows():
+    recipe = Recipe(dropout=0.2)
+    kinds = {kind: recipe.training(kind, 1).dropout for kind in ("admm", "retrain", "final", "purify", "quantize")}
+    assert kinds == {"admm": 0.0, "retrain": 0.0, "final": 0.2, "purify": 0.2, "quantize": 0.2}
 
 
 def test_rounds_are_about_fourfold():

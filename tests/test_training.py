@@ -109,6 +109,7 @@ RUNS = {
     "augmented": {"optimizer": "adam", "lr": 0.01, "augmentation": True},
     "distillation": {"optimizer": "sgd", "distillation": 0.5},
     "distillation, augmented": {"optimizer": "sgd", "distillation": 0.5, "augmentation": True},
+    "dropout": {"optimizer": "sgd", "dropout": 0.2},
     "bfloat16": {"optimizer": "adam", "lr": 0.01, "precision": "bfloat16", "admm": True},
     "step schedule": {"optimizer": "sgd", "schedule": "step", "label_smoothing": 0.1},
 }
@@ -464,6 +465,28 @@ def test_label_smoothing(smoothing):
     assert_gradients(found, oracle, -(wanted * oracle(x).log_softmax(dim=1)).sum(dim=1).mean())
 
 
+def test_dropout_leaves_out_inputs_of_fully_connected_layers_while_training():
+    """Seen by the layer itself: whole batches of 1, of which each number is 0 or 1 / (1 - share)."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(72, 50), nn.Linear(50, 3))
+    with torch.no_grad():
+        model[0].weight.zero_(), model[0].bias.fill_(1.0)
+    seen = {layer: [] for layer in model}
+    for layer in model:
+        layer.register_forward_hook(lambda layer, inputs, _: seen[layer].append((layer.training, inputs[0].detach())))
+    data = UserBatches([(torch.randn(64, 1, 6, 6), torch.arange(64) % 3)])
+    Trainer(model, data, TrainingConfig(1, lr=1e-3, dropout=0.25), validation=data).run()
+    (trains, inside), (evaluates, outside) = seen[model[2]]
+    assert (trains, evaluates) == (True, False)
+    torch.testing.assert_close(inside.unique(), torch.tensor([0.0, 4 / 3]))
+    assert (inside == 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert len({tuple(row.tolist()) for row in inside}) == 64  # of each sample others
+    torch.testing.assert_close(outside, torch.ones(64, 72), atol=0.01, rtol=0)
+    assert (seen[model[3]][0][1] == 0).double().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert (seen[model[0]][0][1] != 0).all()
+    model(torch.zeros(1, 1, 6, 6))  # in training mode: of the user again
+    assert (seen[model[2]][-1][1] != 0).all()
+
+
 @pytest.mark.parametrize("share", [0.4, 1.0])
 def test_distillation_is_the_divergence_from_the_softened_teacher_times_t_squared(share):
     model, teacher = without_dropout(), network(7)
@@ -658,6 +681,8 @@ def test_the_rate_reaches_the_optimizer(tmp_path):
         ({"momentum": -0.1}, "momentum must be from 0 to 1"),
         ({"label_smoothing": math.nan}, "label_smoothing must be from 0 to 1"),
         ({"distillation": 2.0}, "distillation must be from 0 to 1"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1"),
+        ({"dropout": -0.1}, "dropout must be at least 0"),
         ({"milestones": (0.5, 30)}, "milestones must be from 0 to 1, got 30"),
     ],
 )

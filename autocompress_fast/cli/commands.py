@@ -184,6 +184,9 @@ def compress(
     distillation: Annotated[
         float | None, typer.Option(help="Share of the loss that compares with the dense network, 0 to 1.")
     ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="Share of the inputs of fully connected layers, in the final training.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Of every training.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     channels_last: Annotated[
@@ -238,6 +241,7 @@ def compress(
         "optimizer": optimizer,
         "weight_decay": weight_decay,
         "distillation": distillation,
+        "dropout": dropout,
         "batch_size": batch_size,
         "precision": precision,
         "channels_last": channels_last,
