@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,19 +195,20 @@ class Numbers:
     """What the weights of a network become when it is pruned.
 
     Args:
-        values: different ones of a layer, zero apart, when they lie on levels; 0 for any.
+        values: layer -> different ones of it, zero apart, when they lie on levels; any where it is not named.
         narrow: 8-bit layers (`acf.quantize`).
 
     Raises:
-        ValueError: fewer than no values, or both: 8-bit layers have levels of their own.
+        ValueError: fewer than one value, or both: 8-bit layers have levels of their own.
     """
 
-    values: int = 0
+    values: Mapping[str, int] = field(default_factory=dict)
     narrow: bool = False
 
     def __post_init__(self) -> None:
-        if self.values < 0:
-            raise ValueError(f"values must be 0 or more, got {self.values}")
+        for name, count in self.values.items():
+            if count < 1:
+                raise ValueError(f"values must be 1 or more, got {count} of {name}")
         if self.values and self.narrow:
             raise ValueError(f"8-bit layers have levels of their own, got values={self.values}")
 
@@ -232,7 +233,7 @@ class FileSize:
         self._shapes = [g.shape for g in self._program.inputs] + [i.shape for i in validate(self._program)]
         self._compaction, self._info = Compaction(report, self._program, names), dict(info)
         # A normalisation that is folded into the weights gives every filter levels of its own.
-        layers = {layer.name for layer in report.layers} if self._numbers.values else set()
+        layers = {layer.name for layer in report.layers}
         self._alike = {
             step.name
             for step in self._program.steps
@@ -241,8 +242,12 @@ class FileSize:
             and np.array_equal(self._program.tensors[step.tensors["weight"]].ravel(), report.weight(step.name).ravel())
         }
 
-    def bytes(self, plan: Plan | None = None) -> int:
+    def bytes(self, plan: Plan | None = None, numbers: Numbers | None = None) -> int:
         """Of the network when `plan`, a result of `unused_paths`, is cut out of it; of the network itself without.
+
+        Args:
+            plan: what is kept.
+            numbers: that its weights will become, if others than those of this object.
 
         It is exact but for numbers that are written with fewer digits, for biases of layers without one, which may
         get one when constants are folded, and for levels that no weight is on; these count. Of the network itself it is
@@ -250,8 +255,9 @@ class FileSize:
         """
         if plan is None:
             return file.size(self._program, self._info)
-        program, packed = self._smaller(self._compaction.sizes(plan, settled=True))
-        return file.size(self._narrowed(program) if self._numbers.narrow else program, self._info, packed)
+        numbers = numbers or self._numbers
+        program, packed = self._smaller(self._compaction.sizes(plan, settled=True), numbers)
+        return file.size(self._narrowed(program) if numbers.narrow else program, self._info, packed)
 
     def _narrowed(self, program: Program) -> Program:
         """With 8-bit layers; of their numbers the digits alone count."""
@@ -268,17 +274,17 @@ class FileSize:
             steps.append(replace(step, attributes=attributes, tensors={**step.tensors, "scales": scales}))
         return replace(program, steps=tuple(steps), tensors=tensors)
 
-    def _codes(self, step: Step, matrix: Matrix, tensor: Any) -> Packed | None:
+    def _codes(self, step: Step, matrix: Matrix, tensor: Any, numbers: Numbers) -> Packed | None:
         """How weights on levels are stored."""
-        if not self._numbers.values or step.name in self._held:
+        if step.name not in numbers.values or step.name in self._held:
             return None
         zeros = tensor.ndim > 1 and matrix.weights < tensor.size
-        alike, values = step.name in self._alike, self._numbers.values + zeros
+        alike, values = step.name in self._alike, numbers.values[step.name] + zeros
         if tensor.ndim == 1 and not alike:  # of all filters together
             return expected(tensor.shape, values * matrix.filters, alike=True)
         return expected(tensor.shape, values, alike)
 
-    def _smaller(self, sizes: Sizes) -> tuple[Program, dict[str, Packed]]:
+    def _smaller(self, sizes: Sizes, numbers: Numbers) -> tuple[Program, dict[str, Packed]]:
         """The program with tensors of these sizes, which hold nothing, and those that are stored as codes."""
         assert sizes.shapes is not None
         assert sizes.matrices is not None
@@ -299,7 +305,7 @@ class FileSize:
                     arrays["bias"] = _empty(np.float32, matrix.filters)
             names = {role: step.tensors.get(role, f"{step.name or step.op}.{role}") for role in arrays}
             for role in arrays.keys() & {"weight", "values"}:
-                if matrix is not None and (codes := self._codes(step, matrix, arrays[role])):
+                if matrix is not None and (codes := self._codes(step, matrix, arrays[role], numbers)):
                     packed[names[role]] = codes
             tensors |= {names[role]: array for role, array in arrays.items()}
             steps.append(replace(step, attributes=attributes, tensors=names))

@@ -35,6 +35,7 @@ from torch import nn
 from autocompress_fast._baked import baked
 from autocompress_fast._files import remove_partial, write_atomically
 from autocompress_fast.admm import ADMM, Constraint, RhoSchedule, projected
+from autocompress_fast.bits import Bits, BitSearch, checked, level_score, middle, numbers, ranges
 from autocompress_fast.compact import Kept, compact, restore
 from autocompress_fast.data import Augmentation, Batches, Dataset, Splits, UserBatches, batches
 from autocompress_fast.engine import compile as compile_engine
@@ -44,7 +45,7 @@ from autocompress_fast.engine.narrow import quantize
 from autocompress_fast.engine.simulation import Simulation, simulate
 from autocompress_fast.graph import Counts, Pattern, Report, inspect
 from autocompress_fast.latency import LATENCIES
-from autocompress_fast.meter import Meter, Numbers, Size
+from autocompress_fast.meter import FileSize, Meter, Numbers, Size
 from autocompress_fast.plan import Plan, apply_masks
 from autocompress_fast.progress import Progress, default_progress
 from autocompress_fast.purify import purify
@@ -64,6 +65,7 @@ _KINDS = ("admm", "retrain", "final", "purify", "quantize", "activation")  # of 
 _EVALUATION_BATCH = 1000
 _QUICK_BATCHES = 2  # of validation, on which searches and purification score networks
 _CALIBRATION_BATCHES = 8  # of training, before a search scores a network
+_BIT_TRIALS = 100  # of a search for bits, which trains nothing
 _SEARCH_BATCH = 4  # candidates of a search that are proposed together
 _TIMED_BATCHES = 8  # of a dry run
 _EACH_ROUND = 4.0  # rate, unless the recipe says how many rounds there are
@@ -94,8 +96,11 @@ class Recipe:
             accuracy on some validation samples stays within `purify_tolerance` points of what it was before, until
             `purify_epochs` of masked retraining follow, which may win it back for the next round.
         bits: of every weight that is left: at the end the weights are brought to 2^bits levels (`LevelConstraint`) by
-            ADMM, and set to them in portions, the closest first; first and last layer after the others. A target in
-            bytes counts weights of so many bits, but for ternary ones. Not given: float32.
+            ADMM, and set to them in portions, the closest first; first and last layer after the others. Patterns of
+            layers with theirs, as {"conv*": 4}, leave the others float32; (at least, at most) instead of a number lets
+            a search find how many each layer gets, so that the file has the bytes of the target, or those it would have
+            with the bits in the middle. A target in bytes counts weights of so many bits, or of those in the middle,
+            but for ternary ones. Not given: float32.
         levels: "equal", "power", "ternary" or "binary".
         quantize_epochs: of the ADMM training towards levels, and after every portion; ten such trainings in all.
         activation_bits: 8 for a network that computes with 8-bit weights and activations (`acf.quantize`), and is then
@@ -107,8 +112,8 @@ class Recipe:
         distillation: share of the loss that compares with the dense network. Try 0 for networks of a few thousand
             weights, which may not be able to follow it.
         temperature: of the distributions compared.
-        dropout: share of the inputs of fully connected layers that every step of the final training leaves out, and
-            of purification and of the trainings towards levels. About 0.1, with many epochs, helps networks of a few
+        dropout: share of the inputs of fully connected layers but the last one that every step of the final training
+            leaves out, and of purification and of the trainings towards levels. About 0.1 helps networks of a few
             thousand weights that know their training set by heart.
         batch_size: of training.
         precision: "float32", "bfloat16", or "auto": bfloat16 where the CPU has instructions for it.
@@ -132,7 +137,7 @@ class Recipe:
     purify_rounds: int = 0
     purify_tolerance: float = 0.5
     purify_epochs: int = 5
-    bits: int | None = None
+    bits: Bits | None = None
     levels: str = "equal"
     quantize_epochs: int = 3
     activation_bits: int | None = None
@@ -172,7 +177,7 @@ class Recipe:
             if isinstance(getattr(self, name), bool) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.bits is not None:
-            LevelConstraint(self.bits, self.levels)  # checks both
+            checked(self.bits, self.levels)
         elif self.levels != "equal":
             raise ValueError(f"levels={self.levels!r} needs bits, got none")
         if self.activation_bits not in (None, 8) or isinstance(self.activation_bits, bool):
@@ -256,6 +261,7 @@ class Result:
         info: what `save` writes beside the network.
         sizes: of the network in the stages that retrain it, by their names; those before one are of the stage before.
         searches: what the search of every round has found, when the recipe has one.
+        bits: of the layers whose weights lie on levels.
     """
 
     model: nn.Module
@@ -274,6 +280,7 @@ class Result:
     info: dict[str, Any]
     sizes: dict[str, Counts] = field(default_factory=dict)
     searches: list[Found] = field(default_factory=list)
+    bits: dict[str, int] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -303,6 +310,7 @@ class Result:
             "recipe": asdict(self.recipe),
             "layers": {
                 name: {"filters": int(p.filters.sum()), "columns": int(p.columns.sum()), "weights": p.weights}
+                | ({"bits": self.bits[name]} if name in self.bits else {})
                 for name, p in self.plan.items()
             },
             "rounds": self.rounds,
@@ -410,9 +418,8 @@ def compress(
         raise ValueError(f"max_drop is in points of accuracy, from 0 to 100, got {max_drop}")
     goal = None if target is None else target if isinstance(target, Target) else Target.parse(str(target))
     train_part, validation_part, test_part = _three_parts(data)
-    loader = _training_batches(
-        train_part, recipe.batch_size, recipe.seed, augmentation=getattr(data, "augmentation", None)
-    )
+    augmentation = getattr(data, "augmentation", None)
+    loader = _training_batches(train_part, recipe.batch_size, recipe.seed, augmentation)
     validation = batches(validation_part, _EVALUATION_BATCH)
     example = _example(example_input, validation)
     report = inspect(model, example, select=select, exclude=exclude)  # classes are those of the model that was given
@@ -426,14 +433,18 @@ def compress(
     if dry_run:
         return _dry_run(model, loader, validation, meter, goal, recipe, rounds)
     allocate(report, goal, meter, recipe.structure, keep=recipe.keep)  # says now what cannot be met
-    folder = None if workdir is None else _claimed(Path(workdir), model, meter, goal, max_drop, recipe, train_part)
+    folder = (
+        None
+        if workdir is None
+        else _claimed(Path(workdir), model, meter, goal, max_drop, recipe, train_part, augmentation)
+    )
 
     told = progress or default_progress()
     with told:
         stages = _Stages(loader, validation, copy.deepcopy(model).eval(), folder, told)
         base = evaluate(model, validation)
         told.note(f"dense: {base.accuracy:.2f}% of {base.samples} validation samples, {report.params:,} weights")
-        run = _Run(report, meter, example, goal, recipe, stages)
+        run = _Run(report, meter, example, goal, recipe, stages, _expected_info(data, report, goal))
         kept = {n.name: Kept(np.arange(n.shape[0]), np.arange(n.weights // n.shape[0])) for n in report.layers}
         state = _State(copy.deepcopy(model), None, kept, base.accuracy, polished=True)
         floor = -math.inf if max_drop is None else base.accuracy - max_drop
@@ -470,6 +481,7 @@ def compress(
         example_input=example,
         sizes=stages.sizes,
         searches=stages.searches,
+        bits=state.bits,
         info=info,
     )
     if folder is not None:
@@ -487,6 +499,7 @@ class _State:
     kept: dict[str, Kept]  # where its weights were in the network that was given
     accuracy: float  # on the validation set
     polished: bool  # by the long training of the end
+    bits: dict[str, int] = field(default_factory=dict)  # of the layers whose weights lie on levels
 
 
 @dataclass(frozen=True)
@@ -499,6 +512,7 @@ class _Run:
     goal: Target
     recipe: Recipe
     stages: _Stages
+    info: dict[str, Any]  # that will be saved, as far as its size goes
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
     def whole(self, state: _State) -> Plan:
@@ -689,9 +703,10 @@ def _quantized(run: _Run, state: _State) -> _State:
     recipe, stages = run.recipe, run.stages
     if recipe.bits is None or state.masks is None:
         return state
-    small, masks = copy.deepcopy(state.small), state.masks
-    names = [name for name, layer in masks.items() if layer.weights and name not in run.report.held]
-    edges = list(dict.fromkeys([*names[:1], *names[-1:]]))
+    small, masks, bits = copy.deepcopy(state.small), state.masks, _bits(run, state)
+    names = list(bits)
+    left = [name for name, layer in masks.items() if layer.weights and name not in run.report.held]
+    edges = [name for name in dict.fromkeys([*left[:1], *left[-1:]]) if name in bits]
     groups = {"inner": [name for name in names if name not in edges], "edge": edges}
     config = recipe.training("quantize", 0)
     towards = dataclasses.replace(config, schedule="constant", warmup=0.0)
@@ -699,7 +714,7 @@ def _quantized(run: _Run, state: _State) -> _State:
     for group, layers in groups.items():
         if not layers:
             continue
-        constraints = {name: LevelConstraint(recipe.bits, recipe.levels) for name in layers}
+        constraints = {name: LevelConstraint(bits[name], recipe.levels) for name in layers}
         admm = ADMM(small, constraints, rho=recipe.rho)
         stages.run(small, f"quantize.{group}.admm", towards, admm=admm, masks=masks, fixed=fixed)
         weights: dict[str, Any] = {name: small.get_submodule(name).weight for name in layers}
@@ -712,8 +727,51 @@ def _quantized(run: _Run, state: _State) -> _State:
                     weight.copy_(torch.where(chosen, target, weight))
             stages.run(small, f"quantize.{group}.{round(100 * share)}", config, masks=masks, fixed=fixed)
     accuracy = evaluate(small, stages.validation).accuracy
-    stages.progress.note(f"{recipe.bits} bits a weight: {state.accuracy:.2f} -> {accuracy:.2f}%")
-    return dataclasses.replace(state, small=small, accuracy=accuracy)
+    fewest, most = min(bits.values(), default=0), max(bits.values(), default=0)
+    said = f"{fewest} bits a weight" if fewest == most else f"{fewest} to {most} bits a weight"
+    stages.progress.note(f"{said}: {state.accuracy:.2f} -> {accuracy:.2f}%")
+    return dataclasses.replace(state, small=small, accuracy=accuracy, bits=bits)
+
+
+def _bits(run: _Run, state: _State) -> dict[str, int]:
+    """Of the weights that are left of every layer whose weights get levels; found by a search where it may choose."""
+    recipe, stages = run.recipe, run.stages
+    assert recipe.bits is not None
+    assert state.masks is not None
+    asked = ranges(recipe.bits, recipe.levels, [layer.name for layer in run.report.layers])
+    held = run.report.held
+    layers = {n: asked[n] for n, layer in state.masks.items() if n in asked and layer.weights and n not in held}
+    if all(low == high for low, high in layers.values()):
+        return middle(layers)
+    quick = recipe.training("quantize", 0)
+    score = level_score(
+        state.small,
+        UserBatches(list(itertools.islice(stages.validation.epoch(0), _QUICK_BATCHES))),
+        calibration=itertools.islice(stages.loader.epoch(0), _CALIBRATION_BATCHES),
+        precision=quick.precision,
+        channels_last=quick.channels_last,
+    )
+    size, plan = FileSize(run.report, run.info), run.whole(state)
+    alike = size.bytes(plan, numbers(middle(layers), recipe.levels))
+    search = BitSearch(
+        run.report,
+        score,
+        layers=layers,
+        kind=recipe.levels,
+        size=size,
+        plan=plan,
+        most=max(alike, run.goal.bytes or 0),  # more than the target where the accuracy did not let it be met
+        batch=max(_SEARCH_BATCH, recipe.search_workers),
+        workers=recipe.search_workers,
+        seed=recipe.seed,
+        trace=None if stages.folder is None else stages.folder / "bits.search.jsonl",
+    )
+    found = search.run(_BIT_TRIALS, progress=stages.progress)
+    bits = {name: int(constraint.bits) for name, constraint in found.constraints.items()}
+    each = ", ".join(f"{name} {number}" for name, number in bits.items())
+    said = f"{search.bytes_with(bits):,} of {search.bytes:,} bytes, loss at once {-found.score:.4g}"
+    stages.progress.note(f"bits: {each}; {said}, with all alike {-found.start:.4g}")
+    return bits
 
 
 def _narrowed(run: _Run, model: nn.Module, data: Any, floor: float) -> tuple[nn.Module, float]:
@@ -890,14 +948,14 @@ def meter_for(
     A run that goes on must decide as it did before, whatever else has been timed on this machine since.
     """
     known = workdir is not None and any(Path(workdir).glob(LATENCIES))
-    accuracy = dict.fromkeys(("base", "final", "base_test", "final_test"), 100 / 7)  # has as many digits as any
-    info = _info(data, report, None, accuracy, goal)
+    info = _expected_info(data, report, goal)
     if recipe.activation_bits is not None:  # of what `quantize` says, the digits alone count
         info["provenance"]["quantization"] = {"method": "mse", "samples": 10**6, "layers": len(report.layers)}
-    # How many weights ternary levels make zero, and how they are stored then, training decides.
-    values = 0 if recipe.bits is None or recipe.levels == "ternary" else 2**recipe.bits
-    numbers = Numbers(values, narrow=recipe.activation_bits is not None)
-    return Meter.of(report, goal, info=info, numbers=numbers, directory=workdir if known else "", progress=progress)
+    become = Numbers(narrow=recipe.activation_bits is not None)
+    if recipe.bits is not None:
+        layers = ranges(recipe.bits, recipe.levels, [layer.name for layer in report.layers])
+        become = numbers(middle(layers), recipe.levels)
+    return Meter.of(report, goal, info=info, numbers=become, directory=workdir if known else "", progress=progress)
 
 
 def _claimed(
@@ -908,6 +966,7 @@ def _claimed(
     max_drop: float | None,
     recipe: Recipe,
     data: Any,
+    augmentation: Augmentation | None,
 ) -> Path:
     """The work directory, made if need be, after checking that an earlier run in it was this one."""
     digest = hashlib.sha256()
@@ -922,6 +981,7 @@ def _claimed(
     }
     if isinstance(data, Dataset):
         settings["data"] = _digest_of(data)
+        settings["augmentation"] = None if augmentation is None else asdict(augmentation)
     if "seconds" in goal.measured:
         settings["latency of the dense network (or machine)"] = asdict(meter.dense)["seconds"]
     settings = json.loads(json.dumps(settings))
@@ -961,6 +1021,12 @@ def _info(data: Any, report: Report, plan: Plan | None, accuracy: dict[str, floa
         info |= {"classes": list(part.classes), "mean": list(part.mean), "std": list(part.std)}
         info["provenance"]["data"] = data.name
     return info
+
+
+def _expected_info(data: Any, report: Report, goal: Target) -> dict[str, Any]:
+    """As long as what `_info` will say of the result."""
+    accuracy = dict.fromkeys(("base", "final", "base_test", "final_test"), 100 / 7)  # has as many digits as any
+    return _info(data, report, None, accuracy, goal)
 
 
 def _rates(dense: Counts, small: Counts) -> str:

@@ -160,11 +160,14 @@ class Summary(Document):
                     f"{layer.columns:,} -> {int(plan.columns.sum()):,}",
                     f"{layer.weights:,} -> {plan.weights:,}",
                     rate(layer.weights, plan.weights),
+                    str(result.bits.get(layer.name, "")),
                 )
             )
         for name, before, after in _changes(result.dense, result.small):
-            rows.append((name, "", "", f"{before:,} -> {after:,}", rate(before, after)))
-        return Table("", ("layer", "filters", "columns", "weights", "rate"), rows)
+            rows.append((name, "", "", f"{before:,} -> {after:,}", rate(before, after), ""))
+        header = ("layer", "filters", "columns", "weights", "rate", "bits")
+        width = len(header) if result.bits else len(header) - 1
+        return Table("", header[:width], [row[:width] for row in rows])
 
     def _accuracy(self) -> Table | None:
         accuracy = self._result.accuracy

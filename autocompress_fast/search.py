@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Found", "Search", "Trial", "one_shot", "quick_score", "read_trace"]
 
 Floats = npt.NDArray[np.float64]
-Constraints = dict[str, Constraint]
+Constraints = dict[str, Any]  # of what is kept, or of levels
 
 _STEP = 0.5  # standard deviation of a move of one coordinate at the start: a factor of e^0.5
 _LEAST_STEP = 0.2  # of that, at the end
@@ -123,16 +123,12 @@ class Found:
         return plot_search(self, path)
 
 
-class Search:
-    """Looks for the constraints that meet a target with the highest score.
+class Annealer:
+    """A search by simulated annealing, whatever for: what an action leads to is left to those that derive from it.
 
     Args:
-        report: of the network as it is now.
-        target: relative to `dense`.
-        score: of constraints, higher is better; any function that says the same of the same. `quick_score` makes one.
-        dense: sizes that the target counts from, or a `Meter`; those of `report` when not given.
-        structure: one of `rates.STRUCTURES`.
-        keep: shares that layers keep at least and at most, as of `allocate`.
+        report: of the network.
+        score: of what is found, higher is better; any function that says the same of the same.
         temperature: factor on the temperatures; 0 accepts nothing that is worse.
         batch: candidates that are proposed together, from the same trials; 1 knows most at every one.
         workers: processes that score the candidates of a batch at the same time, each on one thread; 1: this one. What
@@ -144,30 +140,17 @@ class Search:
     The temperature is measured in the spread of the scores, so scaling the score changes nothing.
 
     Raises:
-        ValueError: a target that cannot be met, an unknown structure, the trace of another search.
-
-    Example:
-        >>> import torch
-        >>> from autocompress_fast.graph import inspect
-        >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(100, 50), torch.nn.ReLU(), torch.nn.Linear(50, 10))
-        >>> report = inspect(model, torch.zeros(1, 100))
-        >>> def prefer_the_last(constraints):
-        ...     return float(constraints["2"].keep)
-        >>> found = Search(report, Target(params=10), prefer_the_last, structure="element").run(40)
-        >>> found.score > found.start, sum(c.keep for c in found.constraints.values()) <= 550
-        (True, True)
+        ValueError: a temperature, batch or number of workers that makes no sense.
     """
+
+    coordinates: tuple[tuple[str, str], ...]
+    """What a move changes: parts of an action, "weights" or "filters", and the names of layers."""
 
     def __init__(
         self,
         report: Report,
-        target: Target,
         score: Callable[[Constraints], float],
         *,
-        dense: Counts | Meter | None = None,
-        structure: str = "filter+column",
-        keep: Keep | None = None,
         temperature: float = 1.0,
         batch: int = 4,
         workers: int = 1,
@@ -176,29 +159,24 @@ class Search:
     ) -> None:
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more, got {temperature}")
-        if structure not in STRUCTURES:
-            raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {structure!r}")
         for what, number in (("batch", batch), ("workers", workers)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{what} must be an integer of 1 or more, got {number!r}")
-        self.report, self.target, self.score = report, target, score
-        if dense is None:
-            dense = Meter.of(report, target)
-        self.meter, self.keep = dense, dict(keep or {})
-        self.dense = dense.dense if isinstance(dense, Meter) else dense
-        self.structure, self.temperature, self.seed = structure, temperature, seed
+        self.report, self.score, self.temperature, self.seed = report, score, temperature, seed
         self.batch, self.workers = batch, workers
         self.trace = None if trace is None else Path(trace)
-        constraints = self.constraints(Action())  # says now what cannot be met
-        both = structure in ("filter+column", "filter-then-column")
-        self.coordinates = tuple(
-            [("weights", name) for name in constraints]
-            + [("filters", tied.layers[0]) for tied in report.sets if both and tied.layers[0] in constraints]
-        )
 
     def constraints(self, action: Action) -> Constraints:
-        """Those that an action leads to; they meet the target."""
-        return allocate(self.report, self.target, self.meter, self.structure, action=action, keep=self.keep)
+        """Those that an action leads to."""
+        raise NotImplementedError
+
+    def kept(self, constraints: Mapping[str, Any]) -> tuple[int, ...]:
+        """Numbers above 0 that tell candidates apart, and that their scores follow from."""
+        raise NotImplementedError
+
+    def described(self) -> dict[str, Any]:
+        """What is looked for, as a trace names it."""
+        raise NotImplementedError
 
     def run(
         self, evaluations: int | None = None, *, minutes: float | None = None, progress: Progress | None = None
@@ -238,11 +216,10 @@ class Search:
 
     def _head(self, budget: _Budget) -> dict[str, Any]:
         names = {name: list(self.report[name].shape) for name in self.constraints(Action())}
-        settings: dict[str, Any] = {"structure": self.structure, "temperature": self.temperature, "batch": self.batch}
-        settings |= {"budget": asdict(budget)} | ({"keep": self.keep} if self.keep else {})
-        if isinstance(self.score, _QuickScore):
+        settings: dict[str, Any] = {"temperature": self.temperature, "batch": self.batch, "budget": asdict(budget)}
+        if hasattr(self.score, "settings"):
             settings["score"] = self.score.settings()
-        head = {"format": _FORMAT, "target": self.target.given(), "dense": asdict(self.dense), "layers": names}
+        head = {"format": _FORMAT, **self.described(), "layers": names}
         return dict(json.loads(json.dumps(head | settings | {"seed": self.seed})))
 
     def _read(self, budget: _Budget) -> list[Trial]:
@@ -265,6 +242,76 @@ class Search:
         if self.trace is not None:
             with self.trace.open("a") as file:
                 file.write(json.dumps(asdict(trial)) + "\n")
+
+
+class Search(Annealer):
+    """Looks for the constraints that meet a target with the highest score.
+
+    Args:
+        report: of the network as it is now.
+        target: relative to `dense`.
+        score: of constraints, higher is better; any function that says the same of the same. `quick_score` makes one.
+        dense: sizes that the target counts from, or a `Meter`; those of `report` when not given.
+        structure: one of `rates.STRUCTURES`.
+        keep: shares that layers keep at least and at most, as of `allocate`.
+        options: as of `Annealer`.
+
+    Raises:
+        ValueError: a target that cannot be met, an unknown structure, the trace of another search.
+
+    Example:
+        >>> import torch
+        >>> from autocompress_fast.graph import inspect
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(100, 50), torch.nn.ReLU(), torch.nn.Linear(50, 10))
+        >>> report = inspect(model, torch.zeros(1, 100))
+        >>> def prefer_the_last(constraints):
+        ...     return float(constraints["2"].keep)
+        >>> found = Search(report, Target(params=10), prefer_the_last, structure="element").run(40)
+        >>> found.score > found.start, sum(c.keep for c in found.constraints.values()) <= 550
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        report: Report,
+        target: Target,
+        score: Callable[[Constraints], float],
+        *,
+        dense: Counts | Meter | None = None,
+        structure: str = "filter+column",
+        keep: Keep | None = None,
+        **options: Any,
+    ) -> None:
+        if structure not in STRUCTURES:
+            raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {structure!r}")
+        super().__init__(report, score, **options)
+        self.target = target
+        if dense is None:
+            dense = Meter.of(report, target)
+        self.meter, self.keep = dense, dict(keep or {})
+        self.dense = dense.dense if isinstance(dense, Meter) else dense
+        self.structure = structure
+        constraints = self.constraints(Action())  # says now what cannot be met
+        both = structure in ("filter+column", "filter-then-column")
+        self.coordinates = tuple(
+            [("weights", name) for name in constraints]
+            + [("filters", tied.layers[0]) for tied in report.sets if both and tied.layers[0] in constraints]
+        )
+
+    def constraints(self, action: Action) -> Constraints:
+        """Those that an action leads to; they meet the target."""
+        return dict(allocate(self.report, self.target, self.meter, self.structure, action=action, keep=self.keep))
+
+    def kept(self, constraints: Mapping[str, Any]) -> tuple[int, ...]:
+        """What is kept of each layer."""
+        keeps = (c.keep if isinstance(c.keep, tuple) else (c.keep,) for c in constraints.values())
+        return tuple(number for keep in keeps for number in keep)
+
+    def described(self) -> dict[str, Any]:
+        """The target, and the network it is of."""
+        described = {"target": self.target.given(), "dense": asdict(self.dense), "structure": self.structure}
+        return described | ({"keep": self.keep} if self.keep else {})
 
 
 @dataclass(frozen=True)
@@ -290,19 +337,14 @@ class _Candidate:
     vector: Floats
     action: Action
     constraints: Constraints
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        """What is kept of each layer."""
-        keeps = (c.keep if isinstance(c.keep, tuple) else (c.keep,) for c in self.constraints.values())
-        return tuple(number for keep in keeps for number in keep)
+    kept: tuple[int, ...]  # as `Search.kept` has it
 
 
 @dataclass
 class _Annealing:
     """One run. What it does follows from the seed and the scores, so known scores bring it to where it was."""
 
-    search: Search
+    search: Annealer
     budget: _Budget
     known: list[Trial]  # of an earlier run
     workers: Workers[Constraints, float] | None
@@ -422,7 +464,8 @@ class _Annealing:
         for (kind, name), value in zip(self.search.coordinates, vector.tolist(), strict=True):
             parts[kind][name] = value
         action = Action(**parts)
-        return _Candidate(vector, action, self.search.constraints(action))
+        constraints = self.search.constraints(action)
+        return _Candidate(vector, action, constraints, self.search.kept(constraints))
 
     def vector(self, action: Action) -> Floats:
         parts = {"weights": action.weights, "filters": action.filters}

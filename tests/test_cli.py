@@ -132,6 +132,8 @@ def test_another_recipe_does_not_continue_a_run(finished):
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     fails(run(*DIGITS, *QUICK, "--final-lr", "0.5", "--workdir", folder), "another recipe; choose another work")
+    fails(run(*DIGITS, *QUICK, "--elastic", "0.5", "--workdir", folder), "another augmentation; choose another work")
+    fails(run(*DIGITS, *QUICK, "--elastic", "0.5", "--no-augment"), "--elastic 0.5 and --no-augment contradict")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path in before}.keys() == before.keys()
 
 
@@ -599,6 +601,22 @@ def test_compress_to_8_bits(tmp_path):
     }
     assert engine.info["provenance"]["quantization"]["method"] == "mse"
     assert found["bytes"] < found["dense_bytes"] / 5
+
+
+def test_compress_to_bits_of_single_layers(tmp_path):
+    options = ["--bits", "conv1=3", "--bits", "fc*=1:4", "--quantize-epochs", "0"]
+    result = run(*DIGITS, *QUICK, *options, "--workdir", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    found = {name: layer.get("bits") for name, layer in json.loads(result.stdout)["layers"].items()}
+    assert (found.pop("conv1"), found.pop("conv2")) == (3, None)
+    assert all(1 <= bits <= 4 for bits in found.values())
+    assert "bits: conv1 3, fc1" in result.stderr
+
+
+@pytest.mark.parametrize("given", [["4", "4"], ["conv1=4", "3"], ["conv1=4:"], ["four"], ["4", "fc1=3"], ["1:2:3"]])
+def test_bits_that_make_no_sense_are_refused(given, tmp_path):
+    options = [part for text in given for part in ("--bits", text)]
+    fails(run(*DIGITS, *options, "--workdir", tmp_path), "--bits is BITS, FEWEST:MOST, or PATTERN=BITS")
 
 
 def test_quantize_with_data(finished, tmp_path):

@@ -176,7 +176,7 @@ def test_an_epoch_has_every_image_once_with_its_label(shuffle):
 
 def test_order_and_augmentation_depend_on_seed_and_epoch_alone():
     dataset = make_dataset(50)
-    options = {"shuffle": True, "augmentation": Augmentation(shift=2, flip=True, rotation=20, scale=0.2)}
+    options = {"shuffle": True, "augmentation": Augmentation(shift=2, flip=True, rotation=20, scale=0.2, elastic=0.5)}
     first = BatchLoader(dataset, 16, seed=5, **options)
     for epoch in range(2):  # reading earlier epochs must leave no trace
         list(first.epoch(epoch))
@@ -255,7 +255,7 @@ def test_rotation_turns_the_middle_of_the_image(shape, quarter_turns):
     middle = RNG.random((3, 2, 6, 6)).astype(np.float32)
     top, left = (shape[0] - 6) // 2, (shape[1] - 6) // 2
     images[:, :, top : top + 6, left : left + 6] = middle
-    turned = Augmentation(rotation=360, scale=0.5).rotate_and_scale(
+    turned = Augmentation(rotation=360, scale=0.5).resample(
         torch.from_numpy(images), FixedDraws(90.0 * quarter_turns, 1.0)
     )
     found = turned.numpy()[:, :, top : top + 6, left : left + 6]
@@ -265,17 +265,29 @@ def test_rotation_turns_the_middle_of_the_image(shape, quarter_turns):
 def test_scale_enlarges_about_the_middle():
     image = torch.zeros(1, 1, 16, 16)
     image[:, :, 6:10, 6:10] = 1
-    areas = [
-        Augmentation(scale=0.5).rotate_and_scale(image, FixedDraws(0.0, factor)).sum().item()
-        for factor in (0.5, 1, 1.5)
-    ]
+    areas = [Augmentation(scale=0.5).resample(image, FixedDraws(0.0, factor)).sum().item() for factor in (0.5, 1, 1.5)]
     np.testing.assert_allclose(areas, [4, 16, 36], rtol=0.15)
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (20, 34)])
+def test_elastic_distortions_move_neighbours_alike(height, width):
+    """Two ramps say where each pixel came from: as far as was asked for, everywhere, far apart independently."""
+    down, across = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    ramps = torch.stack([across, down]).float().expand(400, 2, height, width)
+    changed = Augmentation(elastic=0.7).resample(ramps, np.random.default_rng(0))
+    moved = (changed - ramps)[:, :, 4:-4, 4:-4]  # beyond lies nothing to come from
+    assert moved.mean().abs() < 0.05
+    torch.testing.assert_close(moved.std(dim=0), torch.full_like(moved[0], 0.7), atol=0.15, rtol=0)
+    assert (moved[..., 1:] - moved[..., :-1]).std() < 0.35 * 0.7
+    far = (moved[..., 0, 0] * moved[..., -1, -1]).mean() / 0.7**2
+    assert far.abs() < 0.15
+    assert (moved[:, 0] * moved[:, 1]).mean().abs() < 0.05
 
 
 def test_small_rotation_and_scale_stay_within_their_limits():
     # Rows of the distance from the middle: after a turn by a and a scaling by s the slope along x is cos(a) / s.
     ramp = (torch.arange(32, dtype=torch.float32) - 15.5).expand(256, 1, 32, 32)
-    changed = Augmentation(rotation=20, scale=0.1).rotate_and_scale(ramp, np.random.default_rng(0))
+    changed = Augmentation(rotation=20, scale=0.1).resample(ramp, np.random.default_rng(0))
     along_x = (changed[:, 0, 16, 20] - changed[:, 0, 16, 12]) / 8
     along_y = (changed[:, 0, 20, 16] - changed[:, 0, 12, 16]) / 8
     angle = torch.rad2deg(torch.atan2(along_y, along_x)).abs()
@@ -294,6 +306,7 @@ def test_small_rotation_and_scale_stay_within_their_limits():
         ({"shift": True}, TypeError, "shift must be int"),
         ({"flip": 1}, TypeError, "flip must be bool, got 1"),
         ({"rotation": float("nan")}, ValueError, "rotation must be 0 or more"),
+        ({"elastic": -0.5}, ValueError, "elastic must be 0 or more"),
         ({"rotation": "10"}, TypeError, "rotation must be float"),
         ({"scale": 1.0}, ValueError, "scale must be less than 1"),
     ],

@@ -237,7 +237,8 @@ def test_the_bytes_of_a_file_are_known_before_it_is_written(name: str, structure
 @pytest.mark.parametrize("levels", [LevelConstraint(1), LevelConstraint(2, "power"), LevelConstraint(4)])
 def test_the_bytes_of_weights_on_levels_are_known(levels, name: str, structure: str, tmp_path: Path) -> None:
     model, x, report = network(name)
-    size = FileSize(report, {"note": 'a "note", ä'}, Numbers(len(levels.levels)))
+    numbers = Numbers({layer.name: len(levels.levels) for layer in report.layers})
+    size = FileSize(report, {"note": 'a "note", ä'}, numbers)
     plan = acf.unused_paths(projected(report, allocate(report, Target(params=3), report.counts(), structure)), report)
     small = compact(model, plan, x, report=report).model
     with torch.no_grad():
@@ -268,8 +269,8 @@ def test_the_bytes_of_8_bit_layers_are_known(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"values": -1}, "values must be 0 or more, got -1"),
-        ({"values": 4, "narrow": True}, "8-bit layers have levels of their own, got values=4"),
+        ({"values": {"conv1": 0}}, "values must be 1 or more, got 0 of conv1"),
+        ({"values": {"conv1": 4}, "narrow": True}, "8-bit layers have levels of their own, got values="),
     ],
 )
 def test_numbers_that_weights_cannot_become_are_refused(given: dict[str, Any], message: str) -> None:

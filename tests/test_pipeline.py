@@ -407,6 +407,34 @@ def test_a_dry_run_counts_the_trainings_towards_levels(trained):
     assert compress(trained, SPLITS, recipe=LEVELLED, **options).epochs == plain.epochs + 10
 
 
+def test_layers_have_the_bits_that_were_asked_for(trained):
+    name = next(layer.name for layer in inspect(trained, torch.from_numpy(SPLITS.test.normalized(slice(2)))).layers)
+    result = run(trained, target="3x", recipe=dataclasses.replace(LEVELLED, bits={name: 3}))
+    assert result.bits == {name: 3}
+    assert result.to_json()["layers"][name]["bits"] == 3
+    assert "bits" in str(result.report())
+    for path, module in result.model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, ColumnConv2d, ColumnLinear)):
+            assert (len(module.weight[module.weight != 0].unique()) <= 8) == (path == name), path
+
+
+@pytest.mark.parametrize("target", ["bytes=4k", "3x"])
+def test_bits_are_searched_for(trained, target, tmp_path):
+    """Within the bytes of the target, or those of the bits in the middle; again, the trace says the same."""
+    recipe = dataclasses.replace(LEVELLED, bits=(1, 5), quantize_epochs=0)
+    result = run(trained, target=target, recipe=recipe, workdir=tmp_path)
+    assert set(result.bits) == {layer.name for layer in result.layers.layers}
+    assert len(set(result.bits.values())) > 1
+    assert all(1 <= bits <= 5 for bits in result.bits.values())
+    if target.startswith("bytes"):
+        assert 3600 < result.save(tmp_path / "small.acf").stat().st_size <= 4000
+    trace = (tmp_path / "bits.search.jsonl").read_text()
+    for path in tmp_path.glob("quantize*"):
+        path.unlink()
+    assert run(trained, target=target, recipe=recipe, workdir=tmp_path).bits == result.bits
+    assert (tmp_path / "bits.search.jsonl").read_text() == trace
+
+
 # 8-bit weights and activations
 
 NARROW = variant(rounds=1, final_epochs=3, activation_bits=8, activation_epochs=2)
@@ -802,6 +830,9 @@ def test_targets_out_of_reach_are_refused_before_anything_is_written(trained, tm
         ({"purify_tolerance": -0.5}, "purify_tolerance must be 0 or more"),
         ({"bits": 0}, "bits must be an int from 1 to 8, got 0"),
         ({"bits": 3, "levels": "binary"}, "binary levels have 1 bits, got 3"),
+        ({"bits": {"conv": 9}}, "bits must be an int from 1 to 8, got 9"),
+        ({"bits": (5, 2)}, r"bits must be \(at least, at most\), got \(5, 2\)"),
+        ({"bits": {}}, "bits are of no layer"),
         ({"levels": "ternary"}, "levels='ternary' needs bits, got none"),
         ({"activation_bits": 4}, "activation_bits must be 8 or not given, got 4"),
         ({"activation_bits": 8, "bits": 4}, "found on the way: give no bits, got 4"),

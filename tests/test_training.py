@@ -1,6 +1,7 @@
 """Training: schedules, losses, and above all that a run which was killed ends as one that was not."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from torch import nn
 
 from autocompress_fast.admm import ADMM, Constraint, RhoSchedule
 from autocompress_fast.data import Augmentation, BatchLoader, Dataset, UserBatches
-from autocompress_fast.graph import inspect
+from autocompress_fast.graph import Report, inspect
 from autocompress_fast.plan import LayerPlan, Plan
 from autocompress_fast.progress import Progress
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together, recalibrate
@@ -45,6 +46,7 @@ def network(seed: int = 0) -> nn.Sequential:
         nn.Dropout(0.3),
         nn.Flatten(),
         nn.Linear(80, 3),
+        nn.Linear(3, 3),
     )
 
 
@@ -115,13 +117,18 @@ RUNS = {
 }
 
 
+@functools.cache
+def report() -> Report:
+    """Of every `network`: ADMM reads none of its weights there."""
+    return inspect(network(), torch.zeros(1, 1, 6, 6))
+
+
 def trainer(folder, options, *, epochs=4, progress=None):
     options = dict(options)
     model = network()
     augmentation = Augmentation(shift=1, flip=True) if options.pop("augmentation", False) else None
     schedule = RhoSchedule(1e-2, factor=2.0)
-    report = inspect(model, torch.zeros(1, 1, 6, 6))
-    admm = ADMM(model, CONSTRAINTS, rho=schedule, report=report) if options.pop("admm", False) else None
+    admm = ADMM(model, CONSTRAINTS, rho=schedule, report=report()) if options.pop("admm", False) else None
     masks = plan() if options.pop("plan", False) else None
     every = options.pop("admm_every", 1)
     return Trainer(
@@ -481,7 +488,7 @@ def test_dropout_leaves_out_inputs_of_fully_connected_layers_while_training():
     assert (inside == 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
     assert len({tuple(row.tolist()) for row in inside}) == 64  # of each sample others
     torch.testing.assert_close(outside, torch.ones(64, 72), atol=0.01, rtol=0)
-    assert (seen[model[3]][0][1] == 0).double().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert (seen[model[3]][0][1] != 0).all()
     assert (seen[model[0]][0][1] != 0).all()
     model(torch.zeros(1, 1, 6, 6))  # in training mode: of the user again
     assert (seen[model[2]][-1][1] != 0).all()
@@ -712,7 +719,7 @@ def test_evaluation_is_exact_and_leaves_modes_as_they_were():
     assert result.samples == 50
     assert result.accuracy == pytest.approx(100 * (logits.argmax(1) == y).double().mean().item())
     assert result.loss == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
-    assert [module.training for module in model] == [True, False, *[True] * 6]
+    assert [module.training for module in model] == [True, False, *[True] * 7]
 
 
 def test_models_evaluated_together_read_the_batches_once():

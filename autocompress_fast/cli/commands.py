@@ -167,7 +167,12 @@ def compress(
     final_lr: Annotated[float | None, typer.Option(help="Peak learning rate after the last pruning.")] = None,
     purify_lr: Annotated[float | None, typer.Option(help="Peak learning rate after purification.")] = None,
     bits: Annotated[
-        int | None, typer.Option(min=1, max=8, help="Of every weight that is left; float32 by default.")
+        list[str] | None,
+        typer.Option(
+            metavar="[PATTERN=]BITS",
+            help="1 to 8, of every weight that is left, or of those of some layers (may be repeated); FEWEST:MOST to "
+            "have a search choose; float32 by default.",
+        ),
     ] = None,
     levels: Annotated[str | None, typer.Option(help="equal, power, ternary or binary.")] = None,
     quantize_epochs: Annotated[
@@ -185,7 +190,7 @@ def compress(
         float | None, typer.Option(help="Share of the loss that compares with the dense network, 0 to 1.")
     ] = None,
     dropout: Annotated[
-        float | None, typer.Option(help="Share of the inputs of fully connected layers, in the final training.")
+        float | None, typer.Option(help="Of the inputs of fully connected layers but the last, in the final training.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Of every training.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
@@ -197,6 +202,9 @@ def compress(
         typer.Option("--compile/--no-compile", help="Train through torch.compile: quicker from minutes on."),
     ] = None,
     augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Vary images while compressing.")] = True,
+    elastic: Annotated[
+        float, typer.Option(min=0, help="Distort images then as well, smoothly, by about so many pixels.")
+    ] = 0.0,
     base_epochs: Annotated[int | None, typer.Option(min=1, help="Of the training without --checkpoint.")] = None,
     base_augment: Annotated[
         bool | None,
@@ -212,7 +220,7 @@ def compress(
     threads: Threads = None,
 ) -> None:
     """Compress a network, until it meets the target or as far as its accuracy holds; a stopped run goes on."""
-    from autocompress_fast.cli.job import Job, shares, threads_set
+    from autocompress_fast.cli.job import Job, bits_asked, shares, threads_set
 
     recipe = {
         "structure": structure,
@@ -231,7 +239,7 @@ def compress(
         "retrain_lr": retrain_lr,
         "final_lr": final_lr,
         "purify_lr": purify_lr,
-        "bits": bits,
+        "bits": bits_asked(bits) if bits else None,
         "levels": levels,
         "quantize_epochs": quantize_epochs,
         "quantize_lr": quantize_lr,
@@ -257,6 +265,7 @@ def compress(
             dataset=dataset,
             validation=validation,
             augment=augment,
+            elastic=elastic,
             base_augment=augment if base_augment is None else base_augment,
             recipe={name: value for name, value in recipe.items() if value is not None},
             base={name: value for name, value in (("epochs", base_epochs), ("lr", base_lr)) if value is not None},

@@ -21,8 +21,9 @@ from torch import nn
 from autocompress_fast import data as datasets
 from autocompress_fast import models
 from autocompress_fast._files import write_atomically
+from autocompress_fast.bits import Bits
 from autocompress_fast.config import show_config
-from autocompress_fast.data import Dataset, Splits
+from autocompress_fast.data import Augmentation, Dataset, Splits
 from autocompress_fast.engine import load
 from autocompress_fast.graph import Pattern, Report, inspect
 from autocompress_fast.models import load_pretrained
@@ -79,6 +80,7 @@ class Job:
         dataset: str | None,
         validation: str | None,
         augment: bool,
+        elastic: float = 0.0,
         base_augment: bool = True,
         recipe: Mapping[str, Any],
         base: Mapping[str, Any],
@@ -94,6 +96,7 @@ class Job:
             recipe, base: fields of `Recipe` and `TrainingConfig` that differ from the defaults.
             augment, base_augment: vary the training images as usual for the data set, while compressing and while the
                 base is trained.
+            elastic: distort them as well while compressing (`Augmentation`).
             select, exclude: patterns as the user wrote them.
         """
         if target is None and max_drop is None:
@@ -104,6 +107,12 @@ class Job:
         if validation is None and len(splits.validation) > _MOST_VALIDATION:
             splits = datasets.load(data, dataset=dataset, validation=_MOST_VALIDATION, seed=whole.seed)
         still = dataclasses.replace(splits, augmentation=None)
+        varied = splits
+        if elastic > 0:
+            if not augment:
+                raise ValueError(f"--elastic {elastic:g} and --no-augment contradict each other")
+            usual = splits.augmentation or Augmentation()
+            varied = dataclasses.replace(splits, augmentation=dataclasses.replace(usual, elastic=elastic))
         network = build(model, splits, whole.seed)
         given: Base | None = None
         if checkpoint is None:
@@ -115,7 +124,7 @@ class Job:
         folder = Path("runs", run_name(model, splits.name, goal, max_drop, whole)) if workdir is None else workdir
         return cls(
             network,
-            splits if augment else still,
+            varied if augment else still,
             splits if base_augment else still,
             goal,
             whole,
@@ -404,6 +413,29 @@ def shares(texts: Sequence[str]) -> dict[str, float | tuple[float, float]]:
             raise ValueError(f"--keep is PATTERN=SHARE or PATTERN=LEAST:MOST, each pattern once, got {text!r}")
         found[pattern] = (least, most[0]) if most else least
     return found
+
+
+def bits_asked(texts: Sequence[str]) -> Bits:
+    """What `Recipe` takes as `bits`, from the user's words.
+
+    Raises:
+        ValueError: something else.
+
+    Example:
+        >>> bits_asked(["4"]), bits_asked(["2:6"]), bits_asked(["conv*=4", "fc1=2:3"])
+        (4, (2, 6), {'conv*': 4, 'fc1': (2, 3)})
+    """
+    found: dict[str, int | tuple[int, int]] = {}
+    for text in texts:
+        pattern, equals, given = text.rpartition("=")
+        least, colon, most = given.partition(":")
+        of_all_and_more = (not equals and found) or "" in found
+        if of_all_and_more or pattern in found or not all(map(str.isdecimal, [least, most] if colon else [least])):
+            raise ValueError(
+                f"--bits is BITS, FEWEST:MOST, or PATTERN=BITS or PATTERN=FEWEST:MOST, each pattern once, got {text!r}"
+            )
+        found[pattern] = (int(least), int(most)) if colon else int(least)
+    return found.get("", found)
 
 
 def patterns(texts: Sequence[str] | None, model: nn.Module) -> list[Pattern] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,9 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     import torch
+
+_SMOOTH = 1 / 7  # of the image's side: the standard deviation of the Gaussian that elastic distortions are smoothed by
+_NODES = 14  # each way, of the noise that is smoothed: two for each of its deviations
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,15 @@ class Augmentation:
         flip: mirror left and right, half of the images.
         rotation: largest angle, degrees.
         scale: largest relative change of size; 0.1 draws factors from 0.9 to 1.1.
+        elastic: smooth distortions, as of handwriting (Simard, Steinkraus and Platt, 2003): standard deviation in
+            pixels of the way that a pixel is moved, each way; neighbours are moved alike, over a seventh of the image.
 
     Raises:
         ValueError, TypeError: a negative or non-numeric value, or scale >= 1.
 
     Example:
         >>> Augmentation(shift=4, flip=True)
-        Augmentation(shift=4, flip=True, rotation=0.0, scale=0.0)
+        Augmentation(shift=4, flip=True, rotation=0.0, scale=0.0, elastic=0.0)
         >>> Augmentation(shift=-1)
         Traceback (most recent call last):
             ...
@@ -40,12 +46,13 @@ class Augmentation:
     flip: bool = False
     rotation: float = 0.0
     scale: float = 0.0
+    elastic: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.flip, bool):
             raise TypeError(f"flip must be bool, got {self.flip!r}")
         kinds: tuple[tuple[str, tuple[type, ...]], ...]
-        kinds = (("shift", (int,)), ("rotation", (int, float)), ("scale", (int, float)))
+        kinds = (("shift", (int,)), ("rotation", (int, float)), ("scale", (int, float)), ("elastic", (int, float)))
         for name, allowed in kinds:
             value: Any = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, allowed):
@@ -75,10 +82,10 @@ class Augmentation:
 
     @property
     def resamples(self) -> bool:
-        """Whether pixels are interpolated (rotation or scale)."""
-        return self.rotation > 0 or self.scale > 0
+        """Whether pixels are interpolated (rotation, scale or elastic)."""
+        return self.rotation > 0 or self.scale > 0 or self.elastic > 0
 
-    def rotate_and_scale(self, images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    def resample(self, images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         """The part of the augmentation that interpolates (bilinear, zeros outside), on float images (B, C, H, W)."""
         import torch
         import torch.nn.functional as F
@@ -92,4 +99,19 @@ class Augmentation:
         zero = np.zeros(count)
         theta = np.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], axis=1).reshape(count, 2, 3)
         grid = F.affine_grid(torch.from_numpy(theta).to(images), list(images.shape), align_corners=False)
+        if self.elastic > 0:
+            noise = torch.from_numpy(rng.standard_normal((count * 2 * _NODES, _NODES), np.float32))
+            across, down = (torch.from_numpy(_smoothing(size)).T for size in (width, height))
+            moved = (noise @ across).view(count, 2, _NODES, width).permute(0, 3, 1, 2).reshape(-1, _NODES) @ down
+            pixel = torch.tensor([2 * self.elastic / width, 2 * self.elastic / height])
+            grid += (moved.view(count, width, 2, height).permute(0, 3, 1, 2) * pixel).to(images)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+@functools.cache
+def _smoothing(size: int) -> npt.NDArray[np.float32]:
+    """(size, nodes): means of neighbouring nodes, weighted by a Gaussian, that have the variance of white noise."""
+    places, nodes = (np.arange(size) + 0.5) / size, (np.arange(_NODES) + 0.5) / _NODES
+    weights = np.exp(-0.5 * ((places[:, None] - nodes) / _SMOOTH) ** 2)
+    kept: npt.NDArray[np.float32] = (weights / np.sqrt((weights**2).sum(axis=1, keepdims=True))).astype(np.float32)
+    return kept

@@ -110,7 +110,7 @@ class BatchLoader:
                 raw = self.augmentation.shift_and_flip(raw, rng)
             pixels = torch.from_numpy(raw).to(self.device)
             if self.augmentation is not None and self.augmentation.resamples:
-                pixels = self.augmentation.rotate_and_scale(pixels.to(torch.float32), rng)
+                pixels = self.augmentation.resample(pixels.to(torch.float32), rng)
             yield torch.mul(pixels, scale).add_(offset), labels
 
 
