@@ -21,16 +21,17 @@ import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from autocompress_fast._files import write_atomically
+from autocompress_fast._ranks import Ranks
 from autocompress_fast._workers import Workers
 from autocompress_fast.admm import ADMM, Constraint
 from autocompress_fast.graph import Counts, Report
@@ -49,6 +50,7 @@ __all__ = ["Found", "Search", "Trial", "one_shot", "quick_score", "read_trace"]
 
 Floats = npt.NDArray[np.float64]
 Constraints = dict[str, Any]  # of what is kept, or of levels
+_Scorers: TypeAlias = "Workers[Constraints, float] | Ranks[Constraints, float]"
 
 _STEP = 0.5  # standard deviation of a move of one coordinate at the start: a factor of e^0.5
 _LEAST_STEP = 0.2  # of that, at the end
@@ -131,8 +133,10 @@ class Annealer:
         score: of what is found, higher is better; any function that says the same of the same.
         temperature: factor on the temperatures; 0 accepts nothing that is worse.
         batch: candidates that are proposed together, from the same trials; 1 knows most at every one.
-        workers: processes that score the candidates of a batch at the same time, each on one thread; 1: this one. What
-            is found depends on `batch` and not on them. See `Workers` for what they are.
+        workers: processes that score the candidates of a batch at the same time, each on one thread; 1: this one; see
+            `Workers` for what they are. "ranks": those of torch.distributed, with as many threads as they have. All of
+            them then search alike, and find the same; only rank 0 reads and writes the trace. What is found depends on
+            `batch` and not on them.
         seed: of the moves.
         trace: a file of JSON lines, written after every evaluation. A search that finds its own trace goes on from
             there, with the same moves as if it had not been stopped.
@@ -153,17 +157,18 @@ class Annealer:
         *,
         temperature: float = 1.0,
         batch: int = 4,
-        workers: int = 1,
+        workers: int | Literal["ranks"] = 1,
         seed: int = 0,
         trace: str | Path | None = None,
     ) -> None:
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more, got {temperature}")
-        for what, number in (("batch", batch), ("workers", workers)):
+        for what, number in (("batch", batch), ("workers", 1 if workers == "ranks" else workers)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{what} must be an integer of 1 or more, got {number!r}")
         self.report, self.score, self.temperature, self.seed = report, score, temperature, seed
-        self.batch, self.workers = batch, workers
+        self.batch: int = batch
+        self.workers: int | Literal["ranks"] = workers
         self.trace = None if trace is None else Path(trace)
 
     def constraints(self, action: Action) -> Constraints:
@@ -206,11 +211,21 @@ class Annealer:
         if evaluations is None and minutes is None:
             raise ValueError("a search needs a number of evaluations or minutes, got neither")
         budget = _Budget(evaluations, minutes)
-        known = self._read(budget)
-        with Workers(self.score, min(self.workers, self.batch)) if self.workers > 1 else nullcontext() as workers:
-            annealing = _Annealing(self, budget, known, workers)
+        with self._scoring(minutes) as workers:
+            ranks = workers if isinstance(workers, Ranks) else None
+            known = self._read(budget) if ranks is None else ranks.of_first(lambda: self._read(budget))
+            annealing = _Annealing(self, budget, known, workers, writes=ranks is None or ranks.rank == 0)
             for _ in annealing.trials():
                 yield annealing.found()
+
+    def _scoring(self, minutes: float | None) -> AbstractContextManager[_Scorers | None]:
+        """What scores candidates at the same time."""
+        if self.workers == "ranks":
+            if minutes is not None:
+                raise ValueError(f"ranks would not agree on when {minutes} minutes are over: give evaluations")
+            return Ranks(self.score)
+        count = min(self.workers, self.batch)
+        return Workers(self.score, count) if count > 1 else nullcontext()
 
     # ---- the trace ----
 
@@ -347,7 +362,8 @@ class _Annealing:
     search: Annealer
     budget: _Budget
     known: list[Trial]  # of an earlier run
-    workers: Workers[Constraints, float] | None
+    workers: _Scorers | None
+    writes: bool  # its trials into the file of the trace
     trace: list[Trial] = field(default_factory=list)
     tried: list[_Candidate] = field(default_factory=list)  # those of the trace
     scores: dict[tuple[int, ...], float] = field(default_factory=dict)  # of what was kept before
@@ -454,7 +470,7 @@ class _Annealing:
         trial = Trial(place + 1, kind, candidate.action, score, temperature, accepted, best, seconds)
         self.trace.append(trial)
         self.tried.append(candidate)
-        if not known:
+        if self.writes and not known:
             self.search._write(trial)
         self.used = self.budget.used(place + 1, seconds)
         return trial

@@ -132,7 +132,50 @@ def on_a_rank(folder: Path) -> None:
         found = train(DistributedDataParallel(inner, **wrapping), inner, part=slice(rank, None, ranks), **options)
         torch.save(found, folder / f"{name}.{rank}.pt")
     (folder / f"said.{rank}.json").write_text(json.dumps(list(mistakes(rank))))
+    (folder / f"searched.{rank}.json").write_text(json.dumps(list(searches(rank, folder))))
     dist.destroy_process_group()
+
+
+def searching(score, **options) -> acf.Search:
+    report = acf.inspect(network(0), torch.zeros(1, 2, 7, 7, dtype=torch.float64))
+    return acf.Search(report, acf.Target(params=2), score, **options)
+
+
+def searches(rank: int, folder: Path):
+    """The trials of a search on all ranks, of one that goes on from half of its trace, and what is said of mistakes."""
+    scored = []
+
+    def score(constraints):
+        scored.append(constraints)
+        return float(sum(c.keep[1] - 2 * c.keep[0] for c in constraints.values()))
+
+    def trials(found):
+        return [(trial.action.weights, trial.score, trial.accepted) for trial in found.trace]
+
+    trace = folder / "ranks.jsonl"
+    yield trials(searching(score, workers="ranks", trace=trace).run(24))
+    yield len(scored)
+    if rank == 0:
+        trace.write_text("".join(trace.read_text().splitlines(keepends=True)[:12]))
+    dist.barrier()
+    yield trials(searching(score, workers="ranks", trace=trace).run(24))
+    yield len(scored)
+
+    def fails(constraints):
+        if rank == 1:
+            raise ValueError("the disk is full")
+        return score(constraints)
+
+    for search, budget in (
+        (searching(fails, workers="ranks"), {"evaluations": 8}),
+        (searching(score, workers="ranks"), {"minutes": 1}),
+        (searching(score, workers="ranks", trace=trace, seed=5), {"evaluations": 24}),
+    ):
+        try:
+            search.run(**budget)
+            yield "nothing"
+        except (ValueError, RuntimeError) as error:
+            yield str(error)
 
 
 def mistakes(rank: int):

@@ -196,6 +196,26 @@ def test_ranks_that_differ_and_wrapped_models_are_told(two_ranks):
     assert len(wrapped) == 7
 
 
+@gloo
+def test_a_search_is_spread_over_the_ranks(two_ranks):
+    first, second = (json.loads((two_ranks / f"searched.{rank}.json").read_text()) for rank in (0, 1))
+    alone = ranks.searching(lambda found: float(sum(c.keep[1] - 2 * c.keep[0] for c in found.values()))).run(24)
+    expected = [[trial.action.weights, trial.score, trial.accepted] for trial in alone.trace]
+    for trials, scored, continued, then, disk, minutes, another in (first, second):
+        assert trials == continued == expected
+        assert 4 < scored < 20  # about half of 24
+        assert 2 < then - scored < 12  # 13 were left
+        assert re.search(r"on rank 1:.*the disk is full", disk, re.DOTALL)
+        assert "ranks would not agree on when 1 minutes are over" in minutes
+        assert "is of a search with another seed" in another
+    assert len((two_ranks / "ranks.jsonl").read_text().splitlines()) == 1 + 24
+
+
+def test_a_search_on_ranks_needs_them():
+    with pytest.raises(RuntimeError, match=r"needs torch\.distributed: call init_process_group first"):
+        ranks.searching(lambda _: 0.0, workers="ranks").run(2)
+
+
 def test_without_ranks_there_is_nothing_to_check():
     model = nn.Sequential(nn.Linear(3, 4))
     acf.ADMM(model, {"0": acf.Constraint("filter", 2)}).check_ranks()
