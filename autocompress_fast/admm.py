@@ -23,7 +23,7 @@ import numpy.typing as npt
 from autocompress_fast import ops
 from autocompress_fast._baked import check_plain
 from autocompress_fast.graph import oriented
-from autocompress_fast.plan import LayerPlan, Plan, apply_masks
+from autocompress_fast.plan import LayerPlan, Plan, apply_masks, filled
 from autocompress_fast.quantize import LevelConstraint
 from autocompress_fast.trace import check_unwrapped
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
 
     from autocompress_fast.graph import Report
+
+BoolArray = npt.NDArray[np.bool_]
 
 __all__ = ["ADMM", "Constraint", "Residuals", "RhoSchedule", "projected"]
 
@@ -201,7 +203,7 @@ class ADMM:
             self._weights[name] = weight
         if report is not None:
             _check_report(report, self._weights)
-        self.z = self._projected(self.constraints)
+        self.z = {name: z for name, (z, _) in self._projected(self.constraints).items()}
         self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
         self._set_targets()
 
@@ -248,7 +250,7 @@ class ADMM:
                 keep, groups = constraint.keep, constraint.groups
                 result = ops.admm_update(weight, z, u, constraint.structure, keep=keep, groups=groups)
                 primal, dual = result.primal, result.dual
-            living.found(name, z)
+            living.found(name, _nonzero(z))
             residuals[name] = Residuals(math.hypot(primal, outside) / norm, dual / norm)
         before = self.rho
         self.updates += 1
@@ -338,14 +340,17 @@ class ADMM:
 
     def _check_finite(self) -> None:
         for name, weight in self._weights.items():
-            if not bool(weight.detach().isfinite().all()):
+            # A sum that is finite has finite terms, and takes less to find out; finite terms may still overflow in it.
+            if not bool(weight.detach().sum().isfinite()) and not bool(weight.detach().isfinite().all()):
                 wrong = int((~weight.detach().isfinite()).sum())
                 raise ValueError(
                     f"the weight of {name!r} has {wrong} values that are NaN or infinite; training diverged"
                 )
 
-    def _projected(self, constraints: Mapping[str, Constraint | LevelConstraint]) -> dict[str, torch.Tensor]:
-        """P(W) of every layer in turn, tied filters together, columns on living channels alone."""
+    def _projected(
+        self, constraints: Mapping[str, Constraint | LevelConstraint]
+    ) -> dict[str, tuple[torch.Tensor, BoolArray]]:
+        """P(W) of every layer in turn, and where it is not zero; tied filters together, columns on living channels."""
         self._check_finite()
         return _projected({name: self._plain(name) for name in self.constraints}, constraints, self.report)
 
@@ -405,35 +410,39 @@ def _projected(
     values: Mapping[str, torch.Tensor],
     constraints: Mapping[str, Constraint | LevelConstraint],
     report: Report | None,
-) -> dict[str, torch.Tensor]:
-    """P(W) of every layer in turn, tied filters together, columns on living channels alone."""
+) -> dict[str, tuple[torch.Tensor, BoolArray]]:
+    """P(W) of every layer in turn, and where it is not zero; tied filters together, columns on living channels."""
     rows = _tied_rows(values, constraints, report)
     living = _Living(report, rows)
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, tuple[torch.Tensor, BoolArray]] = {}
     for name, weight in values.items():
         if (dead := living.dead_columns(name, weight)) is not None:
             weight = weight.masked_fill(dead, 0)
         if name in rows:
             weight = weight.masked_fill(_row_mask(~rows[name], weight), 0)
         try:
-            found[name] = constraints[name].project(weight)
+            projection = constraints[name].project(weight)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
-        living.found(name, found[name])
+        found[name] = projection, _nonzero(projection)
+        living.found(name, found[name][1])
     return found
 
 
 def _plan(
-    projections: Mapping[str, torch.Tensor],
+    projections: Mapping[str, tuple[torch.Tensor, BoolArray]],
     constraints: Mapping[str, Constraint | LevelConstraint],
     report: Report | None,
 ) -> Plan:
     """What is not zero of projected weights."""
     plans = {}
-    for name, weight in projections.items():
+    for name, (_, kept) in projections.items():
         transposed = report is not None and report[name].transposed
-        layer = LayerPlan.from_mask((weight != 0).cpu().numpy(), _groups(constraints[name]))
-        plans[name] = _without_elements(replace(layer, transposed=transposed), constraints[name])
+        constraint, groups = constraints[name], _groups(constraints[name])
+        if isinstance(constraint, LevelConstraint) or constraint.structure == "element":
+            plans[name] = replace(LayerPlan.from_mask(kept, groups), transposed=transposed)
+        else:  # single zeros inside kept filters and columns (exact zeros happen) are no constraint
+            plans[name] = LayerPlan(kept.shape, *filled(kept, groups), None, groups, transposed)
     return Plan(plans) if report is None else Plan(plans).tied(report)
 
 
@@ -468,10 +477,10 @@ class _Living:
         layers = report.layers if report is not None else ()
         self.filters = {layer.name: rows.get(layer.name, np.ones(layer.shape[0], bool)) for layer in layers}
 
-    def found(self, name: str, projected: torch.Tensor) -> None:
-        """A layer's filters are chosen: those that are not zero."""
+    def found(self, name: str, kept: BoolArray) -> None:
+        """A layer's filters are chosen: those of which anything is kept."""
         if self.report is not None:
-            self.filters[name] = projected.flatten(1).any(dim=1).cpu().numpy()
+            self.filters[name] = kept.reshape(len(kept), -1).any(axis=1).ravel()
 
     def dead_columns(self, name: str, weight: torch.Tensor) -> torch.Tensor | None:
         """Bool, of the weight's shape: the columns of channels to which nothing arrives; None when all live."""
@@ -510,19 +519,17 @@ def _plain(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().contiguous()
 
 
+def _nonzero(weight: torch.Tensor) -> BoolArray:
+    found: BoolArray = (weight != 0).cpu().numpy()
+    return found
+
+
 def _groups(constraint: Constraint | LevelConstraint) -> int:
     return constraint.groups if isinstance(constraint, Constraint) else 1
 
 
 def _digest(values: torch.Tensor) -> str:
     return hashlib.sha256(_plain(values).cpu().numpy().tobytes()).hexdigest()
-
-
-def _without_elements(layer: LayerPlan, constraint: Constraint | LevelConstraint) -> LayerPlan:
-    """Single zeros inside kept filters and columns (exact zeros happen) are no constraint of a structured plan."""
-    if isinstance(constraint, LevelConstraint) or constraint.structure == "element" or layer.elements is None:
-        return layer
-    return replace(layer, elements=None)
 
 
 def _keep_form(structure: str) -> str:

@@ -676,7 +676,8 @@ def _purified(run: _Run, state: _State, least: float) -> tuple[_State, list[dict
     floor = accuracy(state.small) - recipe.purify_tolerance
     for number in range(1, recipe.purify_rounds + 1):
         name = f"purify{number}"
-        masks, found = _decided(state.small, state.masks, name, accuracy, floor, run.example, exclude, stages)
+        now = inspect(state.small, run.example, exclude=exclude)
+        masks, found = _decided(state.small, state.masks, name, accuracy, floor, run.example, now, stages)
         if masks.weights == state.masks.weights:
             steps.append(found)
             break
@@ -684,7 +685,7 @@ def _purified(run: _Run, state: _State, least: float) -> tuple[_State, list[dict
         if run.goal.met(run.meter.dense, before) and not run.goal.met(run.meter.dense, after):
             stages.progress.note(f"purification {number}: fewer weights would be slower here, nothing is removed")
             break  # fewer filters may fit the kernels less well
-        cut = compact(state.small, masks, run.example, columns=False)
+        cut = compact(state.small, masks, run.example, columns=False, report=now)
         kept = state.kept | {layer: state.kept[layer].then(inner) for layer, inner in cut.kept.items()}
         trial = _trained(run, _State(cut.model, cut.plan, kept, 0.0, polished=False), name, number, "purify")
         if trial.accuracy < least:
@@ -800,7 +801,7 @@ def _decided(
     accuracy: Callable[[nn.Module], float],
     floor: float,
     example: tuple[torch.Tensor, ...],
-    exclude: Sequence[str],
+    report: Report,
     stages: _Stages,
 ) -> tuple[Plan, dict[str, Any]]:
     """What a round of purification keeps, and what it removed; from the work directory if it was decided before."""
@@ -814,7 +815,7 @@ def _decided(
         example,
         plan=masks,
         tolerance=max(0.0, accuracy(small) - floor),
-        report=inspect(small, example, exclude=exclude),
+        report=report,
         progress=stages.progress,
     )
     if plan is not None:

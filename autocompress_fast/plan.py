@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -64,14 +65,14 @@ class LayerPlan:
             raise ValueError(f"a weight has at least 2 dimensions of size 1 or more, got shape {shape}")
         if self.groups < 1 or shape[0] % self.groups:
             raise ValueError(f"groups must divide the {shape[0]} filters, got {self.groups}")
-        width = int(np.prod(shape[1:]))
+        width = math.prod(shape[1:])
         expected = {"filters": (shape[0],), "columns": (self.groups * width,), "elements": shape}
         object.__setattr__(self, "shape", shape)
         for field, size in expected.items():
             value = getattr(self, field)
             if value is None and field == "elements":
                 continue
-            array = np.array(value, dtype=bool)  # a copy: plans do not change under their owner's hands
+            array = value if _is_fixed(value) else np.array(value, dtype=bool)
             if array.shape != size:
                 raise ValueError(f"{field} of a weight {shape} must have shape {size}, got {array.shape}")
             array.setflags(write=False)
@@ -80,7 +81,7 @@ class LayerPlan:
     @classmethod
     def dense(cls, shape: tuple[int, ...], groups: int = 1, *, transposed: bool = False) -> LayerPlan:
         """The plan that keeps everything."""
-        width = int(np.prod(shape[1:]))
+        width = math.prod(shape[1:])
         return cls(shape, np.ones(shape[0], bool), np.ones(groups * width, bool), None, groups, transposed)
 
     @classmethod
@@ -89,8 +90,7 @@ class LayerPlan:
         kept = np.asarray(mask) != 0
         if kept.ndim < 2 or kept.size == 0 or groups < 1 or kept.shape[0] % groups:
             raise ValueError(f"a mask must have at least 2 dimensions and {groups} groups, got shape {kept.shape}")
-        blocks = kept.reshape(groups, kept.shape[0] // groups, -1)
-        plan = cls(kept.shape, blocks.any(axis=2).ravel(), blocks.any(axis=1).ravel(), None, groups)
+        plan = cls(kept.shape, *filled(kept, groups), None, groups)
         return plan if np.array_equal(plan.mask(), kept) else replace(plan, elements=kept)
 
     def mask(self) -> BoolArray:
@@ -107,12 +107,19 @@ class LayerPlan:
 
     def used(self) -> tuple[BoolArray, BoolArray]:
         """(P,) filters and (groups * K,) columns in which any weight is kept."""
+        return self._used
+
+    @cached_property
+    def _used(self) -> tuple[BoolArray, BoolArray]:
         rows, columns = self.filters.reshape(self.groups, -1), self.columns.reshape(self.groups, -1)
         if self.elements is None:
-            filled = (rows & columns.any(axis=1, keepdims=True)).ravel()
-            return filled, (columns & rows.any(axis=1, keepdims=True)).ravel()
-        blocks = self.mask().reshape(self.groups, rows.shape[1], -1)
-        return blocks.any(axis=2).ravel(), blocks.any(axis=1).ravel()
+            found = (rows & columns.any(axis=1, keepdims=True), columns & rows.any(axis=1, keepdims=True))
+        else:
+            found = filled(self.mask(), self.groups)
+        used = found[0].ravel(), found[1].ravel()
+        for array in used:
+            array.setflags(write=False)
+        return used
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -120,7 +127,7 @@ class LayerPlan:
         filters, inputs, *kernel = self.shape
         return (inputs * self.groups, filters // self.groups, *kernel) if self.transposed else self.shape
 
-    @property
+    @cached_property
     def weights(self) -> int:
         """Number of weights kept."""
         if self.elements is not None:
@@ -131,7 +138,7 @@ class LayerPlan:
     @property
     def dense_weights(self) -> int:
         """Number of weights there were."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LayerPlan):
@@ -283,11 +290,11 @@ class Plan(Mapping[str, LayerPlan]):
             for layer in report.layers
         }
         lives = channels.lives(channels.alive(filters))
-        own = {f"{layer.name}.{part}" for layer in report.layers for part in ("weight", "bias")}
         tied = {}
-        for (name, dim), labels in channels.slices.items():
-            if name not in own and not lives[labels].all() and report.trace.tensors[name].is_floating_point():
-                tied[name] = (dim, lives[labels])
+        for (name, dim), labels in report.tied_parameters.items():
+            kept = lives[labels]
+            if not kept.all():
+                tied[name] = (dim, kept)
         return Plan(self, tied, report.held)
 
     @classmethod
@@ -339,6 +346,17 @@ class Plan(Mapping[str, LayerPlan]):
             return cls(_layers_from_json(content.get("layers")), _tied_from_json(content.get("tied", {})), held)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a plan: {error}") from error
+
+
+def filled(kept: BoolArray, groups: int) -> tuple[BoolArray, BoolArray]:
+    """(P,) filters and (groups * K,) columns with anything in a mask of the weight's shape."""
+    blocks = kept.reshape(groups, kept.shape[0] // groups, -1)
+    return blocks.any(axis=2).ravel(), blocks.any(axis=1).ravel()
+
+
+def _is_fixed(array: object) -> bool:
+    """Whether it is an array of another plan, which nobody changes; all others are copied."""
+    return isinstance(array, np.ndarray) and array.dtype == bool and array.base is None and not array.flags.writeable
 
 
 def largest(norms: npt.NDArray[np.float64], count: int) -> BoolArray:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -146,7 +146,7 @@ class Target:
         """The rates of weights and multiply-adds that are given, by name."""
         return {n: float(v) for n in _RATES if (v := getattr(self, n)) is not None}
 
-    @property
+    @cached_property
     def measured(self) -> frozenset[str]:
         """Which of "seconds" and "bytes" it limits: what a `Meter` works out."""
         return frozenset(_PARTS[name] for name in self.given().keys() & {"speedup", "latency_ms", "bytes"})
@@ -204,7 +204,9 @@ class Target:
 
     def excess(self, dense: Counts, now: Counts) -> float:
         """The logarithm of the factor by which `now` is too large, in what is furthest from the target."""
-        limits = self.limits(dense)
+        return self._excess(self.limits(dense), now)
+
+    def _excess(self, limits: Mapping[str, float], now: Counts) -> float:
         self._check_measured(now)
         found = (math.log(max(_of(now, name), 1e-300) / limit) for name, limit in limits.items() if limit > 0)
         return max(found, default=-math.inf)
@@ -215,7 +217,8 @@ class Target:
 
     def met_by(self, dense: Counts) -> Callable[[Counts], bool]:
         """`met` as a function of the counts now."""
-        return lambda now: self.met(dense, now)
+        limits = self.limits(dense)
+        return lambda now: self._excess(limits, now) <= 1e-12
 
     def __str__(self) -> str:
         texts = {
@@ -395,15 +398,15 @@ def fill(
         allowed = {name: _weights(report[name], constraint) for name, constraint in constraints.items()}
         linear = sum(allowed.get(layer.name, layer.weights) for layer in report.layers if not layer.is_conv)
 
-    known: dict[tuple[Any, ...], Counts] = {}  # factors that differ little lead to the same constraints
+    known: dict[tuple[Any, ...], bool] = {}  # factors that differ little lead to the same constraints
 
     def fits(trial: dict[bool, float]) -> bool:
         grown = _grown(report, constraints, trial, ranges)
         key = tuple(constraint.keep for constraint in grown.values())
         if key not in known:
-            known[key] = meter.measure(project(grown))
-        now = known[key]
-        return target.met(sizes, now) and now.params - now.conv <= linear
+            now = meter.measure(project(grown))
+            known[key] = target.met(sizes, now) and now.params - now.conv <= linear
+        return known[key]
 
     def grow(kinds: tuple[bool, ...], low: float, high: float) -> None:
         """Multiply by the largest factor that fits, between these logarithms; by the least when none does."""
@@ -461,6 +464,8 @@ class _Budgets:
     Args:
         ranges: see `_ranges`.
         scales: the factor s, of convolutions and of linear layers; by default no layer loses anything.
+        bounds: (layer, whether it is a convolution, weights for s = 1, the fewest, the most) of every layer; found from
+            the others when not given.
     """
 
     report: Report
@@ -469,11 +474,20 @@ class _Budgets:
     action: Action
     ranges: Mapping[str, tuple[int, int]]
     scales: Mapping[bool, float] = field(default_factory=dict)
+    bounds: tuple[tuple[Layer, bool, float, int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.bounds:
+            object.__setattr__(self, "bounds", tuple(map(self._bounds, self.report.layers)))
         if not self.scales:
-            everything = max(layer.weights / self._wanted(layer) for layer in self.report.layers)
+            everything = max(layer.weights / wanted for layer, _, wanted, _, _ in self.bounds)
             object.__setattr__(self, "scales", {True: everything, False: everything})
+
+    def _bounds(self, layer: Layer) -> tuple[Layer, bool, float, int, int]:
+        low, high = _least(layer, self.structure), layer.weights
+        if layer.name in self.ranges and self.structure != "filter":
+            low, high = (max(low, self.ranges[layer.name][0]), max(low, self.ranges[layer.name][1]))
+        return layer, layer.is_conv, self._wanted(layer), low, high
 
     def _wanted(self, layer: Layer) -> float:
         factor: float = math.exp(self.action.weights.get(layer.name, 0.0)) * layer.weights ** (1 - self.alpha)
@@ -482,22 +496,22 @@ class _Budgets:
     @property
     def least(self) -> float:
         """A factor at which no layer keeps more than it must."""
-        return 0.5 / max(self.scales[layer.is_conv] * self._wanted(layer) for layer in self.report.layers)
+        return 0.5 / max(self.scales[conv] * wanted for _, conv, wanted, _, _ in self.bounds)
 
     def times(self, share: float, kinds: tuple[bool, ...] = (True, False)) -> _Budgets:
         """These kinds of layers scaled."""
-        scales = {kind: scale * (share if kind in kinds else 1.0) for kind, scale in self.scales.items()}
-        return replace(self, scales=scales)
+        return replace(self, scales=self._scaled(share, kinds))
 
-    def weights(self) -> dict[str, int]:
-        """Layer -> the weights that it may keep."""
-        found = {}
-        for layer in self.report.layers:
-            low, high = _least(layer, self.structure), layer.weights
-            if layer.name in self.ranges and self.structure != "filter":
-                low, high = (max(low, self.ranges[layer.name][0]), max(low, self.ranges[layer.name][1]))
-            found[layer.name] = max(low, min(high, int(self.scales[layer.is_conv] * self._wanted(layer))))
-        return found
+    def _scaled(self, share: float, kinds: tuple[bool, ...]) -> dict[bool, float]:
+        return {kind: scale * (share if kind in kinds else 1.0) for kind, scale in self.scales.items()}
+
+    def weights(self, scales: Mapping[bool, float] | None = None) -> dict[str, int]:
+        """Layer -> the weights that it may keep, with these scales or its own."""
+        scales = scales or self.scales
+        return {
+            layer.name: max(low, min(high, int(scales[conv] * wanted)))
+            for layer, conv, wanted, low, high in self.bounds
+        }
 
     def counts(self) -> Counts:
         """Of a network whose layers keep so many weights."""
@@ -528,10 +542,17 @@ class _Budgets:
 
     def _shrunk(self, kinds: tuple[bool, ...], fits: Callable[[Counts], bool]) -> _Budgets:
         """Scaled down until the counts fit; as far as it goes when they never do."""
-        low, high = (1.0, 1.0) if fits(self.counts()) else (0.0, 1.0)
+        if fits(self.counts()):
+            return self.times(1.0, kinds)
+        known: dict[tuple[int, ...], bool] = {}  # scales that differ little lead to the same weights
+        low, high = 0.0, 1.0
         for _ in range(60):
             middle = 0.5 * (low + high)
-            low, high = (middle, high) if fits(self.times(middle, kinds).counts()) else (low, middle)
+            weights = self.weights(self._scaled(middle, kinds))
+            key = tuple(weights.values())
+            if key not in known:
+                known[key] = fits(_counts(self.report, weights, self.structure, self.ranges))
+            low, high = (middle, high) if known[key] else (low, middle)
         return self.times(low, kinds)
 
     def refusal(self, target: Target, dense: Counts, meter: Meter | None) -> ValueError:
@@ -659,7 +680,7 @@ def _channel_share(report: Report, layer: Layer, filters: dict[str, int]) -> flo
     for tied in report.sets:
         if layer.name in tied.readers:
             positions, first = tied.readers[layer.name], tied.layers[0]
-            per_class = tied.counts(tied.groups(first, filters[first])) / np.bincount(tied.classes)
+            per_class = tied.counts(tied.groups(first, filters[first])) / tied.sizes
             share[positions >= 0] = per_class[tied.classes[positions[positions >= 0]]]
     return float(share.mean())
 
@@ -760,7 +781,8 @@ def _with_most_energy(report: Report, tied: Set, budget: dict[str, int], low: in
     return max(_choices(low, high), key=energy)
 
 
-def _choices(low: int, high: int) -> list[int]:
+@lru_cache(1024)
+def _choices(low: int, high: int) -> list[int]:  # nobody changes them
     return sorted({round(n) for n in np.geomspace(low, high, _FILTER_CHOICES).tolist()})
 
 

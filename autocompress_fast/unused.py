@@ -64,19 +64,21 @@ def settled(
         report: on the network.
         living_columns: (labels that are alive, name of a layer) -> which of its columns stay.
     """
-    layers = {layer.name: layers[layer.name] for layer in report.layers}
+    layers = {layer.name: _without_empty(report, layer, layers[layer.name]) for layer in report.layers}
     while True:
         before = sum(layer.weights for layer in layers.values())
-        for layer in report.layers:
-            layers[layer.name] = _without_empty(report, layer, layers[layer.name])
         alive = report.channels.alive(_with_weights(layers))
         for layer in report.layers:
-            columns = layers[layer.name].columns & living_columns(alive, layer.name)
-            layers[layer.name] = _without_empty(report, layer, replace(layers[layer.name], columns=columns))
+            kept = layers[layer.name]
+            columns = kept.columns & living_columns(alive, layer.name)
+            if not np.array_equal(columns, kept.columns):
+                layers[layer.name] = _without_empty(report, layer, replace(kept, columns=columns))
         used = report.channels.used(read_labels(layers, report))
         for layer in report.layers:
-            filters = layers[layer.name].filters & used[report.labels(layer.name)]
-            layers[layer.name] = _without_empty(report, layer, replace(layers[layer.name], filters=filters))
+            kept = layers[layer.name]
+            filters = kept.filters & used[report.labels(layer.name)]
+            if not np.array_equal(filters, kept.filters):
+                layers[layer.name] = _without_empty(report, layer, replace(kept, filters=filters))
         if sum(layer.weights for layer in layers.values()) == before:
             return layers
 
@@ -147,8 +149,10 @@ def kept_labels(alive: Plan, report: Report) -> BoolArray:
 def _without_empty(report: Report, layer: Layer, kept: LayerPlan) -> LayerPlan:
     """The layer's plan without the columns, and the filters that can be cut out, in which no weight is left."""
     filters, columns = kept.used()
-    frozen = report.frozen_filters(layer.name)
-    return replace(kept, filters=np.where(frozen, kept.filters, filters), columns=columns)
+    filters = np.where(report.frozen_filters(layer.name), kept.filters, filters)
+    if np.array_equal(kept.filters, filters) and np.array_equal(kept.columns, columns):
+        return kept
+    return replace(kept, filters=filters, columns=columns)
 
 
 def check_something_left(layers: Mapping[str, LayerPlan], report: Report, plan: Plan) -> None:

@@ -144,9 +144,11 @@ def check(
     torch.manual_seed(0)
     randomise(model)
     inputs = inputs or (torch.randn(2, *(shape or IMAGE)),)
+    dtype = dtype_for(model)
+    model, inputs = copy.deepcopy(model).to(dtype), cast(inputs, dtype)
     report = inspect(model, inputs)
     check_groups(report, model, free, frozen or {}, at_least)
-    small = check_exact(model, inputs, report, dtype_for(model))
+    small = check_exact(model, inputs, report, dtype)
     plan = Plan.uniform(report, filters=0.5)
     shapes = {layer.name: (layer.shape, small.plan[layer.name].shape) for layer in report.layers}
     if not free and not at_least:
@@ -219,14 +221,13 @@ def dtype_for(model: nn.Module) -> torch.dtype:
 
 
 def check_exact(model: nn.Module, inputs: tuple[torch.Tensor, ...], report: Report, dtype: torch.dtype) -> Compacted:
-    model, inputs = copy.deepcopy(model).to(dtype), cast(inputs, dtype)
     plan = Plan.uniform(report, filters=0.5)
     for group in report.groups:
         kept = {bool(plan[name].filters[i]) for name, indices in group.filters.items() for i in indices}
         assert len(kept) <= 1, f"a part of a group is dropped: {group}"
         assert not group.frozen or False not in kept, f"a frozen group is dropped: {group}"
     before = snapshot(model)
-    small = compact(model, plan, inputs)
+    small = compact(model, plan, inputs, report=report)  # to read it anew takes longest
     masked = mask(model, plan).eval()
     assert same(before, snapshot(model)), "the given model was changed"
     assert small.kind in ("module", "graph")
@@ -1702,19 +1703,20 @@ def test_the_path_that_the_example_takes():
         y = m.a(x)
         return m.head(F.relu(y) if float(x.abs().sum()) >= 0 else m.other(y))
 
-    model = net(forward, a=conv(3, 8), other=conv(8, 8), head=conv(8, 4))
-    report = inspect(model, torch.randn(2, *IMAGE))
+    model, x = net(forward, a=conv(3, 8), other=conv(8, 8), head=conv(8, 4)).double(), torch.randn(2, *IMAGE).double()
+    report = inspect(model, x)
     found = [group for group in report.groups if "a" in group.filters]
     assert [(group.filters["a"], group.channels["head"]) for group in found] == [((i,), (i,)) for i in range(8)]
     assert not any(group.frozen for group in found)
-    check_exact(model, (torch.randn(2, *IMAGE),), report, torch.float64)
+    check_exact(model, (x,), report, torch.float64)
 
 
 def test_a_part_that_is_not_used():
-    model = net(lambda m, x: m.head(m.a(x)), a=conv(3, 8), unused=conv(3, 5), head=conv(8, 4))
-    report = inspect(model, torch.randn(2, *IMAGE))
+    model = net(lambda m, x: m.head(m.a(x)), a=conv(3, 8), unused=conv(3, 5), head=conv(8, 4)).double()
+    x = torch.randn(2, *IMAGE).double()
+    report = inspect(model, x)
     assert {"a", "head"} <= {layer.name for layer in report.layers}
-    check_exact(model, (torch.randn(2, *IMAGE),), report, torch.float64)
+    check_exact(model, (x,), report, torch.float64)
 
 
 # Operators that may be understood or not

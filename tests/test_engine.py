@@ -14,13 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import autocompress_fast as acf
-from autocompress_fast import models
+from autocompress_fast import _core, models
 from autocompress_fast.compact import ColumnConv2d, ColumnLinear
 from autocompress_fast.engine import Engine, UnsupportedError, VerificationError, native
 from autocompress_fast.engine.lower import verify
 from autocompress_fast.engine.program import Input, Program, ProgramError, Step, pool_output_size, validate
-
-every_isa = pytest.mark.usefixtures("isa")
 
 EPSILON = 2.0**-24  # half a unit in the last place of 1.0, the error of one float32 operation
 
@@ -41,17 +39,28 @@ def exact(model, *inputs):
     return torch.utils._pytree.tree_leaves(outputs)
 
 
+def with_every_isa(program):
+    """Engines of a program with each instruction set in turn; reading the model, which takes longest, is done once."""
+    for isa in _core.supported_isas():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACF_FORCE_ISA", isa)
+            assert _core.reload_isa() == isa
+            yield isa, Engine(program)
+    _core.reload_isa()
+
+
 def check(model, *shape, rounding=32, batches=(1, 3)):
     """Compile for batch 2 and compare on others with float64: at most `rounding` errors of the largest value."""
-    engine = acf.compile(model, torch.randn(2, *shape))
-    for batch in batches:
-        x = torch.randn(batch, *shape)
-        found = engine(x)
-        for y, wanted in zip(found if isinstance(found, tuple) else (found,), exact(model, x), strict=True):
-            assert y.shape == wanted.shape
-            assert y.dtype == torch.float32
-            assert float((y - wanted).abs().max()) <= rounding * EPSILON * float(wanted.abs().max())
-    return engine
+    compiled = acf.compile(model, torch.randn(2, *shape))
+    expected = [(x, exact(model, x)) for x in (torch.randn(batch, *shape) for batch in batches)]
+    for isa, engine in with_every_isa(compiled.program):
+        for x, all_wanted in expected:
+            found = engine(x)
+            for y, wanted in zip(found if isinstance(found, tuple) else (found,), all_wanted, strict=True):
+                assert y.shape == wanted.shape
+                assert y.dtype == torch.float32
+                assert float((y - wanted).abs().max()) <= rounding * EPSILON * float(wanted.abs().max()), isa
+    return compiled
 
 
 def check_product(layer, *shape):
@@ -59,7 +68,7 @@ def check_product(layer, *shape):
 
     |error| <= (K + 2) * epsilon * (sum |w| |x| + |b|), the standard bound of a dot product in any order.
     """
-    engine = acf.compile(layer, torch.randn(2, *shape))
+    compiled = acf.compile(layer, torch.randn(2, *shape))
     x = torch.randn(3, *shape)
     (wanted,) = exact(layer, x)
     magnitudes = copy.deepcopy(layer)
@@ -68,8 +77,9 @@ def check_product(layer, *shape):
             parameter.abs_()
     (sums,) = exact(magnitudes, x.abs())
     terms = layer.weight[0].numel()
-    assert bool(((engine(x) - wanted).abs() <= (terms + 2) * EPSILON * sums).all())
-    return engine
+    for isa, engine in with_every_isa(compiled.program):
+        assert bool(((engine(x) - wanted).abs() <= (terms + 2) * EPSILON * sums).all()), isa
+    return compiled
 
 
 def random_conv(draw):
@@ -84,7 +94,6 @@ def random_conv(draw):
     return layer, (channels, *size)
 
 
-@every_isa
 @pytest.mark.parametrize("seed", range(24))
 def test_convolutions_of_any_shape(seed):
     draw = random.Random(seed)
@@ -100,14 +109,12 @@ def test_padding_by_name(padding):
     check_product(nn.Conv2d(2, 3, (4, 3), padding=padding, dilation=(1, 2)), 2, 9, 8)
 
 
-@every_isa
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
 def test_linear_layers(shape):
     check_product(nn.Linear(7, 5), *shape)
     check_product(nn.Linear(7, 1, bias=False), *shape)
 
 
-@every_isa
 @pytest.mark.parametrize("seed", range(24))
 def test_pools_of_any_shape(seed):
     draw = random.Random(seed)
@@ -254,7 +261,6 @@ class Attention(nn.Module):
         return F.gelu(self.linear(x + y))[:, 0]
 
 
-@every_isa
 @pytest.mark.parametrize(("heads", "features"), [(1, 5), (2, 34), (3, 21), (4, 64), (7, 7)])
 @pytest.mark.parametrize("tokens", [1, 5, 50])
 def test_attention_of_several_heads(tokens, heads, features):
@@ -267,7 +273,6 @@ def test_attention_counts_its_products():
     assert step.summary().macs == 2 * 5 * 5 * (4 + 3)
 
 
-@every_isa
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_operators(name):
     check(Function(FUNCTIONS[name]), 3, 5, 7, rounding=64)
@@ -372,7 +377,6 @@ def test_storage_is_the_smallest():
         assert step.bytes <= 4 * 12000
 
 
-@every_isa
 @pytest.mark.parametrize("kept", [0, 1, 40, 2000])
 def test_very_sparse_weights(kept):
     """Few weights far apart are multiplied one by one, more of them as a block; a filter may have none."""
@@ -385,7 +389,6 @@ def test_very_sparse_weights(kept):
         assert engine.weights.kept == kept
 
 
-@every_isa
 @pytest.mark.parametrize("density", [1.0, 0.3, 0.001])
 def test_grouped_sparse_weights(density):
     layer = nn.Conv2d(64, 64, 3, groups=2)

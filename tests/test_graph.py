@@ -1,6 +1,7 @@
 """`inspect`: what of every kind of network can be pruned, what is frozen or left out, and why."""
 
 import copy
+import functools
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from autocompress_fast.plan import LayerPlan, Plan
 from autocompress_fast.purify import purify
 from autocompress_fast.rates import STRUCTURES, Target, allocate, fill
 from autocompress_fast.report import Inspection
+from autocompress_fast.trace import Trace, trace
 from autocompress_fast.unused import unused_paths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -712,7 +714,19 @@ HEAD = ["head.1", "head.3"]
 REST = [name for name in WIDE_LAYERS if name not in HEAD]
 
 
-def wide() -> nn.Module:
+@pytest.fixture
+def read_once(monkeypatch):
+    """`wide` is traced once for all tests: that takes longest, and does not depend on what is held."""
+    monkeypatch.setattr("autocompress_fast.graph.report.trace", traced)
+
+
+@functools.cache
+def traced(model: nn.Module, example: torch.Tensor) -> Trace:
+    return trace(model, example)
+
+
+@functools.cache
+def wide() -> nn.Module:  # no test changes it
     torch.manual_seed(0)
     model = Wide().eval()
     for tensor in (model.norm.weight, model.norm.bias, model.norm.running_mean):
@@ -754,6 +768,7 @@ def wide() -> nn.Module:
         ([], None, dict.fromkeys(WIDE_LAYERS, "it is not selected")),
     ],
 )
+@pytest.mark.usefixtures("read_once")
 def test_patterns_say_which_layers_stay_as_they_are(select, exclude, expected):
     report = inspect(wide(), WIDE, select=select, exclude=exclude)
     assert [layer.name for layer in report.layers] == WIDE_LAYERS
@@ -779,6 +794,7 @@ def test_patterns_say_which_layers_stay_as_they_are(select, exclude, expected):
         (["stem", "block.1"], "block.1"),
     ],
 )
+@pytest.mark.usefixtures("read_once")
 def test_patterns_that_no_layer_matches_are_refused(pattern, text):
     argument = "select" if text == "stern" else "exclude"
     message = re.escape(f"{argument}: no layer matches {text!r}; layers: stem, block.0, block.2, depth")
@@ -787,6 +803,7 @@ def test_patterns_that_no_layer_matches_are_refused(pattern, text):
 
 
 @pytest.mark.parametrize("pattern", [3, b"stem", ["stem", None], [["stem"]], nn.Linear(1, 1), {"stem"}])
+@pytest.mark.usefixtures("read_once")
 def test_what_is_no_pattern_is_refused(pattern):
     with pytest.raises(TypeError, match="exclude takes module paths, globs, regular expressions and classes"):
         inspect(wide(), WIDE, exclude=pattern)
@@ -843,6 +860,7 @@ def assert_as_it_was(model: nn.Module, small: nn.Module, names: list[str]) -> No
 
 
 @pytest.mark.parametrize("names", HELD, ids="+".join)
+@pytest.mark.usefixtures("read_once")
 def test_plans_leave_held_layers_whole_and_so_does_compaction(names):
     model = wide()
     report = inspect(model, WIDE, exclude=names)
@@ -859,6 +877,7 @@ def test_plans_leave_held_layers_whole_and_so_does_compaction(names):
 
 
 @pytest.mark.parametrize("names", HELD, ids="+".join)
+@pytest.mark.usefixtures("read_once")
 def test_what_is_dead_around_held_layers_does_not_touch_them(names):
     """Random weights of all others go, and with them whole filters before a held layer and the readers behind it."""
     model = wide()
@@ -890,6 +909,7 @@ def test_what_is_dead_around_held_layers_does_not_touch_them(names):
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.usefixtures("read_once")
 def test_allocations_and_admm_leave_held_layers_whole(structure):
     model, target = wide(), Target(params=1.7)
     for names in (["block.2"], ["block.0", "grouped"]):

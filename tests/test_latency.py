@@ -13,10 +13,11 @@ import autocompress_fast as acf
 from autocompress_fast import models
 from autocompress_fast.engine import latency
 from autocompress_fast.engine.latency import Costs, Outline, Timing, Work, _estimate
-from autocompress_fast.engine.lower import lower
+from autocompress_fast.engine.lower import lower, lower_trace
 from autocompress_fast.engine.program import Program, validate
 from autocompress_fast.graph import Report
 from autocompress_fast.latency import LatencyModel
+from autocompress_fast.models import vgg
 from autocompress_fast.plan import LayerPlan, Plan
 from autocompress_fast.progress import Progress
 
@@ -82,15 +83,24 @@ def random_plan(report: Report, seed: int) -> Plan:
     return Plan(layers).tied(report)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "vgg16"])
+NETWORKS = {
+    "residual": lambda: models.create("resnet20", width=8),
+    "depthwise": lambda: nn.Sequential(*models.create("mobilenet_v2").features[:6]),
+    "chain": lambda: vgg.VGG16(width=16),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.usefixtures("clock")
 def test_sizes_are_those_of_the_compacted_network(name: str) -> None:
     torch.manual_seed(0)
-    model, x = models.create(name).eval(), torch.zeros(1, 3, 32, 32)
+    model, x = NETWORKS[name]().eval(), torch.zeros(1, 3, 32, 32)
     report = acf.inspect(model, x)
     predictor = LatencyModel.of(report, directory=None)
-    for plan in (Plan.dense(report), Plan.uniform(report, filters=0.4, columns=0.3), random_plan(report, 0)):
-        program = lower(acf.compact(model, plan, x, report=report).model, x)
+    dense = Plan.dense(report)
+    for plan in (dense, Plan.uniform(report, filters=0.4, columns=0.3), random_plan(report, 0)):
+        small = acf.compact(model, plan, x, report=report).model
+        program = lower_trace(report.trace)[0] if plan is dense else lower(small, x)
         expected = [(work.op, work.size) for work in works(program)]
         found = [(step.op, step.size) for step in predictor.predict(plan).steps]
         assert [step for step in found if step[0] not in ("call", "values")] == expected

@@ -260,8 +260,7 @@ def test_filters_before_columns_are_two_trainings(trained):
 HOLDING = variant(rounds=3, final_epochs=2)
 
 
-@pytest.mark.parametrize("max_drop", [0.0, 5.0, 30.0])
-@pytest.mark.parametrize("target", ["200x", None])
+@pytest.mark.parametrize(("target", "max_drop"), [("200x", 0.0), ("200x", 5.0), ("200x", 30.0), (None, 5.0)])
 def test_no_more_accuracy_is_lost_than_allowed(trained, target, max_drop):
     result = run(trained, target=target, max_drop=max_drop, recipe=HOLDING)
     accuracy = result.accuracy
@@ -312,11 +311,11 @@ def taken_back(trained) -> Result:
     return run(trained, **TAKEN_BACK)
 
 
-@pytest.mark.parametrize("kill", [{"steps": 8}, {"steps": 20}, {"steps": 33}])
-def test_a_run_with_rounds_taken_back_is_continued(trained, taken_back, tmp_path, kill):
+def test_a_run_with_rounds_taken_back_is_continued(trained, taken_back, tmp_path):
     options, expected = TAKEN_BACK, taken_back
-    with pytest.raises(StopError):
-        run(trained, **options, workdir=tmp_path, progress=Watcher(**kill))
+    for steps in (8, 12, 13):
+        with pytest.raises(StopError):
+            run(trained, **options, workdir=tmp_path, progress=Watcher(steps=steps))
     with pytest.raises(ValueError, match="holds a run with another max_drop"):
         run(trained, **(options | {"max_drop": 6.0}), workdir=tmp_path)
     result = run(trained, **options, workdir=tmp_path)
@@ -603,14 +602,16 @@ def test_a_work_directory_holds_the_plan_the_figures_and_the_log(whole):
     assert logged == result.history
 
 
-# three batches an epoch: 6 steps of ADMM, 3 of retraining, 6 of ADMM, 18 at the end
-@pytest.mark.parametrize("kill", [{"steps": 1}, {"steps": 7}, {"steps": 13}, {"steps": 20}, {"notes": 3}])
-def test_a_run_killed_in_any_stage_ends_as_one_that_was_not(trained, whole, tmp_path, kill):
+def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(trained, whole, tmp_path):
+    """Three batches an epoch: 6 steps of ADMM, 3 of retraining, 6 of ADMM, 18 at the end; whole epochs are kept."""
     expected, _ = whole
-    with pytest.raises(StopError):
-        run(trained, workdir=tmp_path, progress=Watcher(**kill))
-    with pytest.raises(StopError):
-        run(trained, workdir=tmp_path, progress=Watcher(steps=4))
+    kills = [{"steps": 1}, {"steps": 7}, {"notes": 3}, {"steps": 1}, {"steps": 4}, {"steps": 8}, {"steps": 2}]
+    stages = ["round1.admm", "round1.retrain", "round1.retrain", "round2.admm", "round2.admm", *["round2.final"] * 2]
+    for kill, stage in zip(kills, stages, strict=True):
+        watcher = Watcher(**kill)
+        with pytest.raises(StopError):
+            run(trained, workdir=tmp_path, progress=watcher)
+        assert watcher.tasks[-1] == stage
     result = run(trained, workdir=tmp_path)
     assert_same(state(result.model), state(expected.model))
     assert result.plan == expected.plan
@@ -651,11 +652,20 @@ def test_purification_removes_more_than_the_target(trained, purified):
     assert "purification in 2 rounds: 2.0x of all weights -> " in str(result.report())
 
 
-@pytest.mark.parametrize("kill", [{"steps": 25}, {"steps": 35}, {"notes": 4}, {"notes": 5}, {"notes": 6}])
-def test_a_run_killed_while_it_purifies_ends_as_one_that_was_not(trained, purified, tmp_path, kill):
+def test_a_run_killed_while_it_purifies_ends_as_one_that_was_not(trained, purified, tmp_path):
     expected, _ = purified
-    with pytest.raises(StopError):
-        run(trained, target="2x", recipe=PURIFYING, workdir=tmp_path, progress=Watcher(**kill))
+    for kill, last in (
+        ({"steps": 25}, "purification"),  # what was begun last
+        ({"steps": 11}, "purify1"),
+        ({"notes": 3}, "purification 1 of 2"),  # what was said last
+        ({"notes": 4}, "purify2: down to"),
+        ({"notes": 5}, "purification, round 1 of 1"),
+        ({"notes": 6}, "purification 2 of 2"),
+    ):
+        watcher = Watcher(**kill)
+        with pytest.raises(StopError):
+            run(trained, target="2x", recipe=PURIFYING, workdir=tmp_path, progress=watcher)
+        assert (watcher.tasks if "steps" in kill else watcher.noted)[-1].startswith(last)
     result = run(trained, target="2x", recipe=PURIFYING, workdir=tmp_path)
     assert_same(state(result.model), state(expected.model))
     assert result.plan == expected.plan
@@ -683,13 +693,16 @@ def test_rates_are_searched_for_in_every_round(trained, searched):
     assert result.plan != run(trained, target="4x", recipe=variant(rounds=2, final_epochs=3)).plan
 
 
-@pytest.mark.parametrize("kill", [{"steps": 7}, {"steps": 40}])
-def test_a_run_killed_while_it_searches_ends_as_one_that_was_not(trained, searched, tmp_path, kill):
+def test_a_run_killed_while_it_searches_ends_as_one_that_was_not(trained, searched, tmp_path):
+    """In the first search, and in the final training after the second one."""
     expected, _ = searched
-    with pytest.raises(StopError):
-        run(trained, target="4x", recipe=SEARCHING, workdir=tmp_path, progress=Watcher(**kill))
     with_workers = dataclasses.replace(SEARCHING, search_workers=2)  # as a run may go on with another number of them
-    result = run(trained, target="4x", recipe=with_workers, workdir=tmp_path)
+    for recipe, steps, task in ((SEARCHING, 7, "search"), (with_workers, 40, "round2.final")):
+        watcher = Watcher(steps=steps)
+        with pytest.raises(StopError):
+            run(trained, target="4x", recipe=recipe, workdir=tmp_path, progress=watcher)
+        assert watcher.tasks[-1] == task
+    result = run(trained, target="4x", recipe=SEARCHING, workdir=tmp_path)
     assert_same(state(result.model), state(expected.model))
     assert result.plan == expected.plan
 

@@ -11,7 +11,7 @@ from torch import nn
 import autocompress_fast as acf
 from autocompress_fast import models
 from autocompress_fast.compact import compact
-from autocompress_fast.graph import inspect
+from autocompress_fast.graph import Report, inspect
 from autocompress_fast.plan import MaskedParameters, Plan, mask
 from autocompress_fast.progress import Progress
 from autocompress_fast.purify import Purified, purify
@@ -62,9 +62,8 @@ def closeness(model: nn.Module, x: torch.Tensor = X) -> Callable[[nn.Module], fl
     return score
 
 
-def check(purified: Purified, model: nn.Module, plan: Plan, x: torch.Tensor = X) -> None:
+def check(purified: Purified, report: Report, plan: Plan, x: torch.Tensor = X) -> None:
     """What always holds."""
-    report = inspect(model, x[:2])
     for name, layer in purified.plan.items():
         assert not (layer.mask() & ~plan[name].mask()).any(), f"{name} has weights that the plan did not keep"
     assert purified.before == report.counts(plan)
@@ -85,7 +84,7 @@ def check(purified: Purified, model: nn.Module, plan: Plan, x: torch.Tensor = X)
     assert purified.unused.macs - sum(step.macs for step in purified.steps) == purified.after.macs
     for name, layer in purified.plan.items():
         assert not purified.model.get_submodule(name).weight[~torch.from_numpy(layer.weight_mask())].any()
-    small = acf.compact(purified.model, purified.plan, x[:2])
+    small = acf.compact(purified.model, purified.plan, x[:2], report=report)
     with torch.no_grad():
         torch.testing.assert_close(small.model(x), purified.model(x), rtol=1e-4, atol=1e-5)
 
@@ -95,10 +94,11 @@ def check(purified: Purified, model: nn.Module, plan: Plan, x: torch.Tensor = X)
 def test_the_score_stays_within_the_tolerance(tolerance: float, filters: float) -> None:
     model = residual()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = Plan.uniform(inspect(model, X[:2]), filters=filters)
+    report = inspect(model, X[:2])
+    plan = Plan.uniform(report, filters=filters)
     score = closeness(mask(model, plan))
     purified = purify(model, score, X[:2], plan=plan, tolerance=tolerance)
-    check(purified, model, plan)
+    check(purified, report, plan)
     assert purified.scores == pytest.approx((0.0, score(purified.model)))
     assert purified.scores[-1] >= -tolerance
     for name, value in model.state_dict().items():
@@ -116,9 +116,9 @@ def test_what_hardly_contributes_goes_and_nothing_else() -> None:
         model.norm.bias[dead_filters] = 0
         model.stem.weight[[2, 8]] *= 1e-6  # tied to what is not small
         model.inner.weight.flatten(1)[:, dead_columns] *= 1e-6
-    plan = Plan.dense(inspect(model, X[:2]))
-    purified = purify(model, closeness(model), X[:2], tolerance=0.01, evaluations=10_000)
-    check(purified, model, plan)
+    report = inspect(model, X[:2])
+    purified = purify(model, closeness(model), X[:2], tolerance=0.01, evaluations=10_000, report=report)
+    check(purified, report, Plan.dense(report))
     assert np.flatnonzero(~purified.plan["stem"].filters).tolist() == dead_filters
     assert np.flatnonzero(~purified.plan["outer"].filters).tolist() == dead_filters
     of_dead_channels = {9 * channel + tap for channel in dead_filters for tap in range(9)}
@@ -182,14 +182,15 @@ def test_rounds_with_retraining_keep_the_masks() -> None:
                 (net(X) - expected).square().mean().backward()
                 optimizer.step()
 
-    once = purify(model, score, X[:2], tolerance=20.0)
-    purified = purify(model, score, X[:2], tolerance=20.0, rounds=2, retrain=retrain)
+    report = inspect(model, X[:2])
+    once = purify(model, score, X[:2], tolerance=20.0, report=report)
+    purified = purify(model, score, X[:2], tolerance=20.0, rounds=2, retrain=retrain, report=report)
     assert len(seen) == 2
     assert len(purified.scores) == 3
     assert seen[0] == once.plan
     assert purified.scores[1] > once.scores[1]  # retraining won something back,
     assert purified.after.params < once.after.params  # which the second round could spend
-    check(purified, model, Plan.dense(inspect(model, X[:2])))
+    check(purified, report, Plan.dense(report))
     assert score(purified.model) == pytest.approx(purified.scores[-1])
 
 
@@ -207,7 +208,7 @@ def test_masks_of_single_weights_are_kept() -> None:
         {layer.name: generator.random(layer.shape) < 0.5 for layer in report.layers}, groups={"grouped": 2}
     )
     purified = purify(model, closeness(mask(model, plan)), X[:2], plan=plan, tolerance=10.0)
-    check(purified, model, plan)
+    check(purified, report, plan)
     assert purified.after.params < purified.unused.params
 
 
@@ -215,13 +216,15 @@ def test_a_zero_padded_shortcut_and_a_transposed_convolution() -> None:
     torch.manual_seed(0)
     resnet = models.create("resnet20").eval()
     x = torch.randn(4, 3, 16, 16)
-    purified = purify(resnet, closeness(resnet, x), x, tolerance=30.0, evaluations=1)
-    check(purified, resnet, Plan.dense(inspect(resnet, x)), x)
+    report = inspect(resnet, x)
+    purified = purify(resnet, closeness(resnet, x), x, tolerance=30.0, evaluations=1, report=report)
+    check(purified, report, Plan.dense(report), x)
     upsampling = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2), nn.ReLU(), nn.Conv2d(6, 2, 1)
     )
     purified = purify(upsampling, closeness(upsampling), X, tolerance=50.0)
-    check(purified, upsampling, Plan.dense(inspect(upsampling, X[:2])))
+    report = inspect(upsampling, X[:2])
+    check(purified, report, Plan.dense(report))
     assert purified.after.params < purified.before.params
 
 

@@ -29,6 +29,8 @@ from autocompress_fast.search import Search, _Regression, one_shot, quick_score
 from autocompress_fast.training import Evaluation, Trainer, TrainingConfig
 from autocompress_fast.unused import unused_paths
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def report():
@@ -472,12 +474,19 @@ def test_batches_are_proposed_together(small, batch):
     assert len(set(temperatures)) == math.ceil(len(temperatures) / batch)
 
 
+@pytest.fixture(scope="module")
+def by_two_workers(small, tmp_path_factory):
+    """What they have found, and the lines of its trace."""
+    path = tmp_path_factory.mktemp("by_two_workers") / "trace.jsonl"
+    found = Search(small[1], Target(params=8), Unsteady("3"), workers=2, trace=path).run(40)
+    return found, path.read_text().splitlines(keepends=True)
+
+
 @pytest.mark.parametrize("done", [1, 6, 17, 33])
-def test_a_search_goes_on_with_other_workers_anywhere_in_a_batch(small, tmp_path, done):
+def test_a_search_goes_on_with_other_workers_anywhere_in_a_batch(small, by_two_workers, tmp_path, done):
     _, report = small
-    path = tmp_path / "trace.jsonl"
-    whole = Search(report, Target(params=8), Unsteady("3"), workers=2, trace=path).run(40)
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[: done + 1]))
+    path, (whole, lines) = tmp_path / "trace.jsonl", by_two_workers
+    path.write_text("".join(lines[: done + 1]))
     again = Search(report, Target(params=8), Unsteady("3"), trace=path).run(40)
     assert outcome(again) == outcome(whole)
     with pytest.raises(ValueError, match="another batch"):

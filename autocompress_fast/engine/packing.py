@@ -53,9 +53,11 @@ def pack(tensor: Array, *, overhead: int = _HEADER) -> Packed | None:
     if tensor.dtype != np.float32 or tensor.size == 0 or tensor.ndim == 0:
         return None
     words = np.ascontiguousarray(tensor).view(np.uint32).reshape(tensor.shape)  # -0.0 and 0.0 are two values
-    candidates = [found for rows in (words.reshape(1, -1), words.reshape(len(words), -1)) if (found := _coded(rows))]
+    below = tensor.nbytes - overhead
+    ways = (words.reshape(1, -1), words.reshape(len(words), -1))
+    candidates = [found for rows in ways if (found := _coded(rows, below))]
     packed = [Packed(tensor.shape, bits, codes, table) for bits, codes, table in candidates]
-    return _smallest(packed, tensor.nbytes - overhead)
+    return _smallest(packed, below)
 
 
 def expected(shape: tuple[int, ...], values: int, alike: bool, *, overhead: int = _HEADER) -> Packed | None:
@@ -164,17 +166,19 @@ def joined(stored: Mapping[str, Array], described: object, most: int) -> dict[st
     return tensors
 
 
-def _coded(rows: Array) -> tuple[int, Array, Array] | None:
-    """Bits, codes and table of rows of float32 as uint32; None if a row has too many values."""
+def _coded(rows: Array, below: int) -> tuple[int, Array, Array] | None:
+    """Bits, codes and table of rows of float32 as uint32; None if a row has too many values, or for so many bytes."""
     if rows.shape[1] > 4096 and len(np.unique(rows[:, :4096])) > 2**MOST_BITS * len(rows):
         return None
-    tables = []
-    for row in rows:
-        tables.append(np.unique(row))
-        if len(tables[-1]) > 2**MOST_BITS:
-            return None
-    width = max(map(len, tables))
+    if len(np.unique(rows[0])) > 2**MOST_BITS:
+        return None
+    ordered, first = np.sort(rows, axis=1), np.ones(rows.shape, bool)
+    np.not_equal(ordered[:, 1:], ordered[:, :-1], out=first[:, 1:])
+    width = int(first.sum(axis=1).max())
     bits = max(1, (width - 1).bit_length())
+    if width > 2**MOST_BITS or -(-rows.size * bits // 8) + 4 * len(rows) * width >= below:
+        return None
+    tables = [row[chosen] for row, chosen in zip(ordered, first, strict=True)]
     table = np.stack([np.pad(one, (0, width - len(one)), "edge") for one in tables])
     codes = np.stack([np.searchsorted(one, row) for one, row in zip(tables, rows, strict=True)])
     order = np.argsort(table.view(np.float32), axis=1, kind="stable")  # as numbers, for people

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -187,34 +188,50 @@ class Set:
     classes: IntArray
     readers: Mapping[str, IntArray]
 
-    def counts(self, groups: int) -> IntArray:
-        """How many groups of every class stay when so many do in all: the same share of each, and one at least."""
-        sizes = np.bincount(self.classes)
+    @cached_property
+    def sizes(self) -> IntArray:
+        """How many groups every class has."""
+        return np.bincount(self.classes)
+
+    @cached_property
+    def _members(self) -> list[IntArray]:
+        """The groups of every class."""
+        return [np.flatnonzero(self.classes == number) for number in range(self.sizes.size)]
+
+    @cached_property
+    def _filters(self) -> dict[str, list[int]]:
+        """Layer -> how many of its filters stay when 0, 1, ... groups do; rates are found by asking very often."""
+        shares = self._kept(np.arange(self.size + 1)[:, None]) / self.sizes
+        found = {}
+        for name, rows in self.rows.items():
+            per_class = np.bincount(self.classes[rows[rows >= 0]], minlength=self.sizes.size)
+            free = np.rint((per_class * shares).sum(axis=1)).astype(np.int64)
+            found[name] = (int((rows < 0).sum()) + free).tolist()
+        return found
+
+    def _kept(self, groups: int | IntArray) -> IntArray:
+        sizes = self.sizes
         kept: IntArray = np.clip(np.floor(sizes * (groups / self.size) + 1e-9).astype(np.int64), 1, sizes)
         return kept
+
+    def counts(self, groups: int) -> IntArray:
+        """How many groups of every class stay when so many do in all: the same share of each, and one at least."""
+        return self._kept(groups)
 
     def chosen(self, joint: npt.NDArray[np.float64], groups: int) -> BoolArray:
         """(size,) the groups that stay: of every class those with the largest norm; of equal ones, the first."""
         chosen = np.zeros(self.size, bool)
-        for number, count in enumerate(self.counts(groups).tolist()):
-            members = np.flatnonzero(self.classes == number)
+        for members, count in zip(self._members, self.counts(groups).tolist(), strict=True):
             chosen[members[np.argsort(-joint[members], kind="stable")[:count]]] = True
         return chosen
 
     def filters(self, layer: str, groups: int) -> int:
         """How many filters of a layer stay when so many groups do."""
-        rows = self.rows[layer]
-        per_class = np.bincount(self.classes[rows[rows >= 0]], minlength=int(self.classes.max()) + 1)
-        share = self.counts(groups) / np.bincount(self.classes)
-        return int((rows < 0).sum()) + round(float((per_class * share).sum()))
+        return self._filters[layer][min(groups, self.size)]
 
     def groups(self, layer: str, filters: int) -> int:
         """The largest number of groups with which no more than so many filters of a layer stay; 1 at least."""
-        low, high = 1, self.size
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.filters(layer, middle) <= filters else (low, middle - 1)
-        return low
+        return max(1, bisect_right(self._filters[layer], filters) - 1)
 
     def joint(self, norms: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
         """(size,) norm of every group from those of the filters of all its layers."""
@@ -379,13 +396,31 @@ class Report:
             macs += weights * layer.outputs
         return Counts(conv, params, macs)
 
+    @cached_property
+    def _labels(self) -> dict[str, IntArray]:
+        return {n.name: _read_only(self.channels.filters(n.name, n.shape[0])) for n in self.layers}
+
+    @cached_property
+    def _frozen_filters(self) -> dict[str, BoolArray]:
+        return {name: _read_only(self._frozen_of(labels)) for name, labels in self._labels.items()}
+
+    @cached_property
+    def tied_parameters(self) -> dict[tuple[str, int], IntArray]:
+        """(tensor, dimension) -> labels along it, of what is cut with filters and belongs to no layer of them."""
+        own = {f"{layer.name}.{part}" for layer in self.layers for part in ("weight", "bias")}
+        return {
+            (name, dim): labels
+            for (name, dim), labels in self.channels.slices.items()
+            if name not in own and self.trace.tensors[name].is_floating_point()
+        }
+
     def labels(self, name: str) -> IntArray:
         """(P,) the labels of a layer's filters."""
-        return self.channels.filters(name, self[name].shape[0])
+        return self._labels[name]
 
     def frozen_filters(self, name: str) -> BoolArray:
         """(P,) which filters of a layer cannot be cut out."""
-        return self._frozen_of(self.labels(name))
+        return self._frozen_filters[name]
 
     def _frozen_of(self, labels: IntArray) -> BoolArray:
         frozen: BoolArray = (labels == DATA) | (self.channels.frozen[labels] > 0)
@@ -522,6 +557,14 @@ class Report:
                 for one in self.frozen_by
             ],
         }
+
+
+_ArrayT = TypeVar("_ArrayT", bound=npt.NDArray[Any])
+
+
+def _read_only(array: _ArrayT) -> _ArrayT:
+    array.setflags(write=False)
+    return array
 
 
 class _Roots:
