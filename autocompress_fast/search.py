@@ -20,6 +20,7 @@ import json
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -125,7 +126,7 @@ class Found:
         return plot_search(self, path)
 
 
-class Annealer:
+class Annealer(ABC):
     """A search by simulated annealing, whatever for: what an action leads to is left to those that derive from it.
 
     Args:
@@ -171,17 +172,17 @@ class Annealer:
         self.workers: int | Literal["ranks"] = workers
         self.trace = None if trace is None else Path(trace)
 
+    @abstractmethod
     def constraints(self, action: Action) -> Constraints:
         """Those that an action leads to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kept(self, constraints: Mapping[str, Any]) -> tuple[int, ...]:
         """Numbers above 0 that tell candidates apart, and that their scores follow from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def described(self) -> dict[str, Any]:
         """What is looked for, as a trace names it."""
-        raise NotImplementedError
 
     def run(
         self, evaluations: int | None = None, *, minutes: float | None = None, progress: Progress | None = None
