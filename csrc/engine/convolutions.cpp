@@ -55,8 +55,7 @@ class PackedWeights {
   // In the way that is quickest, or the only one.
   Planned plan(const conv::Shape& shape, const conv::Pitch& pitch, std::int64_t images, const Machine& machine) {
     const auto narrow_plan = [&](narrow::Number number) {
-      return narrow::plan(shape, pitch, images, count(), weights_.columns.data(), number,
-                          narrow::units(machine.isa, number).back());
+      return narrow::plan(shape, pitch, images, count(), weights_.columns.data(), number, unit(number, machine));
     };
     if (arithmetic_.precision == Precision::int8) return with_weights(narrow_plan(narrow::Number::int8), machine);
     const conv::Plan wide = conv::plan(shape, pitch, images, count(), machine.isa);
@@ -65,6 +64,29 @@ class PackedWeights {
       if (plan.cycles < wide.cycles) return with_weights(plan, machine);
     }
     return {wide, of(wide, machine.weights)};
+  }
+
+  // Whether it is computed on bytes where it can be, and of which numbers: unless most of the columns in the rows that
+  // are read were pruned.
+  const narrow::Quantization* bytes(const conv::Shape& shape, const Machine& machine) const {
+    if (arithmetic_.precision != Precision::int8 || !narrow::has_bytes(unit(narrow::Number::int8, machine)))
+      return nullptr;
+    const std::int64_t columns = narrow::byte_columns(shape, count(), weights_.columns.data());
+    return columns > 0 && 2 * columns <= 3 * (count() + 2) ? &arithmetic_.input : nullptr;
+  }
+
+  std::pair<narrow::BytePlan, Packed> byte_plan(const conv::Shape& shape, const narrow::ByteLayout& in,
+                                                const Machine& machine) {
+    const std::int64_t* columns = weights_.columns.data();
+    const narrow::BytePlan plan = narrow::byte_plan(shape, in, count(), columns, unit(narrow::Number::int8, machine));
+    for (const auto& [other, packed] : on_bytes_) {
+      if (narrow::same_packed(other, plan)) return {plan, packed};
+    }
+    void* packed = machine.weights.take(narrow::packed_size(plan));
+    narrow::pack(plan, count(), columns, weights_.values.data(), arithmetic_.scales.data(), arithmetic_.input, bias(),
+                 packed);
+    on_bytes_.emplace_back(plan, packed);
+    return {plan, packed};
   }
 
   Packed of(const conv::Plan& plan, Pool& memory) {
@@ -82,6 +104,9 @@ class PackedWeights {
 
  private:
   std::int64_t count() const { return static_cast<std::int64_t>(weights_.columns.size()); }
+  static narrow::Unit unit(narrow::Number number, const Machine& machine) {
+    return narrow::units(machine.isa, number).back();
+  }
   const float* bias() const { return weights_.bias.empty() ? nullptr : weights_.bias.data(); }
 
   Planned with_weights(const narrow::Plan& plan, const Machine& machine) {
@@ -106,6 +131,7 @@ class PackedWeights {
   Arithmetic arithmetic_;
   std::vector<std::pair<conv::Plan, Packed>> packed_;
   std::vector<std::pair<narrow::Plan, Packed>> narrow_;
+  std::vector<std::pair<narrow::BytePlan, Packed>> on_bytes_;
 };
 
 void check_weights(const Weights& weights, std::int64_t filters_per_group) {
@@ -188,6 +214,68 @@ class ConvolutionTask : public Task {
   bool residual_;
 };
 
+// On bytes: those of its input, or made of the planes that its input is.
+class ByteConvolutionTask : public Task {
+ public:
+  ByteConvolutionTask(narrow::BytePlan plan, Packed packed, const Layout& input, const Layout& output,
+                      const narrow::Quantization& numbers, const conv::Epilogue& epilogue, bool residual)
+      : plan_(plan),
+        packed_(packed),
+        images_(output.images),
+        in_(input.bytes ? conv::Pitch{} : input.pitch()),
+        numbers_(numbers),
+        makes_(!input.bytes),
+        made_(makes_ ? (plan.in.size + conv::kAlignment) / conv::kAlignment * kLine : 0),
+        to_bytes_(output.bytes.has_value()),
+        epilogue_(epilogue),
+        residual_(residual) {
+    if (to_bytes_) {
+      target_.byte_pitch = output.bytes->layout.pitch;
+      target_.numbers = output.bytes->numbers;
+    } else {
+      target_.pitch = output.pitch();
+    }
+    scratch = made_ + narrow::scratch_size(plan_);
+  }
+
+  void run(float* const* operands, float* memory, int threads) const override {
+    const auto* in = reinterpret_cast<const unsigned char*>(operands[0]);
+    if (makes_) {
+      const conv::Shape& s = plan_.shape;
+      unsigned char* made = reinterpret_cast<unsigned char*>(memory) + plan_.in.before;
+      narrow::fill_halo(made, plan_.in, images_, s.height, s.width, numbers_);
+      narrow::make_bytes(plan_.unit, in_, operands[0], numbers_, images_, s.channels, s.height, s.width, plan_.in.pitch,
+                         made, threads);
+      in = made;
+    }
+    narrow::ByteTarget target = target_;
+    float* out = operands[residual_ ? 2 : 1];
+    if (to_bytes_) {
+      target.bytes = reinterpret_cast<unsigned char*>(out);
+    } else {
+      target.planes = out;
+    }
+    conv::Epilogue epilogue = epilogue_;
+    if (residual_) epilogue.residual = operands[1];
+    narrow::run(plan_, packed_, images_, in, target, epilogue, memory + made_, threads);
+  }
+
+ private:
+  static constexpr auto kLine = static_cast<std::int64_t>(conv::kAlignment / sizeof(float));
+
+  narrow::BytePlan plan_;
+  Packed packed_;
+  std::int64_t images_;
+  conv::Pitch in_;
+  narrow::Quantization numbers_;
+  bool makes_;
+  std::int64_t made_;  // floats
+  bool to_bytes_;
+  narrow::ByteTarget target_;
+  conv::Epilogue epilogue_;
+  bool residual_;
+};
+
 class Convolution : public Operation {
  public:
   Convolution(const Window& window, std::int64_t groups, Weights weights, const Activated& activated,
@@ -196,6 +284,9 @@ class Convolution : public Operation {
 
   bool on_planes() const override { return true; }
   conv::Padding halo() const override { return window_.padding; }
+  const narrow::Quantization* reads_bytes(const Machine& machine, const Shape& input) const override {
+    return weights_.bytes(shape_of(window_, input, weights_.weights().filters, groups_), machine);
+  }
 
   Shape infer(const std::vector<Shape>& inputs) const override {
     const Weights& weights = weights_.weights();
@@ -214,6 +305,16 @@ class Convolution : public Operation {
     const conv::Shape shape = shape_of(window_, inputs[0]->shape, weights_.weights().filters, groups_);
     conv::Epilogue epilogue = epilogue_of(activated_);
     if (inputs.size() == 2) epilogue.residual_pitch = inputs[1]->pitch();
+    // Between planes it is computed by columns: what is saved is reading and writing them.
+    const narrow::Quantization* numbers = inputs[0]->bytes || output.bytes ? weights_.bytes(shape, machine) : nullptr;
+    if (numbers != nullptr) {
+      const narrow::ByteLayout in = inputs[0]->bytes ? inputs[0]->bytes->layout
+                                                     : narrow::byte_layout(output.images, shape.channels, shape.height,
+                                                                           shape.width, shape.padding);
+      const auto [plan, packed] = weights_.byte_plan(shape, in, machine);
+      return std::make_unique<ByteConvolutionTask>(plan, packed, *inputs[0], output, *numbers, epilogue,
+                                                   inputs.size() == 2);
+    }
     return std::make_unique<ConvolutionTask>(weights_.plan(shape, inputs[0]->pitch(), output.images, machine),
                                              output.images, output.pitch(), epilogue, inputs.size() == 2);
   }
@@ -240,7 +341,7 @@ class ExpansionTask : public Task {
                 const Activated& expanded, const Activated& activated)
       : slices_(std::move(slices)),
         images_(output.images),
-        in_(input.pitch()),
+        in_(input.bytes ? conv::Pitch{} : input.pitch()),
         out_(output.pitch()),
         between_(between),
         pitch_((between.size + kLine - 1) / kLine * kLine),

@@ -10,6 +10,7 @@ std::int64_t elements(const Shape& shape) {
 }
 
 bool Layout::in_order() const {
+  if (bytes) return false;
   std::int64_t expected = 1;
   for (std::size_t d = shape.size(); d-- > 0;) {
     if (shape[d] != 1 && strides[d] != expected) return false;
@@ -46,6 +47,19 @@ Layout as_planes(const Shape& shape, std::int64_t images, const conv::Padding& h
   layout.image = layout.planes.pitch.image;
   layout.before = layout.planes.before;
   layout.size = layout.planes.size;
+  layout.has_halo = halo.top + halo.left + halo.bottom + halo.right > 0;
+  return layout;
+}
+
+Layout as_bytes(const Shape& shape, std::int64_t images, const conv::Padding& halo,
+                const narrow::Quantization& numbers) {
+  constexpr auto kFloat = static_cast<std::int64_t>(sizeof(float));
+  Layout layout;
+  layout.shape = shape;
+  layout.images = images;
+  layout.bytes = {narrow::byte_layout(images, shape[0], shape[1], shape[2], halo), numbers};
+  layout.before = layout.bytes->layout.before / kFloat;
+  layout.size = (layout.bytes->layout.size + kFloat - 1) / kFloat;
   layout.has_halo = halo.top + halo.left + halo.bottom + halo.right > 0;
   return layout;
 }

@@ -4,9 +4,11 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "conv/conv.h"
+#include "narrow/bytes.h"
 
 namespace acf::engine {
 
@@ -16,14 +18,22 @@ inline constexpr std::size_t kMaxDims = 9;  // of a value, samples included
 
 std::int64_t elements(const Shape& shape);
 
+// A value of 8 bits.
+struct ByteValue {
+  narrow::ByteLayout layout;
+  narrow::Quantization numbers;
+};
+
 // Samples `image` floats apart, each with its own stride for every dimension. Values that convolutions read or write
-// are planes with a halo (conv.h), all others lie in order without gaps.
+// are planes with a halo (conv.h), or bytes where all that read them want the same ones; all others lie in order
+// without gaps.
 struct Layout {
   Shape shape, strides;
   std::int64_t images = 0, image = 0;
   std::int64_t before = 0, size = 0;  // floats in front of the first element; all of them, with what may be read behind
   conv::Layout planes;                // of values with a halo
   bool has_halo = false;
+  std::optional<ByteValue> bytes;  // then strides and image tell nothing
 
   bool in_order() const;      // samples and their elements follow each other without gaps
   conv::Pitch pitch() const;  // of (channels, height, width) or (features,)
@@ -31,6 +41,8 @@ struct Layout {
 
 Layout in_order(const Shape& shape, std::int64_t images);
 Layout as_planes(const Shape& shape, std::int64_t images, const conv::Padding& halo);
+Layout as_bytes(const Shape& shape, std::int64_t images, const conv::Padding& halo,
+                const narrow::Quantization& numbers);
 
 // The rows of kCount values that are walked together: the dimensions, samples first, as few as their strides allow. Row
 // r has `count` elements, step[i] floats apart in value i.

@@ -32,9 +32,9 @@ std::int64_t whole_lines(std::int64_t floats) { return (floats + kLine - 1) / kL
 class Session {
  public:
   Session(Network& network, std::int64_t count) : images(count), network_(network) {
-    lay_out();
     const std::lock_guard<std::mutex> lock(network.shared_->preparing);
     const Machine machine = {network.isa_, network.shared_->weights};
+    lay_out(machine);
     for (std::size_t s = 0; s < network.steps_.size(); ++s) {
       const Network::Step& step = network.steps_[s];
       std::vector<const Layout*> inputs;
@@ -90,11 +90,16 @@ class Session {
   }
   void clear(int value, float* base) const {
     const Layout& l = layout(value);
+    if (l.bytes) {
+      narrow::fill_halo(reinterpret_cast<unsigned char*>(address(value, base)), l.bytes->layout, images, l.shape[1],
+                        l.shape[2], l.bytes->numbers);
+      return;
+    }
     conv::clear_halo(address(value, base), l.planes, images, l.shape[0], l.shape[1], l.shape[2]);
   }
 
   // Values that convolutions read or write are planes, with the widest halo that one of their readers needs.
-  void lay_out() {
+  void lay_out(const Machine& machine) {
     const std::size_t count = network_.shapes_.size();
     std::vector<bool> planes(count, false);
     std::vector<conv::Padding> halos(count);
@@ -107,11 +112,49 @@ class Session {
       halo = {std::max(halo.top, need.top), std::max(halo.left, need.left), std::max(halo.bottom, need.bottom),
               std::max(halo.right, need.right)};
     }
+    const std::vector<const narrow::Quantization*> numbers = choose_bytes(machine);
     for (std::size_t value = 0; value < count; ++value) {
       const Shape& shape = network_.shapes_[value];
+      if (numbers[value] != nullptr) {
+        layouts_.push_back(as_bytes(shape, images, halos[value], *numbers[value]));
+        continue;
+      }
       const bool as = planes[value] && shape.size() == 3;
       layouts_.push_back(as ? as_planes(shape, images, halos[value]) : in_order(shape, images));
     }
+  }
+
+  // Which values are bytes, and of what numbers: those that are made as bytes, if all that read them want the same.
+  std::vector<const narrow::Quantization*> choose_bytes(const Machine& machine) const {
+    std::vector<const narrow::Quantization*> wanted(network_.shapes_.size(), nullptr), made = wanted;
+    std::vector<bool> read(wanted.size(), false);
+    for (const int value : network_.outputs_) read[static_cast<std::size_t>(value)] = true;
+    for (std::size_t s = network_.steps_.size(); s-- > 0;) {
+      const Network::Step& step = network_.steps_[s];
+      for (std::size_t i = 0; i < step.inputs.size(); ++i) {
+        const auto value = static_cast<std::size_t>(step.inputs[i]);
+        const narrow::Quantization* numbers = nullptr;
+        if (i == 0 && step.operation->passes_bytes()) numbers = wanted[static_cast<std::size_t>(step.output)];
+        if (i == 0 && !step.operation->passes_bytes())
+          numbers = step.operation->reads_bytes(machine, network_.shapes_[value]);
+        if (!read[value]) {
+          wanted[value] = numbers;
+        } else if (wanted[value] != nullptr && (numbers == nullptr || numbers->scale != wanted[value]->scale ||
+                                                numbers->zero != wanted[value]->zero)) {
+          wanted[value] = nullptr;
+        }
+        read[value] = true;
+      }
+    }
+    for (const Network::Step& step : network_.steps_) {
+      const auto in = static_cast<std::size_t>(step.inputs[0]), out = static_cast<std::size_t>(step.output);
+      const bool makes =
+          step.operation->passes_bytes()
+              ? made[in] != nullptr
+              : step.inputs.size() == 1 && step.operation->reads_bytes(machine, network_.shapes_[in]) != nullptr;
+      if (makes) made[out] = wanted[out];
+    }
+    return made;
   }
 
   bool is_alias(std::size_t value) const {
@@ -172,15 +215,19 @@ class Session {
       writes.push_back({offsets_[value], offsets_[value] + layouts_[value].size, halo_number(value)});
     }
     const std::vector<bool> dirty = dirty_halos(writes);
-    for (std::size_t value = 0; value < count; ++value) dirty_.push_back(!is_alias(value) && dirty[write_of[value]]);
+    for (std::size_t value = 0; value < count; ++value) {
+      // A halo of bytes is seldom zeros.
+      const bool fills = layouts_[value].bytes && layouts_[value].has_halo;
+      dirty_.push_back(fills || (!is_alias(value) && dirty[write_of[value]]));
+    }
   }
 
   // The first value with the same halo around the same planes, or -1 for none.
   int halo_number(std::size_t value) const {
     const Layout& mine = layouts_[value];
-    if (!mine.has_halo) return -1;
+    if (!mine.has_halo || mine.bytes) return -1;
     const auto same = std::find_if(layouts_.begin(), layouts_.end(), [&mine](const Layout& other) {
-      return other.has_halo && other.shape == mine.shape && other.strides == mine.strides &&
+      return other.has_halo && !other.bytes && other.shape == mine.shape && other.strides == mine.strides &&
              other.before == mine.before && other.size == mine.size;
     });
     return static_cast<int>(same - layouts_.begin());

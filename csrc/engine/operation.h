@@ -38,6 +38,12 @@ class Operation {
   virtual bool keeps_order() const {
     return false;
   }  // only the shape changes: where both lie in order, nothing is done
+  // Values of 8 bits. Whether its first input may be bytes, and of which numbers; null: it may not. What it makes may
+  // then be bytes as well.
+  virtual const narrow::Quantization* reads_bytes(const Machine& /*machine*/, const Shape& /*input*/) const {
+    return nullptr;
+  }
+  virtual bool passes_bytes() const { return false; }  // makes bytes of bytes of any numbers, which are the same then
   virtual Shape infer(const std::vector<Shape>& inputs) const = 0;  // throws std::invalid_argument
   virtual std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
                                         const Layout& output) = 0;

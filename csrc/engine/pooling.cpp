@@ -1,6 +1,7 @@
 // Pooling, means and norms.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "core/check.h"
@@ -126,9 +127,51 @@ class PoolTask : public Task {
   const conv::Kernels& kernels_;
 };
 
+// The largest of bytes: they rise with what they stand for. A window that has nothing of the input is minus infinity.
+class BytePoolTask : public Task {
+ public:
+  BytePoolTask(Axis rows, Axis columns, const Layout& input, const Layout& output)
+      : rows_(rows),
+        columns_(columns),
+        images_(input.images),
+        from_(input.bytes->layout.pitch),
+        to_(output.bytes->layout.pitch) {}
+
+  void run(float* const* operands, float*, int threads) const override {
+    const auto* in = reinterpret_cast<const unsigned char*>(operands[0]);
+    auto* out = reinterpret_cast<unsigned char*>(operands[1]);
+    each_plane(images_, rows_.outputs, columns_.outputs * rows_.kernel * from_.pixel, threads,
+               [&](std::int64_t n, std::int64_t y) {
+                 const unsigned char* from = in + n * from_.image + rows_.start(y) * from_.row;
+                 unsigned char* to = out + n * to_.image + y * to_.row;
+                 for (std::int64_t x = 0; x < columns_.outputs; ++x, to += to_.pixel) {
+                   pool(from + columns_.start(x) * from_.pixel, y, x, to);
+                 }
+               });
+  }
+
+ private:
+  void pool(const unsigned char* from, std::int64_t y, std::int64_t x, unsigned char* to) const {
+    const std::int64_t bytes = from_.pixel;
+    std::memset(to, 0, static_cast<std::size_t>(bytes));
+    for (std::int64_t kh = rows_.first(y); kh < rows_.last(y); ++kh) {
+      for (std::int64_t kw = columns_.first(x); kw < columns_.last(x); ++kw) {
+        const unsigned char* tap = from + kh * rows_.dilation * from_.row + kw * columns_.dilation * bytes;
+        for (std::int64_t c = 0; c < bytes; ++c) to[c] = std::max(to[c], tap[c]);
+      }
+    }
+  }
+
+  Axis rows_, columns_;
+  std::int64_t images_;
+  narrow::BytePitch from_, to_;
+};
+
 class Pool : public Operation {
  public:
   explicit Pool(const Pooling& pooling) : pooling_(pooling) {}
+
+  bool passes_bytes() const override { return pooling_.largest; }
 
   Shape infer(const std::vector<Shape>& inputs) const override {
     ACF_CHECK(inputs[0].size() == 3, "a pooling takes (channels, height, width)");
@@ -142,6 +185,7 @@ class Pool : public Operation {
   std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
                                 const Layout& output) override {
     const Shape& shape = inputs[0]->shape;
+    if (inputs[0]->bytes) return std::make_unique<BytePoolTask>(rows(shape), columns(shape), *inputs[0], output);
     return std::make_unique<PoolTask>(pooling_, rows(shape), columns(shape), *inputs[0], output, machine.isa);
   }
 

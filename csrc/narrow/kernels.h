@@ -91,6 +91,53 @@ struct FinishCall {
   const float* bias;
 };
 
+// Of bytes.h. Sums (filter tiles, kPixels, kTile) of up to kPixels pixels and kTogether tiles of filters.
+inline constexpr int kPixels = 24;
+struct BroadcastCall {
+  const unsigned char* in;
+  const std::int32_t* pixels;  // where the first columns of each are read, in bytes
+  int count;
+  const std::int32_t* offsets;  // of the rows of columns, in bytes
+  std::int64_t rows;
+  const unsigned char* weights;  // by row
+  std::int64_t weights_pitch;
+  int filter_tiles;
+  std::int32_t* sums;
+};
+
+// Makes such sums results, in bytes, and stores them.
+struct ByteFinishCall {
+  const conv::Call* call;  // for the activation
+  const std::int32_t* sums;
+  int count, filter_tiles;
+  const std::int32_t* corrections;
+  const float* multipliers;
+  const float* bias;
+  float inverse;  // 1 / scale, of the results
+  std::int32_t zero;
+  unsigned char* out;
+  const std::int32_t* pixels;  // where each goes
+  std::int64_t channels;       // that may be written, from `out` on
+};
+
+// Bytes of up to kTile pixels side by side in a plane, `pixel` bytes apart: all channels, in whole fours.
+struct InterleaveCall {
+  const float* in;
+  std::int64_t plane, channels;
+  int count;
+  float inverse;
+  std::int32_t zero;
+  unsigned char* to;
+  std::int64_t pixel;
+};
+
+struct ByteKernels {
+  void (*broadcast)(const BroadcastCall&);
+  void (*finish)(const ByteFinishCall&);
+  void (*turn)(const std::int32_t* from, std::int32_t* to);  // a tile of (pixels, filters) to (filters, pixels)
+  void (*interleave)(const InterleaveCall&);
+};
+
 using GatherKernel = void (*)(const GatherCall&);
 using CopyKernel = void (*)(const CopyCall&);
 using ProductKernel = void (*)(const ProductCall&);
@@ -117,6 +164,7 @@ struct Kernels {
   CopyKernel copy;
   void (*begin)(int rows);  // around every stretch of products whose steps have so many rows, or null
   void (*end)();
+  ByteKernels bytes = {};  // null: the unit lacks them
 };
 
 const Kernels& kernels(Unit unit);

@@ -1,4 +1,5 @@
 // Plain C++: what every machine runs.
+#include <algorithm>
 #include <cstring>
 
 #include "narrow/kernels.h"
@@ -62,9 +63,61 @@ void product_int8(const ProductCall& call) {
   }
 }
 
+void broadcast_int8(const BroadcastCall& call) {
+  for (int f = 0; f < call.filter_tiles; ++f) {
+    for (int p = 0; p < call.count; ++p) {
+      const unsigned char *weights = call.weights + f * call.weights_pitch, *pixel = call.in + call.pixels[p];
+      std::int32_t* sums = call.sums + (f * kPixels + p) * kTile;
+      std::memset(sums, 0, kTile * sizeof(*sums));
+      for (std::int64_t row = 0; row < call.rows; ++row, weights += kRowBytes) {
+        for (int i = 0; i < kTile; ++i) {
+          for (int c = 0; c < 4; ++c) {
+            sums[i] += signed_byte(weights[4 * i + c]) * static_cast<std::int32_t>(pixel[call.offsets[row] + c]);
+          }
+        }
+      }
+    }
+  }
+}
+
+void finish_bytes(const ByteFinishCall& call) {
+  for (int f = 0; f < call.filter_tiles; ++f) {
+    const std::int64_t filters = std::min<std::int64_t>(kTile, call.channels - f * kTile);
+    for (int p = 0; p < call.count; ++p) {
+      float results[kTile];
+      for (int i = 0; i < kTile; ++i) {
+        const int filter = f * kTile + i;
+        const auto sum = static_cast<float>(call.sums[(f * kPixels + p) * kTile + i] - call.corrections[filter]);
+        results[i] = sum * call.multipliers[filter] + call.bias[filter];
+      }
+      for (int i = 0; i < kTile; i += N::kLanes) N::store(results + i, activate(*call.call, N::load(results + i)));
+      unsigned char* out = call.out + call.pixels[p] + f * kTile;
+      for (std::int64_t i = 0; i < filters; ++i) out[i] = W::quantized(results[i], call.inverse, call.zero);
+    }
+  }
+}
+
+void turn_tile(const std::int32_t* from, std::int32_t* to) {
+  for (int i = 0; i < kTile; ++i) {
+    for (int j = 0; j < kTile; ++j) to[j * kTile + i] = from[i * kTile + j];
+  }
+}
+
+void interleave_int8(const InterleaveCall& call) {
+  for (int p = 0; p < call.count; ++p) {
+    for (std::int64_t c = 0; c < call.pixel; ++c) {
+      const float x = call.in[std::min(c, call.channels - 1) * call.plane + p];
+      call.to[p * call.pixel + c] = W::quantized(x, call.inverse, call.zero);
+    }
+  }
+}
+
 }  // namespace
 
-const Kernels generic_kernels = {N::kLanes, Order::by_row, 0,      0, {}, {gather_int8, product_int8, finish_int8},
-                                 copy_rows, nullptr,       nullptr};
+const Kernels generic_kernels = {N::kLanes, Order::by_row,
+                                 0,         0,
+                                 {},        {gather_int8, product_int8, finish_int8},
+                                 copy_rows, nullptr,
+                                 nullptr,   {broadcast_int8, finish_bytes, turn_tile, interleave_int8}};
 
 }  // namespace acf::narrow

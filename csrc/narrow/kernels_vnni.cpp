@@ -30,10 +30,14 @@ struct Integers {
   static Sum dot(Sum sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); }
 };
 
+#include "narrow/bytes_avx512-inl.h"
+
 }  // namespace
 
-const Kernels vnni_kernels = {
-    N::kLanes, Order::by_row, 4,      0, {}, {gather_int8, product_by_rows<Integers>, finish_int8},
-    copy_rows, nullptr,       nullptr};
+const Kernels vnni_kernels = {N::kLanes, Order::by_row,
+                              4,         0,
+                              {},        {gather_int8, product_by_rows<Integers>, finish_int8},
+                              copy_rows, nullptr,
+                              nullptr,   {broadcast_int8, finish_bytes, turn_tile, interleave_int8}};
 
 }  // namespace acf::narrow

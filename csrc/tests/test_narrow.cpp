@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "narrow/bytes.h"
 #include "tests/tensors.h"
 #include "tests/testing.h"
 
@@ -129,6 +130,89 @@ void check_bfloat16(Random& random, const Problem& problem) {
   }
 }
 
+// An image of bytes full of anything.
+struct ByteTensor {
+  ByteTensor(Random& random, std::int64_t images, std::int64_t channels, std::int64_t height, std::int64_t width,
+             const conv::Padding& padding)
+      : layout(byte_layout(images, channels, height, width, padding)), memory(static_cast<std::size_t>(layout.size)) {
+    for (unsigned char& byte : memory) byte = static_cast<unsigned char>(between(random, 0, 255));
+  }
+  unsigned char* data() { return memory.data() + layout.before; }
+  unsigned char& at(std::int64_t n, std::int64_t c, std::int64_t y, std::int64_t x) {
+    return data()[n * layout.pitch.image + y * layout.pitch.row + x * layout.pitch.pixel + c];
+  }
+
+  ByteLayout layout;
+  std::vector<unsigned char> memory;
+};
+
+// On every unit that computes on bytes: to planes and, without a residual, to bytes. expected: of the reference.
+void check_bytes(Random& random, Case& c, const std::vector<float>& scales, const Quantization& input,
+                 const std::vector<float>& expected, bool exact) {
+  const conv::Shape& s = c.problem.shape;
+  if (s.groups > 1) return;
+  for (const Unit unit : units(active_isa(), Number::int8)) {
+    if (!has_bytes(unit)) continue;
+    ByteTensor in(random, c.problem.images, s.channels, s.height, s.width, s.padding);
+    fill_halo(in.data(), in.layout, c.problem.images, s.height, s.width, input);
+    make_bytes(unit, c.in.layout.pitch, c.in.data(), input, c.problem.images, s.channels, s.height, s.width,
+               in.layout.pitch, in.data(), static_cast<int>(between(random, 1, 3)));
+    const BytePlan plan = byte_plan(s, in.layout, c.count(), c.columns.data(), unit);
+    AlignedBytes packed(packed_size(plan));
+    pack(plan, c.count(), c.columns.data(), c.weights.data(), scales.data(), input, c.bias.data(), packed.data());
+    AlignedBytes scratch(static_cast<std::size_t>(scratch_size(plan)) * sizeof(float));
+    const std::string what = "bytes on " + describe(c.problem, {s, c.in.layout.pitch, Number::int8, unit});
+
+    Tensor planes(c.problem.images, s.filters, s.out_height(), s.out_width(), c.out_padding);
+    const std::vector<float> before = planes.memory;
+    ByteTarget target;
+    target.planes = planes.data();
+    target.pitch = planes.layout.pitch;
+    run(plan, packed.data(), c.problem.images, in.data(), target, c.epilogue, static_cast<float*>(scratch.data()),
+        static_cast<int>(between(random, 1, 3)));
+    const std::vector<float> got = planes.interior();
+    std::size_t wrong = 0;
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      const bool same =
+          exact ? got[i] == expected[i] : std::abs(got[i] - expected[i]) <= 1e-6f * (1 + std::abs(expected[i]));
+      if (!same) ++wrong;
+    }
+    EXPECT_EQ(std::to_string(wrong) + " wrong of " + what, "0 wrong of " + what);
+    planes.each([](float& value) { value = kNaN; });
+    EXPECT_EQ(std::memcmp(planes.memory.data(), before.data(), before.size() * sizeof(float)), 0);
+
+    if (c.problem.residual) continue;
+    ByteTensor out(random, c.problem.images, s.filters, s.out_height(), s.out_width(), c.out_padding);
+    std::vector<unsigned char> kept = out.memory;
+    target = {};
+    target.bytes = out.data();
+    target.byte_pitch = out.layout.pitch;
+    target.numbers = {0.5f, static_cast<std::int32_t>(between(random, 0, 255))};
+    run(plan, packed.data(), c.problem.images, in.data(), target, c.epilogue, static_cast<float*>(scratch.data()),
+        static_cast<int>(between(random, 1, 3)));
+    wrong = 0;
+    std::size_t i = 0;
+    for (std::int64_t n = 0; n < c.problem.images; ++n) {
+      for (std::int64_t f = 0; f < s.filters; ++f) {
+        for (std::int64_t y = 0; y < s.out_height(); ++y) {
+          for (std::int64_t x = 0; x < s.out_width(); ++x, ++i) {
+            // Of smooth activations the results of planes, which differ from the reference in their last bits.
+            if (out.at(n, f, y, x) != reference::quantized(got[i], target.numbers)) ++wrong;
+          }
+        }
+      }
+    }
+    EXPECT_EQ(std::to_string(wrong) + " wrong bytes of " + what, "0 wrong bytes of " + what);
+    for (std::int64_t n = 0; n < c.problem.images; ++n) {
+      for (std::int64_t y = 0; y < s.out_height(); ++y) {
+        unsigned char* row = out.data() + n * out.layout.pitch.image + y * out.layout.pitch.row;
+        std::copy_n(row, s.out_width() * out.layout.pitch.pixel, kept.data() + (row - out.memory.data()));
+      }
+    }
+    EXPECT_EQ(kept == out.memory ? "" : "halo written by " + what, "");
+  }
+}
+
 void check_int8(Random& random, const Problem& problem) {
   Case c(random, problem);
   const conv::Shape& s = problem.shape;
@@ -151,6 +235,7 @@ void check_int8(Random& random, const Problem& problem) {
   const bool exact = problem.epilogue.activation == Activation::none ||
                      problem.epilogue.activation == Activation::relu ||
                      problem.epilogue.activation == Activation::relu6;
+  check_bytes(random, c, scales, input, expected, exact);
   for (const Plan& way : c.planned(Number::int8)) {
     AlignedBytes packed(packed_size(way));
     pack(way, c.count(), c.columns.data(), c.weights.data(), scales.data(), input, c.bias.data(), packed.data());

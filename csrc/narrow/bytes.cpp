@@ -1,0 +1,426 @@
+#include "narrow/bytes.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "core/check.h"
+#include "core/parallel.h"
+#include "narrow/packed.h"
+
+namespace acf::narrow {
+namespace {
+
+constexpr std::int64_t kMostBytes = std::numeric_limits<std::int32_t>::max();  // offsets have 32 bits
+
+// Packed weights, one after the other, each at a multiple of kAlignment.
+struct BytePacked {
+  std::size_t offsets;                         // int32 (rows,): from a pixel's first byte to those of a row of columns
+  std::size_t bias, multipliers, corrections;  // float, float, int32: (filters in whole tiles,)
+  std::size_t weights;                         // int8 (tiles of filters, rows, kTile, 4)
+  std::size_t size;
+};
+
+std::int64_t tiles_of(const BytePlan& plan) { return ceil_div(plan.shape.filters, kTile); }
+std::int64_t tile_bytes(const BytePlan& plan) { return plan.rows * kRowBytes; }
+
+BytePacked packed_layout(const BytePlan& plan) {
+  const auto filters = static_cast<std::size_t>(tiles_of(plan) * kTile);
+  std::size_t end = 0;
+  const auto place = [&end](std::size_t bytes) {
+    const std::size_t begin = end;
+    end += (bytes + conv::kAlignment - 1) / conv::kAlignment * conv::kAlignment;
+    return begin;
+  };
+  BytePacked at = {};
+  place(sizeof(Header));
+  at.offsets = place(static_cast<std::size_t>(plan.rows) * sizeof(std::int32_t));
+  at.bias = place(filters * sizeof(float));
+  at.multipliers = place(filters * sizeof(float));
+  at.corrections = place(filters * sizeof(std::int32_t));
+  at.weights = place(static_cast<std::size_t>(tiles_of(plan) * tile_bytes(plan)));
+  at.size = end;
+  return at;
+}
+
+Header header_of(const BytePlan& plan) {
+  Header header;
+  header.magic = 0x42464341;  // "ACFB"
+  const conv::Shape& s = plan.shape;
+  const std::int64_t numbers[] = {s.channels,    s.filters,           s.kernel_h,
+                                  s.kernel_w,    s.dilation_h,        s.dilation_w,
+                                  s.padding.top, s.padding.left,      plan.in.pitch.row,
+                                  plan.rows,     plan.in.pitch.pixel, static_cast<std::int64_t>(plan.unit)};
+  std::copy(std::begin(numbers), std::end(numbers), header.numbers);
+  return header;
+}
+
+// Which rows of columns hold any that are kept: (taps, fours of channels).
+std::vector<bool> used_rows(const conv::Shape& s, std::int64_t count, const std::int64_t* columns) {
+  const std::int64_t taps = s.kernel_h * s.kernel_w, fours = ceil_div(s.channels, 4);
+  std::vector<bool> used(static_cast<std::size_t>(taps * fours), false);
+  for (std::int64_t i = 0; i < count; ++i) {
+    used[static_cast<std::size_t>(columns[i] % taps * fours + columns[i] / taps / 4)] = true;
+  }
+  return used;
+}
+
+// body(n, y, first x, count) for every row of images that some threads share.
+template <class Body>
+void each_row(std::int64_t images, std::int64_t height, std::int64_t row_bytes, int threads, const Body& body) {
+  constexpr std::int64_t kTaskBytes = 1 << 14;  // less is not worth another thread
+  const std::int64_t rows = images * height,
+                     tasks = std::clamp<std::int64_t>(rows * row_bytes / kTaskBytes, 1,
+                                                      std::min<std::int64_t>(4 * threads, rows));
+  const Parts parts(rows, tasks);
+  parallel_for(tasks, tasks == 1 ? 1 : threads, [&](std::int64_t task) {
+    const conv::Part part = parts[task];
+    for (std::int64_t row = part.begin; row < part.begin + part.size; ++row) body(row / height, row % height);
+  });
+}
+
+class ByteRunner {
+ public:
+  ByteRunner(const BytePlan& plan, const void* packed, std::int64_t images, const unsigned char* in,
+             const ByteTarget& target, const conv::Epilogue& epilogue)
+      : plan_(plan),
+        all_(kernels(plan.unit)),
+        at_(packed_layout(plan)),
+        packed_(static_cast<const unsigned char*>(packed)),
+        in_(in),
+        target_(target),
+        residual_pitch_(epilogue.residual_pitch),
+        width_(plan.shape.out_width()),
+        height_(plan.shape.out_height()),
+        pixels_(images * height_ * width_),
+        tiles_(tiles_of(plan)),
+        call_(conv::activation_call(epilogue.activation, epilogue.slope)) {
+    call_.out = target.planes;
+    call_.out_plane = target.pitch.plane;
+    call_.residual = epilogue.residual;
+    call_.residual_plane = epilogue.residual_pitch.plane;
+  }
+
+  void run(float* scratch, int threads) const {
+    const std::int64_t wanted = threads == 1 ? 1 : task_count(threads);
+    if (wanted == 1) threads = 1;
+    // Threads that take pixels all read all weights, threads that take filters all pixels.
+    const std::int64_t groups = ceil_div(pixels_, kPixels), filters = ceil_div(tiles_, kTogether);
+    const bool by_pixels = groups >= 2 * filters || filters < 2 * threads;
+    const Parts pixel_parts(groups, by_pixels ? std::min(groups, wanted) : 1),
+        filter_parts(tiles_, by_pixels ? 1 : std::min(filters, wanted));
+    Slots slots(std::min(threads, Slots::most()));
+    parallel_for(filter_parts.count * pixel_parts.count, slots.count(), [&](std::int64_t task) {
+      slots.with([&](int slot) {
+        run_part(pixel_parts[task % pixel_parts.count], filter_parts[task / pixel_parts.count],
+                 reinterpret_cast<unsigned char*>(scratch) + slot * slot_bytes());
+      });
+    });
+  }
+
+  static std::int64_t slot_bytes() { return kSumBytes + kTurnedBytes + 2 * kMaxGroups * kPixels * kOffset; }
+
+ private:
+  static constexpr std::int64_t kOffset = sizeof(std::int32_t), kMaxGroups = 64;  // of kPixels: of a block
+  // The last tile is turned with what lies behind it.
+  static constexpr std::int64_t kSumBytes = (kTogether * kPixels + kTile) * kRowBytes, kTurnedBytes = 2 * kStepBytes;
+
+  std::int64_t task_count(int threads) const {
+    const auto products = static_cast<double>(pixels_ * tiles_ * plan_.rows);
+    constexpr double kTaskProducts = 16'000;
+    constexpr std::int64_t kTasksPerThread = 4;
+    const auto most = static_cast<double>(kTasksPerThread * threads);
+    return static_cast<std::int64_t>(std::min(most, std::max(1.0, products / kTaskProducts)));
+  }
+
+  template <class T>
+  const T* part(std::size_t at) const {
+    return reinterpret_cast<const T*>(packed_ + at);
+  }
+
+  // What a block reads and writes stays in the second-level cache while some tiles of filters after the others meet
+  // it; weights that do not stay there are read once a block.
+  std::int64_t block_groups() const {
+    const bool streams = tiles_ * tile_bytes(plan_) > kCachedBytes;
+    const std::int64_t bytes = streams ? kLargeBlockBytes : kBlockBytes,
+                       each = kPixels *
+                              (plan_.in.pitch.pixel * plan_.shape.stride_h * plan_.shape.stride_w +
+                               plan_.shape.filters * (target_.bytes == nullptr ? std::int64_t{sizeof(float)} : 1));
+    return std::clamp<std::int64_t>(bytes / each, 2, kMaxGroups);
+  }
+
+  void run_part(const conv::Part& groups, const conv::Part& filters, unsigned char* memory) const {
+    const Parts blocks(groups.size, ceil_div(groups.size, block_groups()));
+    for (std::int64_t b = 0; b < blocks.count; ++b) {
+      const std::int64_t first = (groups.begin + blocks[b].begin) * kPixels;
+      run_block(first, std::min(pixels_ - first, blocks[b].size * kPixels), filters, memory);
+    }
+  }
+
+  void run_block(std::int64_t first, std::int64_t count, const conv::Part& filters, unsigned char* memory) const {
+    auto* sums = reinterpret_cast<std::int32_t*>(memory);
+    auto* turned = reinterpret_cast<std::int32_t*>(memory + kSumBytes);
+    auto* read = reinterpret_cast<std::int32_t*>(memory + kSumBytes + kTurnedBytes);
+    std::int32_t* written = read + kMaxGroups * kPixels;
+    locate(first, count, read, written);
+    const Parts some(filters.size, ceil_div(filters.size, kTogether));
+    for (std::int64_t i = 0; i < some.count; ++i) {
+      const conv::Part tiles = {filters.begin + some[i].begin, some[i].size};
+      for (std::int64_t from = 0; from < count; from += kPixels) {
+        const auto pixels = static_cast<int>(std::min<std::int64_t>(kPixels, count - from));
+        BroadcastCall call = {};
+        call.in = in_;
+        call.pixels = read + from;
+        call.count = pixels;
+        call.offsets = part<std::int32_t>(at_.offsets);
+        call.rows = plan_.rows;
+        call.weights = packed_ + at_.weights + tiles.begin * tile_bytes(plan_);
+        call.weights_pitch = tile_bytes(plan_);
+        call.filter_tiles = static_cast<int>(tiles.size);
+        call.sums = sums;
+        all_.bytes.broadcast(call);
+        if (target_.bytes != nullptr) {
+          finish_bytes(tiles, sums, written + from, pixels);
+        } else {
+          finish_planes(tiles, sums, first + from, pixels, turned);
+        }
+      }
+    }
+  }
+
+  // Where pixels are read and, of bytes, written.
+  void locate(std::int64_t first, std::int64_t count, std::int32_t* read, std::int32_t* written) const {
+    const BytePitch &from = plan_.in.pitch, &to = target_.byte_pitch;
+    std::int64_t n = first / (height_ * width_), y = first / width_ % height_, x = first % width_;
+    for (std::int64_t i = 0; i < count;) {
+      const std::int64_t in = n * from.image + y * plan_.shape.stride_h * from.row,
+                         step = plan_.shape.stride_w * from.pixel, out = n * to.image + y * to.row;
+      for (; i < count && x < width_; ++i, ++x) {
+        read[i] = static_cast<std::int32_t>(in + x * step);
+        written[i] = static_cast<std::int32_t>(out + x * to.pixel);
+      }
+      x = 0;
+      if (++y == height_) {
+        y = 0;
+        ++n;
+      }
+    }
+  }
+
+  void finish_bytes(const conv::Part& tiles, const std::int32_t* sums, const std::int32_t* written, int count) const {
+    const std::int64_t filter = tiles.begin * kTile;
+    ByteFinishCall call = {};
+    call.call = &call_;
+    call.sums = sums;
+    call.count = count;
+    call.filter_tiles = static_cast<int>(tiles.size);
+    call.corrections = part<std::int32_t>(at_.corrections) + filter;
+    call.multipliers = part<float>(at_.multipliers) + filter;
+    call.bias = part<float>(at_.bias) + filter;
+    call.inverse = 1.0f / target_.numbers.scale;
+    call.zero = target_.numbers.zero;
+    call.out = target_.bytes + filter;
+    call.pixels = written;
+    call.channels = target_.byte_pitch.pixel - filter;
+    all_.bytes.finish(call);
+  }
+
+  // As planes, by tiles of (filters, pixels).
+  void finish_planes(const conv::Part& tiles, const std::int32_t* sums, std::int64_t first, int count,
+                     std::int32_t* turned) const {
+    Store stores[2 * kMaxStores];
+    int stored = 0;
+    for (int from = 0; from < count; from += kTile) {
+      stored += spread(first + from, std::min(kTile, count - from), from * kTile, stores + stored);
+    }
+    for (std::int64_t f = 0; f < tiles.size; ++f) {
+      for (int from = 0; from < count; from += kTile) {
+        all_.bytes.turn(sums + (f * kPixels + from) * kTile, turned + from * kTile);
+      }
+      const std::int64_t filter = (tiles.begin + f) * kTile;
+      conv::Call call = call_;
+      call.out += filter * call.out_plane;
+      if (call.residual != nullptr) call.residual += filter * call.residual_plane;
+      all_.int8.finish({&call, stores, stored, turned,
+                        static_cast<int>(std::min<std::int64_t>(kTile, plan_.shape.filters - filter)),
+                        part<std::int32_t>(at_.corrections) + filter, part<float>(at_.multipliers) + filter,
+                        part<float>(at_.bias) + filter});
+    }
+  }
+
+  // Where a tile of pixels goes, cut into registers. Returns how many stores that takes.
+  int spread(std::int64_t first, int count, std::int32_t sums, Store* stores) const {
+    int stored = 0;
+    std::int64_t n = first / (height_ * width_), y = first / width_ % height_, x = first % width_;
+    for (int lane = 0; lane < count;) {
+      const int to = static_cast<int>(std::min<std::int64_t>(count, lane + width_ - x));
+      const std::int64_t out = n * target_.pitch.image + y * target_.pitch.row + x - lane,
+                         residual = n * residual_pitch_.image + y * residual_pitch_.row + x - lane;
+      for (int begin = lane / all_.lanes * all_.lanes; begin < to; begin += all_.lanes) {
+        stores[stored++] = {out + begin, residual + begin, sums + begin, std::max(lane - begin, 0),
+                            std::min(to - begin, all_.lanes)};
+      }
+      lane = to;
+      x = 0;
+      if (++y == height_) {
+        y = 0;
+        ++n;
+      }
+    }
+    return stored;
+  }
+
+  const BytePlan& plan_;
+  const Kernels& all_;
+  BytePacked at_;
+  const unsigned char* packed_;
+  const unsigned char* in_;
+  ByteTarget target_;
+  conv::Pitch residual_pitch_;
+  std::int64_t width_, height_, pixels_, tiles_;
+  conv::Call call_;
+};
+
+}  // namespace
+
+ByteLayout byte_layout(std::int64_t images, std::int64_t channels, std::int64_t height, std::int64_t width,
+                       const conv::Padding& padding) {
+  ByteLayout layout;
+  BytePitch& pitch = layout.pitch;
+  pitch.pixel = ceil_div(channels, 4) * 4;
+  pitch.row = (width + std::max(padding.left, padding.right)) * pitch.pixel;
+  pitch.image = (height + std::max(padding.top, padding.bottom)) * pitch.row;
+  layout.before = ceil_div(padding.top * pitch.row + padding.left * pitch.pixel, conv::kAlignment) * conv::kAlignment;
+  layout.size = layout.before + images * pitch.image + padding.bottom * pitch.row + padding.right * pitch.pixel;
+  return layout;
+}
+
+void fill_halo(unsigned char* data, const ByteLayout& layout, std::int64_t images, std::int64_t height,
+               std::int64_t width, const Quantization& numbers) {
+  unsigned char* done = data - layout.before;
+  const auto fill_up_to = [&](unsigned char* end) {
+    if (end > done) std::memset(done, numbers.zero, static_cast<std::size_t>(end - done));
+  };
+  for (std::int64_t n = 0; n < images; ++n) {
+    for (std::int64_t y = 0; y < height; ++y) {
+      unsigned char* row = data + n * layout.pitch.image + y * layout.pitch.row;
+      fill_up_to(row);
+      done = row + width * layout.pitch.pixel;
+    }
+  }
+  fill_up_to(data - layout.before + layout.size);
+}
+
+void make_bytes(Unit unit, const conv::Pitch& from_pitch, const float* from, const Quantization& numbers,
+                std::int64_t images, std::int64_t channels, std::int64_t height, std::int64_t width,
+                const BytePitch& to_pitch, unsigned char* to, int threads) {
+  const Kernels& all = kernels(unit);
+  each_row(images, height, width * to_pitch.pixel, threads, [&](std::int64_t n, std::int64_t y) {
+    InterleaveCall call = {};
+    call.plane = from_pitch.plane;
+    call.channels = channels;
+    call.inverse = 1.0f / numbers.scale;
+    call.zero = numbers.zero;
+    call.pixel = to_pitch.pixel;
+    for (std::int64_t x = 0; x < width; x += kTile) {
+      call.in = from + n * from_pitch.image + y * from_pitch.row + x;
+      call.count = static_cast<int>(std::min<std::int64_t>(kTile, width - x));
+      call.to = to + n * to_pitch.image + y * to_pitch.row + x * to_pitch.pixel;
+      all.bytes.interleave(call);
+    }
+  });
+}
+
+bool has_bytes(Unit unit) { return kernels(unit).bytes.broadcast != nullptr; }
+
+std::int64_t byte_columns(const conv::Shape& shape, std::int64_t count, const std::int64_t* columns) {
+  if (shape.groups > 1) return 0;
+  const std::vector<bool> used = used_rows(shape, count, columns);
+  return 4 * std::count(used.begin(), used.end(), true);
+}
+
+BytePlan byte_plan(const conv::Shape& shape, const ByteLayout& in, std::int64_t count, const std::int64_t* columns,
+                   Unit unit) {
+  conv::check(shape);
+  ACF_CHECK(has_bytes(unit), "the unit '", unit_name(unit), "' does not compute on bytes");
+  ACF_CHECK(shape.groups == 1, "a convolution on bytes has one group, got ", shape.groups);
+  ACF_CHECK(in.size <= kMostBytes, "values of at most ", kMostBytes, " bytes can be read, got ", in.size);
+  ACF_CHECK(count <= kMaxColumns, "8-bit products of at most ", kMaxColumns, " columns can be added up, got ", count);
+  BytePlan plan;
+  plan.shape = shape;
+  plan.in = in;
+  plan.unit = unit;
+  plan.rows = byte_columns(shape, count, columns) / 4;
+  return plan;
+}
+
+std::size_t packed_size(const BytePlan& plan) { return packed_layout(plan).size; }
+
+bool same_packed(const BytePlan& one, const BytePlan& other) {
+  const Header first = header_of(one), second = header_of(other);
+  return std::memcmp(&first, &second, sizeof(first)) == 0;
+}
+
+void pack(const BytePlan& plan, std::int64_t count, const std::int64_t* columns, const float* weights,
+          const float* scales, const Quantization& input, const float* bias, void* packed) {
+  check_quantization(input);
+  const conv::Shape& s = plan.shape;
+  const BytePacked at = packed_layout(plan);
+  auto* bytes = static_cast<unsigned char*>(packed);
+  std::memset(bytes, 0, at.size);
+  const Header header = header_of(plan);
+  std::memcpy(bytes, &header, sizeof(header));
+  auto* offsets = reinterpret_cast<std::int32_t*>(bytes + at.offsets);
+  auto* biases = reinterpret_cast<float*>(bytes + at.bias);
+  auto* multipliers = reinterpret_cast<float*>(bytes + at.multipliers);
+  auto* corrections = reinterpret_cast<std::int32_t*>(bytes + at.corrections);
+
+  const BytePitch& pitch = plan.in.pitch;
+  const std::int64_t taps = s.kernel_h * s.kernel_w, fours = ceil_div(s.channels, 4);
+  const std::vector<bool> used = used_rows(s, count, columns);
+  std::vector<std::int64_t> number(used.size());
+  std::int64_t rows = 0;
+  for (std::size_t i = 0; i < used.size(); ++i) {
+    if (!used[i]) continue;
+    const auto tap = static_cast<std::int64_t>(i) / fours, four = static_cast<std::int64_t>(i) % fours;
+    offsets[rows] =
+        static_cast<std::int32_t>((tap / s.kernel_w * s.dilation_h - s.padding.top) * pitch.row +
+                                  (tap % s.kernel_w * s.dilation_w - s.padding.left) * pitch.pixel + 4 * four);
+    number[i] = rows++;
+  }
+  std::vector<std::int64_t> place(static_cast<std::size_t>(count));  // of a column, in a tile of filters
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t channel = columns[i] / taps;
+    place[static_cast<std::size_t>(i)] =
+        number[static_cast<std::size_t>(columns[i] % taps * fours + channel / 4)] * kRowBytes + channel % 4;
+  }
+  for (std::int64_t f = 0; f < s.filters; ++f, weights += count) {
+    unsigned char* tile = bytes + at.weights + f / kTile * tile_bytes(plan) + f % kTile * 4;
+    std::int32_t sum = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const auto weight = static_cast<signed char>(weights[i]);
+      std::memcpy(tile + place[static_cast<std::size_t>(i)], &weight, 1);
+      sum += weight;
+    }
+    biases[f] = bias == nullptr ? 0 : bias[f];
+    multipliers[f] = input.scale * scales[f];
+    corrections[f] = input.zero * sum;
+  }
+}
+
+std::int64_t scratch_size(const BytePlan& /*plan*/) {
+  return Slots::most() * ByteRunner::slot_bytes() / static_cast<std::int64_t>(sizeof(float));
+}
+
+void run(const BytePlan& plan, const void* packed, std::int64_t images, const unsigned char* in,
+         const ByteTarget& target, const conv::Epilogue& epilogue, float* scratch, int threads) {
+  const Header header = header_of(plan);
+  ACF_CHECK(std::memcmp(packed, &header, sizeof(header)) == 0,
+            "packed weights must come from pack() of this version and of the same plan");
+  if (images == 0) return;
+  ByteRunner(plan, packed, images, in, target, epilogue).run(scratch, threads);
+}
+
+}  // namespace acf::narrow
