@@ -16,13 +16,15 @@ using Packed = const void*;
 class Planned {
  public:
   Planned(const conv::Plan& plan, Packed packed) : wide_(plan), packed_(packed) {}
-  Planned(const narrow::Plan& plan, Packed packed) : is_narrow_(true), narrow_(plan), packed_(packed) {}
+  Planned(const narrow::Plan& plan, Packed packed, const std::optional<narrow::Quantization>& residual)
+      : is_narrow_(true), narrow_(plan), packed_(packed), residual_(residual) {}
 
   std::int64_t scratch() const { return is_narrow_ ? narrow::scratch_size(narrow_) : conv::scratch_size(wide_); }
   void run(std::int64_t images, const float* in, float* out, const conv::Pitch& out_pitch,
            const conv::Epilogue& epilogue, float* scratch, int threads) const {
     if (is_narrow_) {
-      narrow::run(narrow_, packed_, images, in, out, out_pitch, epilogue, scratch, threads);
+      const narrow::Quantization* residual = residual_ && epilogue.residual != nullptr ? &*residual_ : nullptr;
+      narrow::run(narrow_, packed_, images, in, out, out_pitch, epilogue, residual, scratch, threads);
     } else {
       conv::run(wide_, packed_, images, in, out, out_pitch, epilogue, scratch, threads);
     }
@@ -33,6 +35,7 @@ class Planned {
   conv::Plan wide_;
   narrow::Plan narrow_;
   Packed packed_;
+  std::optional<narrow::Quantization> residual_;
 };
 
 // Weights packed for a plan, and for all plans that read the same: those for other numbers of samples, mostly.
@@ -44,6 +47,8 @@ class PackedWeights {
   const Weights& weights() const { return weights_; }
 
   void check_arithmetic() const {
+    ACF_CHECK(arithmetic_.precision == Precision::int8 || !arithmetic_.residual,
+              "residuals are rounded beside 8-bit weights alone");
     if (arithmetic_.precision != Precision::int8) return;
     const auto count = static_cast<std::int64_t>(arithmetic_.scales.size());
     ACF_CHECK(count == weights_.filters, "there must be ", weights_.filters, " scales, got ", count);
@@ -87,7 +92,7 @@ class PackedWeights {
   Planned with_weights(const narrow::Plan& plan, const Machine& machine) {
     for (const auto& [other, packed] : narrow_) {
       if (narrow::same_packed(other, plan)) {
-        return {plan, packed};
+        return {plan, packed, arithmetic_.residual};
       }
     }
     void* packed = machine.weights.take(narrow::packed_size(plan));
@@ -99,7 +104,7 @@ class PackedWeights {
       narrow::pack(plan, count(), columns, values, bias(), packed);
     }
     narrow_.emplace_back(plan, packed);
-    return {plan, packed};
+    return {plan, packed, arithmetic_.residual};
   }
 
   Weights weights_;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "conv/conv.h"
@@ -56,12 +57,13 @@ struct Weights {
 };
 
 // Which numbers a layer multiplies. bfloat16: where that is quicker than float32. int8: the weights are integers, each
-// filter has a scale, and `input` says how values become integers.
+// filter has a scale, and `input` says how values become integers; `residual`, if there, to what residuals are rounded.
 enum class Precision { float32, bfloat16, int8 };
 struct Arithmetic {
   Precision precision = Precision::float32;
   narrow::Quantization input;
   std::vector<float> scales;
+  std::optional<narrow::Quantization> residual;
 };
 
 // Of which every filter keeps other weights: compressed rows. offsets: (filters + 1,).

@@ -78,6 +78,11 @@ struct Store {
 };
 inline constexpr int kMaxStores = 2 * kTile;  // of a tile
 
+// How residuals are rounded: to the nearest integer to x * inverse from low to high, times the scale.
+struct Rounding {
+  float inverse, low, high, scale;
+};
+
 // Makes the sums of some tiles of pixels results, and stores them; of int8: float(sum - correction) * multiplier +
 // bias.
 struct FinishCall {
@@ -89,6 +94,7 @@ struct FinishCall {
   const std::int32_t* corrections;
   const float* multipliers;
   const float* bias;
+  const Rounding* rounding;  // int8: of the residual, or null
 };
 
 using GatherKernel = void (*)(const GatherCall&);

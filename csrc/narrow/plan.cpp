@@ -275,12 +275,17 @@ void pack(const Plan& plan, std::int64_t count, const std::int64_t* columns, con
   pack_all(plan, count, columns, weights, nullptr, {}, bias, packed);
 }
 
+void check(const Quantization& numbers, const char* what) {
+  ACF_CHECK(std::isnormal(numbers.scale) && numbers.scale > 0, "the scale of the ", what, " must be positive, got ",
+            numbers.scale);
+  ACF_CHECK(numbers.zero >= 0 && numbers.zero <= 255, "the zero of the ", what, " must be from 0 to 255, got ",
+            numbers.zero);
+}
+
 void pack(const Plan& plan, std::int64_t count, const std::int64_t* columns, const float* weights, const float* scales,
           const Quantization& input, const float* bias, void* packed) {
   ACF_CHECK(plan.number == Number::int8, "bfloat16 weights have no scales");
-  ACF_CHECK(std::isnormal(input.scale) && input.scale > 0, "the scale of the input must be positive, got ",
-            input.scale);
-  ACF_CHECK(input.zero >= 0 && input.zero <= 255, "the zero of the input must be from 0 to 255, got ", input.zero);
+  check(input, "input");
   pack_all(plan, count, columns, weights, scales, input, bias, packed);
 }
 
