@@ -95,6 +95,7 @@ class Network:
         scale: float,
         zero: int,
         scales: NDArray[np.float32],
+        residual: tuple[float, int] | None,
     ) -> int: ...
     def expansion(
         self,

@@ -11,7 +11,7 @@ import numpy as np
 
 from autocompress_fast._files import write_atomically
 from autocompress_fast.engine import file
-from autocompress_fast.engine.narrow import can_be_narrow, scales_name
+from autocompress_fast.engine.narrow import can_be_narrow, residuals, scales_name
 from autocompress_fast.engine.packing import Packed, expected
 from autocompress_fast.engine.program import Program, Shape, Step, validate
 from autocompress_fast.graph import Counts, Report
@@ -262,8 +262,15 @@ class FileSize:
     def _narrowed(self, program: Program) -> Program:
         """With 8-bit layers; of their numbers the digits alone count."""
         tensors, steps = dict(program.tensors), []
+        layers = [step for step in program.steps if step.op in ("conv", "linear") and can_be_narrow(program, step)]
+        narrow = {step.output for step in layers}
+        additions = residuals(program, self._shapes, narrow)
         for step in program.steps:
-            if step.op not in ("conv", "linear") or not can_be_narrow(program, step):
+            if step.output in additions:
+                rounding = {"residual_scale": _LONGEST, "residual_zero": 255}
+                steps.append(replace(step, attributes={**step.attributes, **rounding}))
+                continue
+            if step.output not in narrow:
                 steps.append(step)
                 continue
             name = step.tensors["weight"]

@@ -36,12 +36,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from test_acf_file import INFO, VERSION_1, Builder, every_operation
 from test_engine_native import Drawn
-from test_narrow import every_storage, narrowed
+from test_narrow import every_residual_of_8_bits, every_storage, narrowed
 
 import autocompress_fast as acf
 from autocompress_fast.engine import Engine, FileFormatError, native, packing
 from autocompress_fast.engine.file import METADATA_KEY
-from autocompress_fast.engine.program import ACTIVATIONS, Input, Program, Step, is_narrow, program_to_json, validate
+from autocompress_fast.engine.program import (
+    ACTIVATIONS,
+    Input,
+    Program,
+    Step,
+    is_narrow,
+    program_to_json,
+    rounds_residual,
+    validate,
+)
 
 SECONDS = 10
 KIB = 4 << 20
@@ -83,7 +92,8 @@ def content_of(program: Program, info: dict[str, Any], *, few_values: bool = Fal
         floats = {k for k, v in stored.items() if v.dtype == np.float32 and k not in scales}
         rounded = {k: np.round(2 * v) / 2 if k in floats else v for k, v in stored.items()}
         stored, described = packing.stored(rounded, packing.chosen(rounded, overhead=-(2**20)))
-    version = {"format_version": 3 if narrow else 2 if few_values else 1}
+    residuals = any(map(rounds_residual, program.steps))
+    version = {"format_version": 4 if residuals else 3 if narrow else 2 if few_values else 1}
     if narrow or few_values:
         version["packed"] = described
     tensors = {k: Tensor(NAMES[v.dtype], list(v.shape), v.tobytes()) for k, v in stored.items()}
@@ -195,6 +205,8 @@ def beginnings() -> list[tuple[bytes, bytes]]:
     whole_narrow = narrowed(every_storage(), 0)
     narrow = [part(whole_narrow, i, i + count) for count in (1, 1, 3) for i in range(len(whole_narrow.steps) - count)]
     programs += narrow * 2
+    residuals = every_residual_of_8_bits()
+    programs += [residuals, part(residuals, 1, 3), part(residuals, 3, 8), part(residuals, 0, 3)]
     contents = [content_of(program, {}, few_values=number % 4 == 3) for number, program in enumerate(programs)]
     contents.append(content_of(whole, INFO))
     found = [(pickle.dumps(content), packed(content)) for content in contents]
@@ -211,6 +223,7 @@ NASTY = (
 )  # fmt: skip
 WORDS = (
     *ACTIVATIONS, "dense", "columns", "sparse", "leaky", "input_scale", "input_zero", "scales",
+    "residual_scale", "residual_zero",
     "F32", "I8", "U8", "U16", "U32", "F64", "F16", "I64", "BOOL",
     "__metadata__",
 )  # fmt: skip

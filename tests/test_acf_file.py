@@ -314,7 +314,7 @@ def nan(tensors):
 @pytest.mark.parametrize(
     ("metadata", "tensors", "message"),
     [
-        (lambda m: m.update(format_version=4), None, "version 4 is unknown; this release reads versions 1 to 3"),
+        (lambda m: m.update(format_version=5), None, "version 5 is unknown; this release reads versions 1 to 4"),
         (lambda m: m.update(format_version=1), None, "the metadata must be format_version, info, program, not"),
         (lambda m: m.update(format_version="1"), None, "version '1' is unknown"),
         (lambda m: m.update(format_version=True), None, "version True is unknown"),

@@ -13,7 +13,7 @@ import autocompress_fast as acf
 from autocompress_fast.compact import compact
 from autocompress_fast.engine import Engine
 from autocompress_fast.engine.calibration import METHODS, Grid, Histogram, chosen, rounded_weights
-from autocompress_fast.engine.program import is_narrow
+from autocompress_fast.engine.program import is_narrow, rounds_residual
 from autocompress_fast.plan import Plan
 
 
@@ -262,6 +262,74 @@ def test_readers_of_one_value_share_its_scale(network):
     assert not is_narrow(steps["depthwise"])
 
 
+def test_what_is_added_has_the_numbers_of_its_other_reader(network):
+    engine, x = network
+    small = acf.quantize(engine, x)
+    layers = {step.name: step for step in small.program.steps if is_narrow(step)}
+    adds = [step for step in small.program.steps if step.op == "add"]
+    assert all(map(rounds_residual, adds))
+    of_input = [layers["grouped"].attributes[name] for name in ("input_scale", "input_zero")]
+    assert [adds[0].attributes[name] for name in ("residual_scale", "residual_zero")] == of_input
+    assert adds[0].inputs == (layers["grouped"].output, layers["grouped"].inputs[0])
+    assert adds[1].attributes["residual_zero"] > 0  # of a convolution, without activation
+    assert set(adds[1].inputs) == {layers["strided"].output, layers["shortcut"].output}
+    assert small.info["provenance"]["quantization"]["residuals"] == 2
+    assert [step.op for step in small.profile(x[:1], rounds=1).steps].count("conv + add") == 2
+
+
+def test_residuals_may_stay_in_float32(network):
+    engine, x = network
+    wide = acf.quantize(engine, x, residual_bits=32)
+    assert not any(map(rounds_residual, wide.program.steps))
+    assert "residuals" not in wide.info["provenance"]["quantization"]
+    small = acf.quantize(engine, x)
+    plain = {"residual_scale", "residual_zero"}
+    for one, other in zip(wide.program.steps, small.program.steps, strict=True):
+        assert one.attributes == {k: v for k, v in other.attributes.items() if k not in plain}
+        assert sorted(one.inputs) == sorted(other.inputs)
+    assert difference(wide, engine, x) < 1.2 * difference(small, engine, x)
+    for options in ({"skip": "grouped"}, {"skip": ["strided", "shortcut"]}):  # those of layers in float32
+        found = acf.quantize(engine, x, **options)
+        assert sum(map(rounds_residual, found.program.steps)) == 1
+
+
+def test_a_residual_that_is_always_the_same_stays_in_float32():
+    class Same(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.other = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+            with torch.no_grad():
+                self.other.weight.zero_()
+                self.other.bias.fill_(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.other(x)) + self.conv(x)
+
+    torch.manual_seed(0)
+    x = torch.randn(50, 3, 4, 4)
+    engine = acf.compile(Same().eval(), x[:2])
+    small = acf.quantize(engine, x)
+    assert not any(map(rounds_residual, small.program.steps))
+    assert any(map(is_narrow, small.program.steps))
+    assert difference(small, engine, x.numpy()) < 0.05
+
+
+def test_a_residual_that_is_not_finite_is_named():
+    b = Builder(8, 4, 4)
+    b.add("conv", 0, arrays={"weight": b.floats(8, 8)}, **{**ONE, "filters": 8, "activation": "none"})
+    constant = {"constant": np.full((8, 1, 1), 3e38, np.float32)}
+    b.add("mul", 0, arrays=constant, activation="none")
+    b.add("add", 1, 2, activation="none")
+    x = np.random.default_rng(0).standard_normal((40, 8, 4, 4), np.float32)
+    engine = Engine(b.program(3))
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(ValueError, match="what is added to layer 'layer\\.0' holds NaN"),
+    ):
+        acf.quantize(engine, x)
+    assert acf.quantize(engine, x, residual_bits=32).info["provenance"]["quantization"]["layers"] == 1
+
+
 def test_how_samples_are_given_does_not_matter(network):
     engine, x = network
     labels = np.zeros(len(x), np.int64)
@@ -287,7 +355,9 @@ def test_no_more_samples_are_looked_at_than_wanted(network):
         raise AssertionError("too many")
 
     small = acf.quantize(engine, endless(), samples=35)
-    assert small.info["provenance"]["quantization"] == {"method": "mse", "samples": 35, "layers": 5}
+    assert small.info["provenance"]["quantization"] == {
+        "method": "mse", "samples": 35, "layers": 5, "residuals": 2
+    }  # fmt: skip
     assert scales(small).expected == scales(acf.quantize(engine, [x[:35]]))
     spread = acf.quantize(engine, x, samples=2)
     assert spread.program.steps == acf.quantize(engine, [x[[0, 199]]]).program.steps
@@ -382,6 +452,8 @@ def test_samples_that_say_nothing(batches, error, message, network):
         ({"percentile": 101}, "percentile must be from 50 to 100, got 101"),
         ({"percentile": float("nan")}, "percentile must be from 50 to 100, got nan"),
         ({"samples": 0}, "samples must be 1 or more, got 0"),
+        ({"residual_bits": 16}, "residual_bits must be 8 or 32, got 16"),
+        ({"residual_bits": "8"}, "residual_bits must be 8 or 32, got '8'"),
     ],
 )
 def test_options_are_checked(options, message, network):
@@ -394,7 +466,7 @@ def test_information_goes_along_but_for_the_accuracy(network, tmp_path):
     engine, x = network
     known = Engine(engine.program, info={"accuracy": 0.9, "mean": [0.5], "provenance": {"data": "none"}})
     small = acf.quantize(known, x, method="percentile")
-    done = {"method": "percentile", "samples": 200, "layers": 5, "percentile": 99.99}
+    done = {"method": "percentile", "samples": 200, "layers": 5, "residuals": 2, "percentile": 99.99}
     assert small.info == {"mean": [0.5], "provenance": {"data": "none", "quantization": done}}
     assert known.info["accuracy"] == 0.9
     small.save(tmp_path / "small.acf")

@@ -668,6 +668,7 @@ def test_quantize_what_cannot_be(finished, tmp_path):
         (["--data", "digits", "-o", tmp_path / "x.onnx"], "x.onnx must end in .acf"),
         (["--data", "digits", "-o", path, "--skip", "nothing"], "skip names 'nothing', which no layer matches"),
         (["--data", "digits", "-o", path, "--method", "best"], "method must be one of mse, minmax, percentile"),
+        (["--data", "digits", "-o", path, "--residual-bits", "4"], "residual_bits must be 8 or 32, got 4"),
     ):
         fails(run("quantize", file, *arguments), message)
     assert list(tmp_path.iterdir()) == []

@@ -16,14 +16,25 @@ from torch.nn import functional
 import autocompress_fast as acf
 from autocompress_fast.engine import Engine, FileFormatError
 from autocompress_fast.engine.file import size, write
-from autocompress_fast.engine.program import Program, ProgramError, is_narrow, program_to_json, validate
+from autocompress_fast.engine.narrow import residuals
+from autocompress_fast.engine.program import (
+    Input,
+    Program,
+    ProgramError,
+    Step,
+    is_narrow,
+    program_to_json,
+    rounds_residual,
+    validate,
+)
 from autocompress_fast.engine.reference import Reference, quantized
 
 VERSION_3 = Path(__file__).parent / "data" / "version_3.acf"
+VERSION_4 = Path(__file__).parent / "data" / "version_4.acf"
 
 
 def narrowed(program: Program, seed: int) -> Program:
-    """The same program with 8 bits in most of the steps that can have them; the weights and scales are random."""
+    """The same program with 8 bits in most of the steps that can have them; weights, scales and zeros are random."""
     rng = np.random.default_rng(seed)
     tensors, steps = dict(program.tensors), []
     for step in program.steps:
@@ -34,13 +45,32 @@ def narrowed(program: Program, seed: int) -> Program:
         scales = f"{step.tensors['weight']}.scales"
         tensors[step.tensors["weight"]] = rng.integers(-127, 128, weight.shape).astype(np.int8)
         tensors[scales] = rng.uniform(0.001, 0.02, len(weight)).astype(np.float32)
-        attributes = {"input_scale": float(rng.uniform(0.005, 0.03)), "input_zero": int(rng.choice([0, 3, 128, 255]))}
+        attributes = numbers(rng, "input")
         steps.append(
             dataclasses.replace(
                 step, attributes={**step.attributes, **attributes}, tensors={**step.tensors, "scales": scales}
             )
         )
-    return dataclasses.replace(program, steps=tuple(steps), tensors=tensors)
+    return rounded(dataclasses.replace(program, steps=tuple(steps), tensors=tensors), rng)
+
+
+def numbers(rng: np.random.Generator, what: str) -> dict[str, object]:
+    """A scale and a zero."""
+    zero = int(rng.choice([0, 3, 128, 255]))
+    return {f"{what}_scale": float(rng.uniform(0.005, 0.03)), f"{what}_zero": zero}
+
+
+def rounded(program: Program, rng: np.random.Generator, share: float = 0.8) -> Program:
+    """The same program with 8 bits in most residuals that can have them."""
+    shapes = [given.shape for given in program.inputs] + [info.shape for info in validate(program)]
+    found = residuals(program, shapes, {step.output for step in program.steps if is_narrow(step)})
+    steps = [
+        dataclasses.replace(s, inputs=found[s.output], attributes={**s.attributes, **numbers(rng, "residual")})
+        if s.output in found and rng.random() < share
+        else s
+        for s in program.steps
+    ]
+    return dataclasses.replace(program, steps=tuple(steps))
 
 
 def every_storage() -> Program:
@@ -61,6 +91,32 @@ def every_storage() -> Program:
     fewer = {"weight": b.floats(5, 2), "columns": np.array([1, 4], np.uint16)}
     x = b.add("linear", x, arrays=fewer, filters=5, storage="columns", activation="tanh")
     return b.program(x)
+
+
+def every_residual() -> Program:
+    """Convolutions with residuals that layers read too, or not; of columns, and in groups."""
+    b = Builder(4, 6, 7)
+    three = {**ONE, "kernel": (3, 3), "padding": (1,) * 4, "filters": 4, "activation": "none"}
+    x = b.add("conv", 0, arrays={"weight": b.floats(4, 36), "bias": b.floats(4)}, **{**three, "activation": "relu"})
+    y = b.add("conv", x, arrays={"weight": b.floats(4, 36), "bias": b.floats(4)}, **three)
+    x = b.add("add", y, x, activation="relu")
+    columns = {"weight": b.floats(2, 3), "filters": np.array([0, 3], np.uint16)}
+    columns |= {"columns": np.array([1, 9, 30], np.uint16), "bias": b.floats(4)}
+    y = b.add("conv", x, arrays=columns, **{**three, "storage": "columns"})
+    z = b.add("conv", x, arrays={"weight": b.floats(4, 4)}, **{**ONE, "filters": 4, "activation": "none"})
+    x = b.add("add", y, z, activation="none")
+    y = b.add("conv", x, arrays={"weight": b.floats(4, 18)}, **{**three, "groups": 2})
+    x = b.add("add", x, y, activation="hardswish")
+    y = b.add("conv", x, arrays={"weight": b.floats(4, 36)}, **three)
+    return b.program(b.add("add", x, y, activation="relu6"))
+
+
+def every_residual_of_8_bits() -> Program:
+    """The same with 8 bits in all layers, and all residuals but the last."""
+    rng = np.random.default_rng(0)
+    program = rounded(narrowed_whole(every_residual(), rng), rng, 1.0)
+    last = dataclasses.replace(program.steps[-1], attributes={"activation": "relu6"})
+    return dataclasses.replace(program, steps=(*program.steps[:-1], last))
 
 
 def some(program: Program, samples: int = 3) -> list[np.ndarray]:
@@ -107,6 +163,22 @@ def by_torch(step, tensors, x):
     y = sums.numpy().astype(np.float32) * factor.reshape(shape)
     y = y + own["bias"].reshape(shape) if "bias" in own else y
     return {"none": lambda y: y, "relu": lambda y: np.maximum(y, 0), "tanh": np.tanh}[a["activation"]](y)
+
+
+def test_what_is_added_is_rounded_as_inputs_are():
+    program = every_residual_of_8_bits()
+    assert [rounds_residual(step) for step in program.steps if step.op == "add"] == [True, True, True, False]
+    given = some(program)
+    everything = dataclasses.replace(program, outputs=tuple(step.output for step in program.steps))
+    values = given + Reference(everything, validate(program)).run(given)
+    activations = {"none": lambda y: y, "relu": lambda y: np.maximum(y, 0)}
+    for step in program.steps[:-1]:
+        if step.op == "add" and step.attributes["activation"] in activations:
+            scale, zero = step.attributes["residual_scale"], step.attributes["residual_zero"]
+            y, x = (values[value] for value in step.inputs)
+            added = torch.fake_quantize_per_tensor_affine(torch.from_numpy(x), scale, zero, 0, 255).numpy()
+            assert (added != x).any()
+            np.testing.assert_array_equal(values[step.output], activations[step.attributes["activation"]](y + added))
 
 
 def test_every_step_is_its_definition_bit_for_bit():
@@ -229,11 +301,71 @@ def test_other_steps_have_no_8_bits():
         validate(b.program(b.add("add", 0, arrays={"constant": np.ones(3, np.int8)}, activation="none")))
 
 
+def one_addition(narrow=True, inputs=(1, 0), outputs=(2,), conv=(), **changes):
+    """An 8-bit convolution, and what it reads added to it, rounded; some attributes changed, or left out where None."""
+    b = Builder(2, 3, 3)
+    tensors = {"weight": np.ones((2, 2), np.int8), "scales": np.full(2, 0.5, np.float32)}
+    form = {**ONE, "filters": 2, "activation": "none", "input_scale": 0.5, "input_zero": 3, **dict(conv)}
+    if not narrow:
+        tensors = {"weight": np.ones((2, 2), np.float32)}
+        form = {name: value for name, value in form.items() if not name.startswith("input")}
+    b.add("conv", 0, arrays=tensors, **form)
+    attributes = {"activation": "none", "residual_scale": 0.25, "residual_zero": 1, **changes}
+    b.add("add", *inputs, **{name: value for name, value in attributes.items() if value is not None})
+    return b.program(*outputs)
+
+
+def test_an_addition_of_8_bits():
+    program = one_addition()
+    x = np.full((1, 2, 3, 3), 0.3, np.float32)  # 0.5 to the layer, 0.25 for the addition
+    (y,) = Reference(program, validate(program)).run([x])
+    assert (y == np.float32(0.5 + 0.25)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"residual_scale": None}, "attribute 'residual_scale' is missing"),
+        ({"residual_zero": None}, "attribute 'residual_zero' is missing"),
+        ({"residual_scale": 0.0}, "residual_scale must be a float from 1e-30 to 1e\\+30, not 0.0"),
+        ({"residual_scale": float("nan")}, "residual_scale must be a float"),
+        ({"residual_scale": 1}, "residual_scale must be a float from 1e-30 to 1e\\+30, not 1"),
+        ({"residual_scale": "1"}, "residual_scale must be a float"),
+        ({"residual_zero": 256}, "residual_zero must be an integer from 0 to 255, not 256"),
+        ({"residual_zero": -1}, "residual_zero must be an integer"),
+        ({"residual_zero": 1.0}, "residual_zero must be an integer"),
+        ({"inputs": (1,)}, "takes two inputs, or one and a constant"),
+        ({"inputs": (0, 1)}, "its first input must be made by an 8-bit conv step without activation"),
+        ({"inputs": (0, 0)}, "its first input must be made by an 8-bit conv step without activation"),
+        ({"inputs": (1, 1)}, "its first input is read 2 times; it must be once"),
+        ({"outputs": (2, 1)}, "its first input is read 2 times; it must be once"),
+        ({"conv": {"activation": "relu"}}, "its first input must be made by an 8-bit conv step without activation"),
+        ({"narrow": False}, "its first input must be made by an 8-bit conv step without activation"),
+        ({"conv": {"padding": (0, 0, 1, 1)}}, "with residual_scale, it takes two inputs of one shape"),
+    ],
+)
+def test_what_additions_are_refused(changes, message):
+    with pytest.raises(ProgramError, match=message):
+        validate(one_addition(**changes))
+
+
+def test_other_operations_round_nothing():
+    b = Builder(2, 3, 3)
+    with pytest.raises(ProgramError, match="'residual_scale' is unknown"):
+        validate(b.program(b.add("sub", 0, 0, activation="none", residual_scale=0.5, residual_zero=3)))
+    b = Builder(2, 3, 3)
+    constant = {"constant": np.ones((2, 3, 3), np.float32)}
+    attributes = {"activation": "none", "residual_scale": 0.5, "residual_zero": 3}
+    with pytest.raises(ProgramError, match="with residual_scale, it takes two inputs of one shape"):
+        validate(b.program(b.add("add", 0, arrays=constant, **attributes)))
+
+
 # --- files
 
 
-def test_what_is_written_is_read_back(tmp_path):
-    engine = Engine(narrowed(every_storage(), 1), info={"accuracy": 0.5})
+@pytest.mark.parametrize("make", [lambda: narrowed(every_storage(), 1), every_residual_of_8_bits])
+def test_what_is_written_is_read_back(make, tmp_path):
+    engine = Engine(make(), info={"accuracy": 0.5})
     path = tmp_path / "net.acf"
     engine.save(path)
     loaded = acf.load(path)
@@ -263,15 +395,23 @@ def test_versions_are_those_that_are_needed(tmp_path):
     write(path, one(), {})
     assert header(path)["format_version"] == 3
     assert header(path)["packed"] == {}
+    write(path, one_addition(), {})
+    assert header(path)["format_version"] == 4
+    assert header(path)["packed"] == {}
+    write(path, one_addition(residual_scale=None, residual_zero=None), {})
+    assert header(path)["format_version"] == 3
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_older_versions_have_no_8_bits(version, tmp_path):
-    program, path = one(), tmp_path / "net.acf"
-    more = {"packed": {}} if version == 2 else {}
+@pytest.mark.parametrize(
+    ("make", "version", "what"),
+    [(one, 1, "steps"), (one, 2, "steps"), *((one_addition, version, "residuals") for version in (1, 2, 3))],
+)
+def test_older_versions_have_no_8_bits(make, version, what, tmp_path):
+    program, path = make(), tmp_path / "net.acf"
+    more = {"packed": {}} if version > 1 else {}
     content = {"format_version": version, "program": program_to_json(program), "info": {}} | more
     path.write_bytes(packed(content, dict(program.tensors)))
-    with pytest.raises(FileFormatError, match=f"a file of version {version} has no steps of 8 bits"):
+    with pytest.raises(FileFormatError, match=f"a file of version {version} has no {what} of 8 bits"):
         acf.load(path)
 
 
@@ -279,6 +419,14 @@ def test_the_file_of_version_3_is_read_forever():
     """Written once, from `every_storage`; it must never be written again."""
     engine = acf.load(VERSION_3, threads=1)
     assert sum(map(is_narrow, engine.program.steps)) == 6
+    (x,) = some(engine.program)
+    np.testing.assert_allclose(engine(x), np.float32(engine.info["expected"]), rtol=1e-5, atol=1e-6)
+
+
+def test_the_file_of_version_4_is_read_forever():
+    """Written once, from `every_residual_of_8_bits`; it must never be written again."""
+    engine = acf.load(VERSION_4, threads=1)
+    assert sum(map(rounds_residual, engine.program.steps)) == 3
     (x,) = some(engine.program)
     np.testing.assert_allclose(engine(x), np.float32(engine.info["expected"]), rtol=1e-5, atol=1e-6)
 
@@ -353,3 +501,32 @@ def test_a_residual_is_added_after_the_sum():
     engine = Engine(program)
     assert [step.op for step in engine.profile(rounds=1).steps] == ["conv + add"]
     np.testing.assert_array_equal(engine(*given), wanted)
+
+
+@pytest.mark.usefixtures("isa")
+def test_residuals_have_the_bits_of_the_reference():
+    program = every_residual_of_8_bits()
+    program = dataclasses.replace(program, outputs=(program.steps[2].output, program.steps[5].output))
+    given = some(program, 5)
+    wanted = Reference(program, validate(program)).run(given)
+    for threads in (1, 3):
+        for y, z in zip(Engine(program, threads=threads)(*given), wanted, strict=True):
+            np.testing.assert_array_equal(y, z)
+
+
+@pytest.mark.usefixtures("isa")
+def test_residuals_that_are_no_numbers_or_beyond_them():
+    rng, tensors = np.random.default_rng(0), {"w": np.ones((3, 2), np.int8), "s": np.full(3, 0.01, np.float32)}
+    inputs = (Input("x", (2, 5, 23)), Input("y", (3, 5, 23)))
+    conv = {**ONE, "filters": 3, "activation": "none", "input_scale": 0.1, "input_zero": 100}
+    x = rng.standard_normal((2, 2, 5, 23), np.float32)
+    for scale, zero in ((0.013, 0), (0.02, 77), (1e-30, 255), (1e30, 9), (0.5, 128)):
+        y = (rng.standard_normal((2, 3, 5, 23)) * 200 * scale).astype(np.float32)
+        special = [np.nan, -np.nan, np.inf, -np.inf, 3e38, -3e38, 0.0, -0.0, 1e-45, 2.5 * scale, -1.5 * scale]
+        y.reshape(-1)[rng.permutation(y.size)[: 4 * len(special)]] = np.tile(np.float32(special), 4)
+        add = {"activation": "none", "residual_scale": scale, "residual_zero": zero}
+        steps = (Step("conv", (0,), 2, conv, {"weight": "w", "scales": "s"}), Step("add", (2, 1), 3, add))
+        program = Program(inputs, steps, (3,), tensors)
+        (wanted,) = Reference(program, validate(program)).run([x, y])
+        assert np.isfinite(wanted).all()
+        np.testing.assert_array_equal(Engine(program, threads=2)(x, y), wanted)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_engine import FUNCTIONS, Function
 from test_engine_native import Drawn, assert_close
-from test_narrow import every_storage, narrowed, some
+from test_narrow import every_residual_of_8_bits, every_storage, narrowed, some
 from torch import nn
 
 import autocompress_fast as acf
@@ -13,7 +13,7 @@ from autocompress_fast import models
 from autocompress_fast.compact import compact
 from autocompress_fast.engine import Engine
 from autocompress_fast.engine.onnx import as_onnx
-from autocompress_fast.engine.program import is_narrow, validate
+from autocompress_fast.engine.program import is_narrow, rounds_residual, validate
 from autocompress_fast.plan import Plan
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -78,6 +78,7 @@ def test_export_writes_a_file(name, tmp_path):
 def test_steps_of_8_bits(seed):
     """A value that lies between two numbers may become the other one, and change what is added by a step or two."""
     program = narrowed(every_storage() if seed == 0 else Drawn(seed).program, seed)
+    program = every_residual_of_8_bits() if seed == 1 else program
     engine = Engine(program)
     exported = as_onnx(program, validate(program))
     inputs = some(program, 5)
@@ -87,7 +88,8 @@ def test_steps_of_8_bits(seed):
         assert np.median(differences) < 1e-5
         assert differences.max() < 0.05
     kinds = [node.op_type for node in exported.graph.node]
-    assert kinds.count("QuantizeLinear") == sum(map(is_narrow, program.steps))
+    rounded = sum(map(is_narrow, program.steps)) + sum(map(rounds_residual, program.steps))
+    assert kinds.count("QuantizeLinear") == rounded
 
 
 def test_a_quantized_network(tmp_path):

@@ -8,14 +8,14 @@ import torch
 from test_acf_file import every_operation, example
 from test_calibration import Branches, trained_norms
 from test_engine_native import Drawn, assert_close
-from test_narrow import every_storage, narrowed, some
+from test_narrow import every_residual_of_8_bits, every_storage, narrowed, one_addition, some
 from torch import nn
 
 import autocompress_fast as acf
 from autocompress_fast import models
 from autocompress_fast.compact import compact
 from autocompress_fast.engine import Engine
-from autocompress_fast.engine.program import ProgramError, is_narrow, validate
+from autocompress_fast.engine.program import ProgramError, is_narrow, rounds_residual, validate
 from autocompress_fast.engine.reference import Reference
 from autocompress_fast.plan import Plan
 
@@ -46,16 +46,18 @@ def test_every_operation():
 def test_every_step_of_8_bits_is_that_of_the_engine(seed):
     """One by one: in a whole network the last bits of a sum may decide how the next layer rounds."""
     program = narrowed(every_storage() if seed == 0 else Drawn(seed).program, seed)
+    program = every_residual_of_8_bits() if seed == 1 else program
     inputs = some(program)
     everything = Engine(program).program.__class__(
         program.inputs, program.steps, tuple(s.output for s in program.steps), program.tensors
     )
-    values = inputs + Reference(everything, validate(everything)).run(inputs)
+    values = inputs + Reference(everything, validate(program)).run(inputs)
     simulation = acf.simulate(Engine(program))
     for step, module in zip(program.steps, simulation.steps, strict=True):
         inputs = [values[value] for value in step.inputs]
         assert_close(outputs(module, inputs), [values[step.output]])
-        if is_narrow(step) and step.attributes["activation"] in ("none", "relu"):
+        exact = is_narrow(step) or rounds_residual(step)
+        if exact and step.attributes["activation"] in ("none", "relu"):
             np.testing.assert_array_equal(outputs(module, inputs, exact=True)[0], values[step.output])
 
 
@@ -90,6 +92,23 @@ def test_rounding_has_the_gradient_of_the_identity_inside_the_range():
     simulation(torch.ones(1, 1)).sum().backward()
     assert weight.grad.item() == 0
     assert simulation.engine().program.tensors["linear.weight"].tolist() == [[127]]
+
+
+def test_what_is_added_passes_gradients_on_inside_its_range():
+    simulation = acf.simulate(Engine(one_addition()))  # from -0.25 to 63.5 in steps of 0.25
+    addition = simulation.steps[1]
+    residual = torch.tensor([0.3, 80.0, -1.0], requires_grad=True)
+    y = addition(torch.zeros(3), residual)
+    assert y.tolist() == [0.25, 63.5, -0.25]
+    y.sum().backward()
+    assert residual.grad.tolist() == [1, 0, 0]
+
+
+def test_a_residual_that_is_no_number_is_the_largest():
+    program = one_addition()
+    simulation = acf.simulate(Engine(program)).eval()
+    x = np.float32([np.nan, np.inf, -np.inf, 3e38, 0.3, -0.1, 0.125, 0.375, 0.625]).reshape(1, 1, 3, 3).repeat(2, 1)
+    np.testing.assert_array_equal(outputs(simulation, [x], exact=True)[0], Engine(program)(x))
 
 
 def lenet():

@@ -387,6 +387,9 @@ def quantize(
         typer.Option(metavar="PATTERN", help="Layers that stay in float32: a name, or a glob. May be repeated."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="To look at, at most.")] = 512,
+    residual_bits: Annotated[
+        int, typer.Option(help="Of what is added to the results of convolutions: 8, or 32 for float32.")
+    ] = 8,
     as_json: Json = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the cut of the data into parts.")] = 0,
     threads: Threads = None,
@@ -410,6 +413,7 @@ def quantize(
         percentile=percentile,
         skip=skip or [],
         samples=samples,
+        residual_bits=residual_bits,
     )
     _show(outcome, as_json)
 

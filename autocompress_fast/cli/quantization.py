@@ -69,6 +69,7 @@ def quantized(
     percentile: float,
     skip: Sequence[str],
     samples: int,
+    residual_bits: int,
 ) -> Quantized:
     """Quantize a saved classifier and write the result; options as of `acf.quantize` and `autocompress predict`."""
     if output.suffix.lower() != ".acf":
@@ -76,7 +77,9 @@ def quantized(
     engine = opened(file, threads)
     splits = None if data is None else matching(engine, file, data, dataset, seed)
     read = [normalized(engine, some) for _, some in read_samples(engine, inputs)] if splits is None else splits.train
-    small = quantize(engine, read, method=method, percentile=percentile, skip=skip, samples=samples)
+    small = quantize(
+        engine, read, method=method, percentile=percentile, skip=skip, samples=samples, residual_bits=residual_bits
+    )
     layers = [step for step in small.program.steps if step.op in ("conv", "linear")]
     before = after = None
     if splits is not None:

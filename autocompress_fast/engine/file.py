@@ -26,13 +26,14 @@ from autocompress_fast.engine.program import (
     is_narrow,
     program_from_json,
     program_to_json,
+    rounds_residual,
     validate,
 )
 
 __all__ = ["FORMAT_VERSION", "METADATA_KEY", "FileFormatError", "check_info", "read", "size", "write"]
 
 METADATA_KEY: Final = "autocompress_fast"
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 
 MAX_BYTES: Final = 2**32
 """Of a file: more than all weights and values that may be needed take."""
@@ -94,11 +95,18 @@ def size(program: Program, info: dict[str, Any], packed: Mapping[str, packing.Pa
 
 def _content(program: Program, info: dict[str, Any], packed: dict[str, dict[str, Any]] | None = None) -> str:
     """The text of the header: of version 1, which all releases read, where nothing is packed, nor of 8 bits."""
-    narrow = any(map(is_narrow, program.steps))
-    version: dict[str, Any] = {"format_version": 3 if narrow else 2 if packed else 1}
-    if narrow or packed:
+    needed = _needed_version(program)
+    version: dict[str, Any] = {"format_version": max(needed, 2 if packed else 1)}
+    if needed > 1 or packed:
         version["packed"] = packed or {}
     return json.dumps(version | {"program": program_to_json(program), "info": info}, allow_nan=False)
+
+
+def _needed_version(program: Program) -> int:
+    """The first that has all steps of the program."""
+    if any(map(rounds_residual, program.steps)):
+        return 4
+    return 3 if any(map(is_narrow, program.steps)) else 1
 
 
 def read(path: str | Path) -> tuple[Program, tuple[StepInfo, ...], dict[str, Any]]:
@@ -122,8 +130,9 @@ def read(path: str | Path) -> tuple[Program, tuple[StepInfo, ...], dict[str, Any
         version, written, packed, info = _metadata(content)
         program = program_from_json(written, packing.joined(_tensors(content), packed, MAX_BYTES // 4))
         infos = validate(program)
-        if version < 3 and any(map(is_narrow, program.steps)):
-            raise ValueError(f"a file of version {version} has no steps of 8 bits")
+        if version < (needed := _needed_version(program)):
+            what = "residuals" if needed == 4 else "steps"
+            raise ValueError(f"a file of version {version} has no {what} of 8 bits")
         check_info(info, program, infos)
     except (ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise FileFormatError(f"{path}: {error}") from error

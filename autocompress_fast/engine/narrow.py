@@ -1,7 +1,8 @@
 """Networks of 8-bit weights and activations, made of networks in float32 by looking at what they compute.
 
-The network runs on some samples, and the inputs of its convolutions and linear layers are watched. Each gets a scale
-and a zero point, every filter a scale of its own (`calibration`), and the weights become integers. Nothing is trained.
+The network runs on some samples, and the inputs of its convolutions and linear layers are watched, as is what is added
+to convolutions. Each gets a scale and a zero point, every filter a scale of its own (`calibration`), and the weights
+become integers. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -9,21 +10,22 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from autocompress_fast.engine import Engine
 from autocompress_fast.engine.calibration import METHODS, Grid, Histogram, chosen, rounded_weights
-from autocompress_fast.engine.program import MIN_SCALE, NARROW_COLUMNS, Program, Step, is_narrow, validate
+from autocompress_fast.engine.native import fused_additions
+from autocompress_fast.engine.program import MIN_SCALE, NARROW_COLUMNS, Program, Shape, Step, is_narrow, validate
 
 if TYPE_CHECKING:
     import torch
 
     from autocompress_fast.data import Dataset
 
-__all__ = ["can_be_narrow", "quantize", "scales_name"]
+__all__ = ["can_be_narrow", "quantize", "residuals", "scales_name"]
 
 Array = np.ndarray[Any, Any]
 
@@ -43,13 +45,15 @@ def quantize(
     percentile: float = 99.99,
     skip: str | Collection[str] = (),
     samples: int = 512,
+    residual_bits: int = 8,
 ) -> Engine:
     """The same network with 8-bit weights and activations, from what it computes on some samples; torch is not needed.
 
     Convolutions and linear layers compute with integers: their inputs are rounded to 256 numbers, between which zero
-    lies, and the weights of every filter to 255. Other steps, values between steps and biases stay float32, and so do
-    layers whose single weights were pruned (sparse storage), those with more than 65536 columns, and depthwise and
-    grouped convolutions of less than 8 filters a group, which float32 is quicker at.
+    lies, and the weights of every filter to 255. What residual networks add to the result of such a convolution is
+    rounded as inputs are. Other steps, values between steps and biases stay float32, and so do layers whose single
+    weights were pruned (sparse storage), those with more than 65536 columns, and depthwise and grouped convolutions of
+    less than 8 filters a group, which float32 is quicker at.
 
     Args:
         engine: in float32; it is not changed.
@@ -61,6 +65,8 @@ def quantize(
         percentile: of the activations that "percentile" keeps.
         skip: layers that stay in float32: names, names of parts of the network, or globs such as "classifier.*".
         samples: at most so many are looked at: spread over an array or a data set, the first ones of an iterable.
+        residual_bits: of what is added to the results of convolutions: 8, or 32 to leave it in float32. It stays there
+            anyway where it is the same everywhere in the samples.
 
     Returns:
         An engine. Its `info` is that of the given one but for the accuracy, which was measured in float32; what was
@@ -69,7 +75,7 @@ def quantize(
     Raises:
         TypeError, ValueError: samples that the network does not take, none at all, NaN or infinity in what it computes
             with them, an input of a layer that is always the same, a name in `skip` that no layer has, an unknown
-            method, or a network with nothing to quantize.
+            method, bits of residuals that there are not, or a network with nothing to quantize.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -89,14 +95,31 @@ def quantize(
         raise ValueError(f"percentile must be from 50 to 100, got {percentile!r}")
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, got {samples}")
-    steps = _chosen_steps(engine.program, (skip,) if isinstance(skip, str) else skip)
-    readers: dict[int, str] = {}  # value -> the first layer that reads it
+    if residual_bits not in (8, 32):
+        raise ValueError(f"residual_bits must be 8 or 32, got {residual_bits!r}")
+    program = engine.program
+    steps = _chosen_steps(program, (skip,) if isinstance(skip, str) else skip)
+    layers = {step.output: step for step in steps}
+    shapes = _shapes(program)
+    added = residuals(program, shapes, layers) if residual_bits == 8 else {}
+    readers: dict[int, str] = {}  # value -> what it is to the first layer that reads it
     for step in steps:
-        readers.setdefault(step.inputs[0], step.name)
-    seen, count = _watched(engine, batches, readers, samples)
-    grids = {value: _grid(histogram, readers[value], method, percentile) for value, histogram in seen.items()}
-    program = _narrowed(engine.program, {step.output: grids[step.inputs[0]] for step in steps}, best=method == "mse")
+        readers.setdefault(step.inputs[0], f"the input of layer {step.name!r}")
+    inputs = set(readers)
+    for conv, value in added.values():
+        readers.setdefault(value, f"what is added to layer {layers[conv].name!r}")
+    seen, count = _watched(engine, batches, shapes, readers, samples)
+    grids = {
+        value: _grid(histogram, readers[value], method, percentile)
+        for value, histogram in seen.items()
+        if value in inputs or histogram.low < histogram.high
+    }
+    added = {output: pair for output, pair in added.items() if pair[1] in grids}
+    program = _narrowed(program, {step.output: grids[step.inputs[0]] for step in steps}, best=method == "mse")
+    program = _with_rounded_residuals(program, added, grids)
     done = {"method": method, "samples": count, "layers": len(steps)}
+    if added:
+        done["residuals"] = len(added)
     if method == "percentile":
         done["percentile"] = percentile
     info = {key: value for key, value in engine.info.items() if key != "accuracy"}
@@ -135,11 +158,27 @@ def can_be_narrow(program: Program, step: Step) -> bool:
     return weight.size > 0 and weight.shape[1] <= NARROW_COLUMNS
 
 
-def _grid(seen: Histogram, name: str, method: str, percentile: float) -> Grid:
+def residuals(program: Program, shapes: Sequence[Shape], layers: Container[int]) -> dict[int, tuple[int, int]]:
+    """Additions that the engine computes with convolutions of these layers: with which ones, and what they add.
+
+    Args:
+        program: in float32.
+        shapes: of all its values, for one sample.
+        layers: values of those that compute with 8 bits.
+
+    Returns:
+        Value of the addition -> value of the convolution, and the other one.
+    """
+    additions = {add: conv for add, conv in fused_additions(program, shapes).items() if conv in layers}
+    steps = {step.output: step for step in program.steps}
+    return {add: (conv, sum(steps[add].inputs) - conv) for add, conv in additions.items()}
+
+
+def _grid(seen: Histogram, what: str, method: str, percentile: float) -> Grid:
     if seen.low == seen.high:
         raise ValueError(
-            f"the input of layer {name!r} is {seen.low:g} everywhere in the samples, which says nothing about its "
-            f"range; leave the layer in float32 with skip"
+            f"{what} is {seen.low:g} everywhere in the samples, which says nothing about its range; leave the layer in "
+            f"float32 with skip"
         )
     return chosen(seen, method, percentile)
 
@@ -147,12 +186,16 @@ def _grid(seen: Histogram, name: str, method: str, percentile: float) -> Grid:
 # --- watching what a network computes ---------------------------------------------------------------------------------
 
 
+def _shapes(program: Program) -> list[Shape]:
+    """Of all values."""
+    return [given.shape for given in program.inputs] + [info.shape for info in validate(program)]
+
+
 def _watched(
-    engine: Engine, batches: Any, readers: Mapping[int, str], samples: int
+    engine: Engine, batches: Any, shapes: Sequence[Shape], readers: Mapping[int, str], samples: int
 ) -> tuple[dict[int, Histogram], int]:
     """Histograms of values of the program on the samples, and how many there were."""
     program = engine.program
-    shapes = [given.shape for given in program.inputs] + [info.shape for info in validate(program)]
     groups = _groups(list(readers), shapes)
     runs = [Engine(dataclasses.replace(program, outputs=tuple(group)), threads=engine.threads) for group in groups]
     most = max(sum(math.prod(shapes[value]) for value in group) for group in groups)
@@ -166,7 +209,7 @@ def _watched(
                 try:
                     seen[value].add(np.asarray(array))
                 except ValueError as error:
-                    raise ValueError(f"the input of layer {readers[value]!r} holds {error} on the samples") from None
+                    raise ValueError(f"{readers[value]} holds {error} on the samples") from None
         count += len(inputs[0])
     if count == 0:
         raise ValueError("quantize needs samples to look at, got none")
@@ -226,6 +269,19 @@ def _narrowed(program: Program, grids: Mapping[int, Grid], *, best: bool) -> Pro
         attributes = {**step.attributes, "input_scale": grid.scale, "input_zero": grid.zero}
         steps[i] = dataclasses.replace(step, attributes=attributes, tensors={**step.tensors, "scales": role})
     return dataclasses.replace(program, steps=tuple(steps), tensors=tensors)
+
+
+def _with_rounded_residuals(
+    program: Program, additions: Mapping[int, tuple[int, int]], grids: Mapping[int, Grid]
+) -> Program:
+    """The program in which these additions round what they add to a convolution."""
+    steps = list(program.steps)
+    for i, step in enumerate(steps):
+        if step.output in additions:
+            conv, value = additions[step.output]
+            rounding = {"residual_scale": grids[value].scale, "residual_zero": grids[value].zero}
+            steps[i] = dataclasses.replace(step, inputs=(conv, value), attributes={**step.attributes, **rounding})
+    return dataclasses.replace(program, steps=tuple(steps))
 
 
 def scales_name(weight: str, taken: Mapping[str, Any]) -> str:

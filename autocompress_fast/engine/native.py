@@ -23,10 +23,11 @@ from autocompress_fast.engine.program import (
     Step,
     StepInfo,
     is_narrow,
+    rounds_residual,
     sparse_block,
 )
 
-__all__ = ["NativeExecutor", "fused_steps"]
+__all__ = ["NativeExecutor", "fused_additions", "fused_steps"]
 
 Array = np.ndarray[Any, Any]
 
@@ -219,8 +220,7 @@ class _Builder:
             else:
                 (other,) = (value for value in step.inputs if value != conv.output)
                 inputs = [self.numbers[conv.inputs[0]], self.numbers[other]]
-                activation = step.attributes["activation"]
-                self.numbers[step.output] = self._conv(conv, inputs, {**conv.attributes, "activation": activation})
+                self.numbers[step.output] = self._conv(conv, inputs, {**conv.attributes, **step.attributes})
             self.made.append((conv, step))
         self.network.finish([self.numbers[value] for value in self.program.outputs])
         return self.network
@@ -270,6 +270,7 @@ class _Builder:
             bias=bias,
             activation=activation,
             **self._arithmetic(step, tensors),
+            residual=(a["residual_scale"], a["residual_zero"]) if "residual_scale" in a else None,
         )
 
     def _arithmetic(self, step: Step, tensors: Mapping[str, Array]) -> dict[str, Any]:
@@ -352,24 +353,20 @@ def fused_steps(program: Program, shapes: Sequence[Shape], precision: str = "flo
         shapes: of all values of the program, for one sample.
         precision: a depthwise convolution is computed on its own in others than float32.
     """
-    steps = {step.output: step for step in program.steps}
-    readers = Counter(value for step in program.steps for value in step.inputs)
-    readers.update(program.outputs)
-    residuals = _residuals(program, shapes, steps, readers)
-    expansions = _expansions(program, shapes, steps, readers, residuals) if precision == "float32" else {}
-    return {**residuals, **expansions}
+    additions = fused_additions(program, shapes)
+    return {**additions, **(_expansions(program, shapes, additions) if precision == "float32" else {})}
 
 
-def _residuals(
-    program: Program, shapes: Sequence[Shape], steps: Mapping[int, Step], readers: Mapping[int, int]
-) -> dict[int, int]:
+def fused_additions(program: Program, shapes: Sequence[Shape]) -> dict[int, int]:
+    """The additions among `fused_steps`: their value -> value of the convolution."""
+    steps, readers = {step.output: step for step in program.steps}, _readers(program)
     found: dict[int, int] = {}
     for add in program.steps:
         if add.op != "add" or "constant" in add.tensors or add.inputs[0] == add.inputs[1]:
             continue
         if shapes[add.inputs[0]] != shapes[add.inputs[1]]:
             continue
-        for value in sorted(add.inputs, reverse=True):
+        for value in add.inputs[:1] if rounds_residual(add) else sorted(add.inputs, reverse=True):
             conv = steps.get(value)
             if conv is None or conv.op != "conv" or conv.attributes["storage"] == "sparse":
                 continue
@@ -379,22 +376,24 @@ def _residuals(
     return found
 
 
-def _expansions(
-    program: Program,
-    shapes: Sequence[Shape],
-    steps: Mapping[int, Step],
-    readers: Mapping[int, int],
-    residuals: Mapping[int, int],
-) -> dict[int, int]:
+def _readers(program: Program) -> Counter[int]:
+    """How often each value is read, or put out."""
+    readers = Counter(value for step in program.steps for value in step.inputs)
+    readers.update(program.outputs)
+    return readers
+
+
+def _expansions(program: Program, shapes: Sequence[Shape], additions: Mapping[int, int]) -> dict[int, int]:
+    steps, readers = {step.output: step for step in program.steps}, _readers(program)
     found: dict[int, int] = {}
     for step in program.steps:
-        if step.op != "conv" or step.output in residuals.values():
+        if step.op != "conv" or step.output in additions.values():
             continue
         a, (value, *_) = step.attributes, step.inputs
         expand, shape = steps.get(value), shapes[value]
         if a["storage"] != "dense" or a["groups"] == 1 or a["groups"] != a["filters"]:
             continue
-        if expand is None or expand.op != "conv" or readers[value] != 1 or value in residuals:
+        if expand is None or expand.op != "conv" or readers[value] != 1 or value in additions:
             continue
         if is_narrow(step) or is_narrow(expand):
             continue

@@ -127,7 +127,7 @@ class _Exporter:
         if groups == 1 and 0 < len(used) < channels:
             x = self.node("Gather", [x, self.integers(*used.tolist())], axis=1)
             weight = weight[:, used]
-        operands = [self.rounded(step, x), self.weight(step, weight, 0), *self.bias(tensors)]
+        operands = [self.rounded(step, x, "input"), self.weight(step, weight, 0), *self.bias(tensors)]
         top, bottom, left, right = a["padding"]
         self.done(
             step,
@@ -145,19 +145,17 @@ class _Exporter:
         if 0 < len(used) < features:
             x = self.node("Gather", [x, self.integers(*used.tolist())], axis=-1)
             weight = weight[:, used]
-        made = self.node("MatMul", [self.rounded(step, x), self.weight(step, weight.T, 1)])
+        made = self.node("MatMul", [self.rounded(step, x, "input"), self.weight(step, weight.T, 1)])
         for bias in self.bias(tensors):
             made = self.node("Add", [made, bias])
         self.done(step, made)
 
-    def rounded(self, step: Step, x: str) -> str:
-        """The input of a layer, on the numbers of its 8 bits if it has them."""
-        if not is_narrow(step):
+    def rounded(self, step: Step, x: str, what: str) -> str:
+        """What a step reads, its "input" or a "residual", on the numbers of its 8 bits if it has them."""
+        a = step.attributes
+        if f"{what}_scale" not in a:
             return x
-        grid = [
-            self.constant(np.float32(step.attributes["input_scale"])),
-            self.constant(np.uint8(step.attributes["input_zero"])),
-        ]
+        grid = [self.constant(np.float32(a[f"{what}_scale"])), self.constant(np.uint8(a[f"{what}_zero"]))]
         return self.node("DequantizeLinear", [self.node("QuantizeLinear", [x, *grid]), *grid])
 
     def weight(self, step: Step, weight: Array, axis: int) -> str:
@@ -220,6 +218,8 @@ class _Exporter:
         if "constant" in step.tensors:  # all dimensions of a sample, or the batch would be taken for one of them
             value, rank = self.tensors(step)["constant"], len(self.shapes[step.inputs[0]])
             operands.append(self.constant(value.reshape((1,) * (rank - value.ndim) + value.shape)))
+        else:
+            operands[1] = self.rounded(step, operands[1], "residual")
         self.done(step, self.node({"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}[step.op], operands))
 
     def activation(self, step: Step, inputs: list[str]) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "pool_output_size",
     "program_from_json",
     "program_to_json",
+    "rounds_residual",
     "sparse_block",
     "validate",
 ]
@@ -211,6 +212,7 @@ def validate(program: Program) -> tuple[StepInfo, ...]:
         raise ProgramError("a program needs at least one output")
     for output in program.outputs:
         _integer(output, "output number", low=0, high=len(shapes) - 1)
+    _check_residuals(program)
     prepared = sum(info.prepared for info in infos)
     stored = sum(tensor.size for tensor in program.tensors.values())
     # In proportion to the file: a small one cannot ask for a large allocation.
@@ -233,6 +235,11 @@ def is_narrow(step: Step) -> bool:
     False
     """
     return "input_scale" in step.attributes
+
+
+def rounds_residual(step: Step) -> bool:
+    """Whether a step adds to the result of an 8-bit convolution what is rounded to 8 bits."""
+    return "residual_scale" in step.attributes
 
 
 def frees(program: Program) -> list[list[int]]:
@@ -394,6 +401,25 @@ def _check_step(step: Step, shapes: list[Shape], tensors: Tensors) -> StepInfo:
         _check_role(role, own[role])
     info = operation.infer(_Call(step.attributes, [shapes[value] for value in step.inputs], own))
     return replace(info, bytes=sum(tensor.nbytes for tensor in own.values()))
+
+
+def _check_residuals(program: Program) -> None:
+    """A rounded residual is added to an 8-bit convolution whose result nothing else reads: one operation does both."""
+    first = len(program.inputs)
+    readers = Counter(value for step in program.steps for value in step.inputs)
+    readers.update(program.outputs)
+    for i, step in enumerate(program.steps):
+        if not rounds_residual(step):
+            continue
+        value = step.inputs[0]
+        conv = program.steps[value - first] if value >= first else None
+        if conv is None or conv.op != "conv" or not is_narrow(conv) or conv.attributes["activation"] != "none":
+            wrong = "must be made by an 8-bit conv step without activation"
+        elif readers[value] > 1:
+            wrong = f"is read {readers[value]} times; it must be once"
+        else:
+            continue
+        raise ProgramError(f"step {i} ({step.op!r} {step.name!r}): with residual_scale, its first input {wrong}")
 
 
 _INDEX_ROLES = ("filters", "columns", "indices", "offsets")
@@ -581,6 +607,8 @@ def _infer_binary(call: _Call) -> StepInfo:
     if (len(call.shapes) == 2) == ("constant" in call.tensors):
         raise ProgramError("takes two inputs, or one and a constant")
     other = call.tensors["constant"].shape if "constant" in call.tensors else call.shapes[1]
+    if "residual_scale" in call.attributes and (len(call.shapes) < 2 or other != call.input):
+        raise ProgramError("with residual_scale, it takes two inputs of one shape")
     if len(other) > len(call.input) or ("constant" not in call.tensors and len(other) != len(call.input)):
         raise ProgramError(f"{call.input} and {other} do not match in rank")
     try:
@@ -717,6 +745,7 @@ _POOL: dict[str, Check] = {"kernel": _pair(1), "stride": _pair(1), "padding": _p
 _AXIS: dict[str, Check] = {"axis": _integer}
 _STORED = ("weight", "bias", "filters", "columns", "values", "indices", "offsets", "scales")
 _NARROW: dict[str, Check] = {"input_scale": _scale, "input_zero": _byte}
+_RESIDUAL: dict[str, Check] = {"residual_scale": _scale, "residual_zero": _byte}
 
 _OPERATIONS: Final[dict[str, _Operation]] = {
     "conv": _Operation((1, 1), _CONV, _STORED, _infer_conv, _NARROW),
@@ -725,7 +754,7 @@ _OPERATIONS: Final[dict[str, _Operation]] = {
     "avg_pool": _Operation((1, 1), {**_POOL, "count_padding": _one_of(False, True)}, (), _infer_pool),
     "adaptive_avg_pool": _Operation((1, 1), {"output": _pair(1)}, (), _infer_adaptive_pool),
     "global_avg_pool": _Operation((1, 1), {}, (), _infer_global_pool),
-    "add": _Operation((1, 2), _ACTIVATION, ("constant",), _infer_binary),
+    "add": _Operation((1, 2), _ACTIVATION, ("constant",), _infer_binary, _RESIDUAL),
     "sub": _Operation((1, 2), _ACTIVATION, ("constant",), _infer_binary),
     "mul": _Operation((1, 2), _ACTIVATION, ("constant",), _infer_binary),
     "div": _Operation((1, 2), _ACTIVATION, ("constant",), _infer_binary),

@@ -58,6 +58,12 @@ def quantized(x: Array, scale: float, zero: int) -> Array:
     return number
 
 
+def _rounded(x: Array, scale: float, zero: int) -> Array:
+    """What the 8-bit numbers that stand for float32 are."""
+    values: Array = (quantized(x, scale, zero) - zero).astype(np.float32) * np.float32(scale)
+    return values
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -340,12 +346,15 @@ _BINARY: Final[Mapping[str, Callable[[Array, Array], Array]]] = {
 
 
 def _binary(s: _Prepared) -> Kernel:
-    operate, activate = _BINARY[s.op], _ACTIVATE[s.attributes["activation"]]
+    a, operate = s.attributes, _BINARY[s.op]
+    activate = _ACTIVATE[a["activation"]]
     if "constant" in s.tensors:
         # All dimensions of a sample written out, or the batch would be taken for one of them.
         constant = s.tensors["constant"]
         constant = constant.reshape((1,) * (len(s.given) - constant.ndim) + constant.shape)
         return lambda inputs: activate(operate(inputs[0], constant))
+    if "residual_scale" in a:
+        return lambda inputs: activate(inputs[0] + _rounded(inputs[1], a["residual_scale"], a["residual_zero"]))
     return lambda inputs: activate(operate(inputs[0], inputs[1]))
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from autocompress_fast.engine import Engine
-from autocompress_fast.engine.program import NARROW_MOST, Program, Step, is_narrow, validate
+from autocompress_fast.engine.program import NARROW_MOST, Program, Step, is_narrow, rounds_residual, validate
 
 __all__ = ["Simulation", "simulate"]
 
@@ -30,7 +30,8 @@ def simulate(engine: Engine) -> Simulation:
     """A torch module that computes what the engine does and can be trained: for quantization-aware fine-tuning.
 
     Its parameters are the weights and biases of the program, as they are stored there, so what is pruned stays pruned.
-    Inputs and weights of 8-bit steps are rounded on the way, to what the engine rounds them to. With gradients their
+    Inputs and weights of 8-bit steps, and residuals of 8 bits, are rounded on the way, to what the engine rounds them
+    to. With gradients their
     sums are in float32, whose last bits may decide how the next layer rounds; in eval mode and without gradients they
     are exact, as in the engine. Train it in float32.
 
@@ -198,10 +199,7 @@ class _Layer(_Module):
 
     def exact(self, x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
         """As the engine: integers, whose sums are exact in float64, then a product and a sum in float32."""
-        inverse = float(np.float32(1) / np.float32(scale))
-        steps = torch.fmin(x.float() * inverse, x.new_tensor(2.0**16, dtype=torch.float32))
-        integers = (torch.round(steps) + zero).clamp(0, 255) - zero
-        sums = self.product(integers.double(), self.whole(self.integers()).double()).float()
+        sums = self.product(_integers(x, scale, zero).double(), self.whole(self.integers()).double()).float()
         form = (-1,) if self.step.op == "linear" else (-1, 1, 1)
         factor = self.scales * float(np.float32(scale))
         kept = self.tensor("filters")
@@ -229,7 +227,24 @@ class _Operation(_Module):
         self.activate: _Activation = _ACTIVATIONS[step.attributes.get("activation", "none")]
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        if rounds_residual(self.step):
+            inputs = (inputs[0], self.rounded(inputs[1]))
         return self.activate(_OPERATIONS[self.step.op](self, self.step.attributes, *inputs))
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to a convolution, on the 8-bit numbers that stand for it."""
+        a = self.step.attributes
+        scale, zero = float(np.float32(a["residual_scale"])), a["residual_zero"]
+        if self.training or torch.is_grad_enabled():
+            return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, 255)
+        return _integers(x, scale, zero) * scale
+
+
+def _integers(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
+    """The integers that stand for values, less their zero, as the engine finds them."""
+    inverse = float(np.float32(1) / np.float32(scale))
+    steps = torch.fmin(x.float() * inverse, x.new_tensor(2.0**16, dtype=torch.float32))
+    return (torch.round(steps) + zero).clamp(0, 255) - zero
 
 
 _INDICES: Final = ("filters", "columns", "indices", "offsets")

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -42,13 +43,20 @@ engine::SparseWeights sparse_weights(const Indices& offsets, const Indices& indi
   return {filters, integers(offsets), integers(indices), floats(values), floats(bias)};
 }
 
-// scale, zero and scales: of int8.
-engine::Arithmetic arithmetic(const std::string& precision, float scale, std::int32_t zero, const Floats& scales) {
+// How integers stand for values: their scale and zero point.
+using Quantization = std::pair<float, std::int32_t>;
+
+// scale, zero, scales and residual: of int8.
+engine::Arithmetic arithmetic(const std::string& precision, float scale, std::int32_t zero, const Floats& scales,
+                              const std::optional<Quantization>& residual = {}) {
   constexpr std::pair<const char*, engine::Precision> kNames[] = {{"float32", engine::Precision::float32},
                                                                   {"bfloat16", engine::Precision::bfloat16},
                                                                   {"int8", engine::Precision::int8}};
   for (const auto& [known, value] : kNames) {
-    if (precision == known) return {value, {scale, zero}, floats(scales)};
+    if (precision != known) continue;
+    engine::Arithmetic made = {value, {scale, zero}, floats(scales), {}};
+    if (residual) made.residual = {residual->first, residual->second};
+    return made;
   }
   ACF_CHECK(false, "precision must be float32, bfloat16 or int8, got '", precision, "'");
   return {};
@@ -167,15 +175,16 @@ void register_engine(py::module_& module) {
           [](Network& network, const Inputs& inputs, const Pair& kernel, const Pair& stride, const Pair& dilation,
              const Four& padding, std::int64_t groups, std::int64_t filters, const Indices& columns,
              const Floats& values, const Floats& bias, const std::string& activation, const std::string& precision,
-             float scale, std::int32_t zero, const Floats& scales) {
+             float scale, std::int32_t zero, const Floats& scales, const std::optional<Quantization>& residual) {
             return network.add(engine::convolution(window(kernel, stride, dilation, padding), groups,
                                                    weights(filters, columns, values, bias), activated(activation, 0),
-                                                   arithmetic(precision, scale, zero, scales)),
+                                                   arithmetic(precision, scale, zero, scales, residual)),
                                inputs);
           },
           py::arg("inputs"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
           py::arg("groups"), py::arg("filters"), py::arg("columns"), py::arg("values"), py::arg("bias"),
-          py::arg("activation"), py::arg("precision"), py::arg("scale"), py::arg("zero"), py::arg("scales"))
+          py::arg("activation"), py::arg("precision"), py::arg("scale"), py::arg("zero"), py::arg("scales"),
+          py::arg("residual"))
       .def(
           "expansion",
           [](Network& network, const Inputs& inputs, std::int64_t filters, const Indices& columns,

@@ -12,6 +12,7 @@
 //   set(x), broadcast(p), fma(a, b, c), add, sub, mul, div
 //   max(a, b), min(a, b)             b when either is NaN
 //   larger(a, b)                     NaN when either is NaN
+//   smaller(a, b)                    b when a is NaN, on all ISAs
 //   pow2(t)                          2^n for t = kMagic + n, |n| < 127
 //   kMaxPieces                       into how many strips Winograd may cut a register (1, 2 or 4), and above 1
 //   load_pieces(p, m), store_pieces(p, m, r)      for arrays of so many pointers and masks: equal parts of a register

@@ -53,6 +53,7 @@ struct N {
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static Reg larger(Reg a, Reg b) { return _mm256_blendv_ps(max(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static Reg smaller(Reg a, Reg b) { return min(a, b); }
   static Reg pow2(Reg t) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)));

@@ -44,6 +44,7 @@ struct N {
   static Reg max(Reg a, Reg b) { return _mm512_maskz_max_ps(0xffff, a, b); }
   static Reg larger(Reg a, Reg b) { return _mm512_mask_mov_ps(max(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a); }
   static Reg min(Reg a, Reg b) { return _mm512_maskz_min_ps(0xffff, a, b); }
+  static Reg smaller(Reg a, Reg b) { return min(a, b); }
   static Reg pow2(Reg t) {
     const __m512i exponent = _mm512_maskz_slli_epi32(0xffff, _mm512_castps_si512(t), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f800000)));

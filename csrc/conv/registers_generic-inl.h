@@ -47,6 +47,7 @@ struct N {
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
   static Reg larger(Reg a, Reg b) { return ((a > b) | (a != a)) ? a : b; }
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
+  static Reg smaller(Reg a, Reg b) { return min(a, b); }
   static Reg pow2(Reg t) {
     Int bits;
     std::memcpy(&bits, &t, sizeof(bits));

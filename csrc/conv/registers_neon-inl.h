@@ -45,6 +45,7 @@ struct N {
   static Reg max(Reg a, Reg b) { return vmaxq_f32(a, b); }
   static Reg larger(Reg a, Reg b) { return max(a, b); }
   static Reg min(Reg a, Reg b) { return vminq_f32(a, b); }
+  static Reg smaller(Reg a, Reg b) { return vminnmq_f32(a, b); }
   static Reg pow2(Reg t) {
     const int32x4_t exponent = vshlq_n_s32(vreinterpretq_s32_f32(t), 23);
     return vreinterpretq_f32_s32(vaddq_s32(exponent, vdupq_n_s32(0x3f800000)));

@@ -16,13 +16,15 @@ using Packed = const void*;
 class Planned {
  public:
   Planned(const conv::Plan& plan, Packed packed) : wide_(plan), packed_(packed) {}
-  Planned(const narrow::Plan& plan, Packed packed) : is_narrow_(true), narrow_(plan), packed_(packed) {}
+  Planned(const narrow::Plan& plan, Packed packed, const std::optional<narrow::Quantization>& residual)
+      : is_narrow_(true), narrow_(plan), packed_(packed), residual_(residual) {}
 
   std::int64_t scratch() const { return is_narrow_ ? narrow::scratch_size(narrow_) : conv::scratch_size(wide_); }
   void run(std::int64_t images, const float* in, float* out, const conv::Pitch& out_pitch,
            const conv::Epilogue& epilogue, float* scratch, int threads) const {
     if (is_narrow_) {
-      narrow::run(narrow_, packed_, images, in, out, out_pitch, epilogue, scratch, threads);
+      const narrow::Quantization* residual = residual_ && epilogue.residual != nullptr ? &*residual_ : nullptr;
+      narrow::run(narrow_, packed_, images, in, out, out_pitch, epilogue, residual, scratch, threads);
     } else {
       conv::run(wide_, packed_, images, in, out, out_pitch, epilogue, scratch, threads);
     }
@@ -33,6 +35,7 @@ class Planned {
   conv::Plan wide_;
   narrow::Plan narrow_;
   Packed packed_;
+  std::optional<narrow::Quantization> residual_;
 };
 
 // Weights packed for a plan, and for all plans that read the same: those for other numbers of samples, mostly.
@@ -44,6 +47,8 @@ class PackedWeights {
   const Weights& weights() const { return weights_; }
 
   void check_arithmetic() const {
+    ACF_CHECK(arithmetic_.precision == Precision::int8 || !arithmetic_.residual,
+              "residuals are rounded beside 8-bit weights alone");
     if (arithmetic_.precision != Precision::int8) return;
     const auto count = static_cast<std::int64_t>(arithmetic_.scales.size());
     ACF_CHECK(count == weights_.filters, "there must be ", weights_.filters, " scales, got ", count);
@@ -65,6 +70,9 @@ class PackedWeights {
     }
     return {wide, of(wide, machine.weights)};
   }
+
+  const narrow::Quantization& input() const { return arithmetic_.input; }
+  const narrow::Quantization* residual() const { return arithmetic_.residual ? &*arithmetic_.residual : nullptr; }
 
   // Whether it is computed on bytes where it can be, and of which numbers: unless most of the columns in the rows that
   // are read were pruned.
@@ -112,7 +120,7 @@ class PackedWeights {
   Planned with_weights(const narrow::Plan& plan, const Machine& machine) {
     for (const auto& [other, packed] : narrow_) {
       if (narrow::same_packed(other, plan)) {
-        return {plan, packed};
+        return {plan, packed, arithmetic_.residual};
       }
     }
     void* packed = machine.weights.take(narrow::packed_size(plan));
@@ -124,7 +132,7 @@ class PackedWeights {
       narrow::pack(plan, count(), columns, values, bias(), packed);
     }
     narrow_.emplace_back(plan, packed);
-    return {plan, packed};
+    return {plan, packed, arithmetic_.residual};
   }
 
   Weights weights_;
@@ -214,66 +222,100 @@ class ConvolutionTask : public Task {
   bool residual_;
 };
 
-// On bytes: those of its input, or made of the planes that its input is.
+// An operand of a convolution on bytes: those of its value, or made of the planes that it is.
+class ByteSource {
+ public:
+  ByteSource(const Layout& value, const conv::Padding& padding, const narrow::Quantization& numbers)
+      : images_(value.images), shape_(value.shape), numbers_(numbers), makes_(!value.bytes) {
+    if (makes_) {
+      planes_ = value.pitch();
+      layout_ = narrow::byte_layout(images_, shape_[0], shape_[1], shape_[2], padding);
+      scratch_ = (layout_.size + conv::kAlignment) / conv::kAlignment * kLine;
+    } else {
+      layout_ = value.bytes->layout;
+    }
+  }
+
+  const narrow::ByteLayout& layout() const { return layout_; }
+  const narrow::Quantization& numbers() const { return numbers_; }
+  std::int64_t scratch() const { return scratch_; }  // floats
+
+  // Its first pixel.
+  const unsigned char* bytes(const float* operand, float* memory, narrow::Unit unit, int threads) const {
+    if (!makes_) return reinterpret_cast<const unsigned char*>(operand);
+    unsigned char* made = reinterpret_cast<unsigned char*>(memory) + layout_.before;
+    narrow::fill_halo(made, layout_, images_, shape_[1], shape_[2], numbers_);
+    narrow::make_bytes(unit, planes_, operand, numbers_, images_, shape_[0], shape_[1], shape_[2], layout_.pitch, made,
+                       threads);
+    return made;
+  }
+
+ private:
+  static constexpr auto kLine = static_cast<std::int64_t>(conv::kAlignment / sizeof(float));
+
+  std::int64_t images_;
+  Shape shape_;
+  narrow::Quantization numbers_;
+  bool makes_;
+  conv::Pitch planes_;
+  narrow::ByteLayout layout_;
+  std::int64_t scratch_ = 0;
+};
+
 class ByteConvolutionTask : public Task {
  public:
-  ByteConvolutionTask(narrow::BytePlan plan, Packed packed, const Layout& input, const Layout& output,
-                      const narrow::Quantization& numbers, const conv::Epilogue& epilogue, bool residual)
+  // residual: if it is added as bytes.
+  ByteConvolutionTask(narrow::BytePlan plan, Packed packed, ByteSource input, std::optional<ByteSource> residual,
+                      bool adds, const Layout& output, const conv::Epilogue& epilogue)
       : plan_(plan),
         packed_(packed),
+        input_(std::move(input)),
+        residual_(std::move(residual)),
+        adds_(adds),
         images_(output.images),
-        in_(input.bytes ? conv::Pitch{} : input.pitch()),
-        numbers_(numbers),
-        makes_(!input.bytes),
-        made_(makes_ ? (plan.in.size + conv::kAlignment) / conv::kAlignment * kLine : 0),
         to_bytes_(output.bytes.has_value()),
-        epilogue_(epilogue),
-        residual_(residual) {
+        epilogue_(epilogue) {
     if (to_bytes_) {
       target_.byte_pitch = output.bytes->layout.pitch;
       target_.numbers = output.bytes->numbers;
     } else {
       target_.pitch = output.pitch();
     }
-    scratch = made_ + narrow::scratch_size(plan_);
+    scratch = input_.scratch() + (residual_ ? residual_->scratch() : 0) + narrow::scratch_size(plan_);
   }
 
   void run(float* const* operands, float* memory, int threads) const override {
-    const auto* in = reinterpret_cast<const unsigned char*>(operands[0]);
-    if (makes_) {
-      const conv::Shape& s = plan_.shape;
-      unsigned char* made = reinterpret_cast<unsigned char*>(memory) + plan_.in.before;
-      narrow::fill_halo(made, plan_.in, images_, s.height, s.width, numbers_);
-      narrow::make_bytes(plan_.unit, in_, operands[0], numbers_, images_, s.channels, s.height, s.width, plan_.in.pitch,
-                         made, threads);
-      in = made;
+    const unsigned char* in = input_.bytes(operands[0], memory, plan_.unit, threads);
+    memory += input_.scratch();
+    narrow::ByteResidual added;
+    conv::Epilogue epilogue = epilogue_;
+    if (residual_) {
+      added = {residual_->bytes(operands[1], memory, plan_.unit, threads), residual_->layout().pitch,
+               residual_->numbers()};
+      memory += residual_->scratch();
+    } else if (adds_) {
+      epilogue.residual = operands[1];
     }
     narrow::ByteTarget target = target_;
-    float* out = operands[residual_ ? 2 : 1];
+    float* out = operands[adds_ ? 2 : 1];
     if (to_bytes_) {
       target.bytes = reinterpret_cast<unsigned char*>(out);
     } else {
       target.planes = out;
     }
-    conv::Epilogue epilogue = epilogue_;
-    if (residual_) epilogue.residual = operands[1];
-    narrow::run(plan_, packed_, images_, in, target, epilogue, memory + made_, threads);
+    narrow::run(plan_, packed_, images_, in, residual_ ? &added : nullptr, target, epilogue, memory, threads);
   }
 
  private:
-  static constexpr auto kLine = static_cast<std::int64_t>(conv::kAlignment / sizeof(float));
-
   narrow::BytePlan plan_;
   Packed packed_;
+  ByteSource input_;
+  std::optional<ByteSource> residual_;
+  bool adds_;
   std::int64_t images_;
-  conv::Pitch in_;
-  narrow::Quantization numbers_;
-  bool makes_;
-  std::int64_t made_;  // floats
   bool to_bytes_;
   narrow::ByteTarget target_;
   conv::Epilogue epilogue_;
-  bool residual_;
 };
 
 class Convolution : public Operation {
@@ -284,8 +326,13 @@ class Convolution : public Operation {
 
   bool on_planes() const override { return true; }
   conv::Padding halo() const override { return window_.padding; }
-  const narrow::Quantization* reads_bytes(const Machine& machine, const Shape& input) const override {
-    return weights_.bytes(shape_of(window_, input, weights_.weights().filters, groups_), machine);
+  const narrow::Quantization* reads_bytes(const Machine& machine, const Shape& input,
+                                          std::size_t operand) const override {
+    const narrow::Quantization* numbers = on_bytes(machine, input);
+    return numbers != nullptr && operand == 1 ? weights_.residual() : numbers;
+  }
+  bool makes_bytes(const Machine& machine, const Shape& input, std::size_t operands) const override {
+    return on_bytes(machine, input) != nullptr && (operands == 1 || weights_.residual() != nullptr);
   }
 
   Shape infer(const std::vector<Shape>& inputs) const override {
@@ -304,22 +351,27 @@ class Convolution : public Operation {
                                 const Layout& output) override {
     const conv::Shape shape = shape_of(window_, inputs[0]->shape, weights_.weights().filters, groups_);
     conv::Epilogue epilogue = epilogue_of(activated_);
-    if (inputs.size() == 2) epilogue.residual_pitch = inputs[1]->pitch();
+    if (inputs.size() == 2 && !inputs[1]->bytes) epilogue.residual_pitch = inputs[1]->pitch();
     // Between planes it is computed by columns: what is saved is reading and writing them.
-    const narrow::Quantization* numbers = inputs[0]->bytes || output.bytes ? weights_.bytes(shape, machine) : nullptr;
-    if (numbers != nullptr) {
-      const narrow::ByteLayout in = inputs[0]->bytes ? inputs[0]->bytes->layout
-                                                     : narrow::byte_layout(output.images, shape.channels, shape.height,
-                                                                           shape.width, shape.padding);
-      const auto [plan, packed] = weights_.byte_plan(shape, in, machine);
-      return std::make_unique<ByteConvolutionTask>(plan, packed, *inputs[0], output, *numbers, epilogue,
-                                                   inputs.size() == 2);
+    const bool bytes = std::any_of(inputs.begin(), inputs.end(), [](const Layout* input) { return input->bytes; });
+    if (bytes || output.bytes) {
+      const ByteSource source(*inputs[0], shape.padding, weights_.input());
+      std::optional<ByteSource> residual;
+      if (inputs.size() == 2 && weights_.residual() != nullptr)
+        residual.emplace(*inputs[1], conv::Padding{}, *weights_.residual());
+      const auto [plan, packed] = weights_.byte_plan(shape, source.layout(), machine);
+      return std::make_unique<ByteConvolutionTask>(plan, packed, source, residual, inputs.size() == 2, output,
+                                                   epilogue);
     }
     return std::make_unique<ConvolutionTask>(weights_.plan(shape, inputs[0]->pitch(), output.images, machine),
                                              output.images, output.pitch(), epilogue, inputs.size() == 2);
   }
 
  private:
+  const narrow::Quantization* on_bytes(const Machine& machine, const Shape& input) const {
+    return weights_.bytes(shape_of(window_, input, weights_.weights().filters, groups_), machine);
+  }
+
   Window window_;
   std::int64_t groups_;
   PackedWeights weights_;

@@ -124,6 +124,8 @@ class Session {
     }
   }
 
+  const Shape& input_shape(const Network::Step& step) const { return network_.shape(step.inputs[0]); }
+
   // Which values are bytes, and of what numbers: those that are made as bytes, if all that read them want the same.
   std::vector<const narrow::Quantization*> choose_bytes(const Machine& machine) const {
     std::vector<const narrow::Quantization*> wanted(network_.shapes_.size(), nullptr), made = wanted;
@@ -133,10 +135,9 @@ class Session {
       const Network::Step& step = network_.steps_[s];
       for (std::size_t i = 0; i < step.inputs.size(); ++i) {
         const auto value = static_cast<std::size_t>(step.inputs[i]);
-        const narrow::Quantization* numbers = nullptr;
-        if (i == 0 && step.operation->passes_bytes()) numbers = wanted[static_cast<std::size_t>(step.output)];
-        if (i == 0 && !step.operation->passes_bytes())
-          numbers = step.operation->reads_bytes(machine, network_.shapes_[value]);
+        const narrow::Quantization* numbers = step.operation->passes_bytes()
+                                                  ? wanted[static_cast<std::size_t>(step.output)]
+                                                  : step.operation->reads_bytes(machine, input_shape(step), i);
         if (!read[value]) {
           wanted[value] = numbers;
         } else if (wanted[value] != nullptr && (numbers == nullptr || numbers->scale != wanted[value]->scale ||
@@ -148,10 +149,9 @@ class Session {
     }
     for (const Network::Step& step : network_.steps_) {
       const auto in = static_cast<std::size_t>(step.inputs[0]), out = static_cast<std::size_t>(step.output);
-      const bool makes =
-          step.operation->passes_bytes()
-              ? made[in] != nullptr
-              : step.inputs.size() == 1 && step.operation->reads_bytes(machine, network_.shapes_[in]) != nullptr;
+      const bool makes = step.operation->passes_bytes()
+                             ? made[in] != nullptr
+                             : step.operation->makes_bytes(machine, input_shape(step), step.inputs.size());
       if (makes) made[out] = wanted[out];
     }
     return made;

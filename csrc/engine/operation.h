@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "conv/conv.h"
@@ -38,12 +39,16 @@ class Operation {
   virtual bool keeps_order() const {
     return false;
   }  // only the shape changes: where both lie in order, nothing is done
-  // Values of 8 bits. Whether its first input may be bytes, and of which numbers; null: it may not. What it makes may
-  // then be bytes as well.
-  virtual const narrow::Quantization* reads_bytes(const Machine& /*machine*/, const Shape& /*input*/) const {
+  // Values of 8 bits. Of which numbers an operand may be bytes, if at all; and whether what it makes may be. input: the
+  // shape of the first one.
+  virtual const narrow::Quantization* reads_bytes(const Machine& /*machine*/, const Shape& /*input*/,
+                                                  std::size_t /*operand*/) const {
     return nullptr;
   }
-  virtual bool passes_bytes() const { return false; }  // makes bytes of bytes of any numbers, which are the same then
+  virtual bool makes_bytes(const Machine& /*machine*/, const Shape& /*input*/, std::size_t /*operands*/) const {
+    return false;
+  }
+  virtual bool passes_bytes() const { return false; }  // makes bytes of bytes of any numbers, which stay the same
   virtual Shape infer(const std::vector<Shape>& inputs) const = 0;  // throws std::invalid_argument
   virtual std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
                                         const Layout& output) = 0;
@@ -62,12 +67,13 @@ struct Weights {
 };
 
 // Which numbers a layer multiplies. bfloat16: where that is quicker than float32. int8: the weights are integers, each
-// filter has a scale, and `input` says how values become integers.
+// filter has a scale, and `input` says how values become integers; `residual`, if there, to what residuals are rounded.
 enum class Precision { float32, bfloat16, int8 };
 struct Arithmetic {
   Precision precision = Precision::float32;
   narrow::Quantization input;
   std::vector<float> scales;
+  std::optional<narrow::Quantization> residual;
 };
 
 // Of which every filter keeps other weights: compressed rows. offsets: (filters + 1,).

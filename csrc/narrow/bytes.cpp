@@ -84,12 +84,13 @@ void each_row(std::int64_t images, std::int64_t height, std::int64_t row_bytes, 
 class ByteRunner {
  public:
   ByteRunner(const BytePlan& plan, const void* packed, std::int64_t images, const unsigned char* in,
-             const ByteTarget& target, const conv::Epilogue& epilogue)
+             const ByteResidual* residual, const ByteTarget& target, const conv::Epilogue& epilogue)
       : plan_(plan),
         all_(kernels(plan.unit)),
         at_(packed_layout(plan)),
         packed_(static_cast<const unsigned char*>(packed)),
         in_(in),
+        residual_(residual),
         target_(target),
         residual_pitch_(epilogue.residual_pitch),
         width_(plan.shape.out_width()),
@@ -120,12 +121,29 @@ class ByteRunner {
     });
   }
 
-  static std::int64_t slot_bytes() { return kSumBytes + kTurnedBytes + 2 * kMaxGroups * kPixels * kOffset; }
+  static std::int64_t slot_bytes() {
+    return kSumBytes + kTurnedBytes + kResidualBytes + 3 * kMaxGroups * kPixels * std::int64_t{sizeof(std::int32_t)};
+  }
 
  private:
-  static constexpr std::int64_t kOffset = sizeof(std::int32_t), kMaxGroups = 64;  // of kPixels: of a block
+  static constexpr std::int64_t kMaxGroups = 64;  // of kPixels: of a block
   // The last tile is turned with what lies behind it.
-  static constexpr std::int64_t kSumBytes = (kTogether * kPixels + kTile) * kRowBytes, kTurnedBytes = 2 * kStepBytes;
+  static constexpr std::int64_t kSumBytes = (kTogether * kPixels + kTile) * kRowBytes, kTurnedBytes = 2 * kStepBytes,
+                                kResidualBytes = kTile * kPixels * std::int64_t{sizeof(float)};
+
+  // The memory of a slot.
+  struct Slot {
+    explicit Slot(unsigned char* memory)
+        : sums(reinterpret_cast<std::int32_t*>(memory)),
+          turned(reinterpret_cast<std::int32_t*>(memory + kSumBytes)),
+          residual(reinterpret_cast<float*>(memory + kSumBytes + kTurnedBytes)),
+          read(reinterpret_cast<std::int32_t*>(memory + kSumBytes + kTurnedBytes + kResidualBytes)),
+          written(read + kMaxGroups * kPixels),
+          added(written + kMaxGroups * kPixels) {}
+    std::int32_t *sums, *turned;
+    float* residual;                       // (kTile, kPixels), of results in planes
+    std::int32_t *read, *written, *added;  // where the pixels of a block lie, in bytes
+  };
 
   std::int64_t task_count(int threads) const {
     const auto products = static_cast<double>(pixels_ * tiles_ * plan_.rows);
@@ -160,11 +178,12 @@ class ByteRunner {
   }
 
   void run_block(std::int64_t first, std::int64_t count, const conv::Part& filters, unsigned char* memory) const {
-    auto* sums = reinterpret_cast<std::int32_t*>(memory);
-    auto* turned = reinterpret_cast<std::int32_t*>(memory + kSumBytes);
-    auto* read = reinterpret_cast<std::int32_t*>(memory + kSumBytes + kTurnedBytes);
-    std::int32_t* written = read + kMaxGroups * kPixels;
-    locate(first, count, read, written);
+    const Slot slot(memory);
+    const std::int64_t stride_h = plan_.shape.stride_h, stride_w = plan_.shape.stride_w;
+    const BytePitch& in = plan_.in.pitch;
+    locate(first, count, {in.pixel * stride_w, in.row * stride_h, in.image}, slot.read);
+    if (target_.bytes != nullptr) locate(first, count, target_.byte_pitch, slot.written);
+    if (residual_ != nullptr) locate(first, count, residual_->pitch, slot.added);
     const Parts some(filters.size, ceil_div(filters.size, kTogether));
     for (std::int64_t i = 0; i < some.count; ++i) {
       const conv::Part tiles = {filters.begin + some[i].begin, some[i].size};
@@ -172,35 +191,30 @@ class ByteRunner {
         const auto pixels = static_cast<int>(std::min<std::int64_t>(kPixels, count - from));
         BroadcastCall call = {};
         call.in = in_;
-        call.pixels = read + from;
+        call.pixels = slot.read + from;
         call.count = pixels;
         call.offsets = part<std::int32_t>(at_.offsets);
         call.rows = plan_.rows;
         call.weights = packed_ + at_.weights + tiles.begin * tile_bytes(plan_);
         call.weights_pitch = tile_bytes(plan_);
         call.filter_tiles = static_cast<int>(tiles.size);
-        call.sums = sums;
+        call.sums = slot.sums;
         all_.bytes.broadcast(call);
         if (target_.bytes != nullptr) {
-          finish_bytes(tiles, sums, written + from, pixels);
+          finish_bytes(tiles, slot, from, pixels);
         } else {
-          finish_planes(tiles, sums, first + from, pixels, turned);
+          finish_planes(tiles, slot, from, pixels, first);
         }
       }
     }
   }
 
-  // Where pixels are read and, of bytes, written.
-  void locate(std::int64_t first, std::int64_t count, std::int32_t* read, std::int32_t* written) const {
-    const BytePitch &from = plan_.in.pitch, &to = target_.byte_pitch;
+  // Where pixels lie, in bytes.
+  void locate(std::int64_t first, std::int64_t count, const BytePitch& pitch, std::int32_t* places) const {
     std::int64_t n = first / (height_ * width_), y = first / width_ % height_, x = first % width_;
     for (std::int64_t i = 0; i < count;) {
-      const std::int64_t in = n * from.image + y * plan_.shape.stride_h * from.row,
-                         step = plan_.shape.stride_w * from.pixel, out = n * to.image + y * to.row;
-      for (; i < count && x < width_; ++i, ++x) {
-        read[i] = static_cast<std::int32_t>(in + x * step);
-        written[i] = static_cast<std::int32_t>(out + x * to.pixel);
-      }
+      const std::int64_t row = n * pitch.image + y * pitch.row;
+      for (; i < count && x < width_; ++i, ++x) places[i] = static_cast<std::int32_t>(row + x * pitch.pixel);
       x = 0;
       if (++y == height_) {
         y = 0;
@@ -209,11 +223,12 @@ class ByteRunner {
     }
   }
 
-  void finish_bytes(const conv::Part& tiles, const std::int32_t* sums, const std::int32_t* written, int count) const {
+  // from: of the pixels of the block.
+  void finish_bytes(const conv::Part& tiles, const Slot& slot, std::int64_t from, int count) const {
     const std::int64_t filter = tiles.begin * kTile;
     ByteFinishCall call = {};
     call.call = &call_;
-    call.sums = sums;
+    call.sums = slot.sums;
     call.count = count;
     call.filter_tiles = static_cast<int>(tiles.size);
     call.corrections = part<std::int32_t>(at_.corrections) + filter;
@@ -222,44 +237,65 @@ class ByteRunner {
     call.inverse = 1.0f / target_.numbers.scale;
     call.zero = target_.numbers.zero;
     call.out = target_.bytes + filter;
-    call.pixels = written;
+    call.pixels = slot.written + from;
     call.channels = target_.byte_pitch.pixel - filter;
+    if (residual_ != nullptr) {
+      call.residual = residual_->bytes + filter;
+      call.residual_pixels = slot.added + from;
+      call.residual_scale = residual_->numbers.scale;
+      call.residual_zero = residual_->numbers.zero;
+    }
     all_.bytes.finish(call);
   }
 
   // As planes, by tiles of (filters, pixels).
-  void finish_planes(const conv::Part& tiles, const std::int32_t* sums, std::int64_t first, int count,
-                     std::int32_t* turned) const {
+  void finish_planes(const conv::Part& tiles, const Slot& slot, std::int64_t from, int count,
+                     std::int64_t first) const {
     Store stores[2 * kMaxStores];
     int stored = 0;
-    for (int from = 0; from < count; from += kTile) {
-      stored += spread(first + from, std::min(kTile, count - from), from * kTile, stores + stored);
+    for (int i = 0; i < count; i += kTile) {
+      stored += spread(first + from + i, std::min(kTile, count - i), i, stores + stored);
     }
     for (std::int64_t f = 0; f < tiles.size; ++f) {
-      for (int from = 0; from < count; from += kTile) {
-        all_.bytes.turn(sums + (f * kPixels + from) * kTile, turned + from * kTile);
+      for (int i = 0; i < count; i += kTile) {
+        all_.bytes.turn(slot.sums + (f * kPixels + i) * kTile, slot.turned + i * kTile);
       }
       const std::int64_t filter = (tiles.begin + f) * kTile;
       conv::Call call = call_;
       call.out += filter * call.out_plane;
+      const auto filters = static_cast<int>(std::min<std::int64_t>(kTile, plan_.shape.filters - filter));
       if (call.residual != nullptr) call.residual += filter * call.residual_plane;
-      all_.int8.finish({&call, stores, stored, turned,
-                        static_cast<int>(std::min<std::int64_t>(kTile, plan_.shape.filters - filter)),
-                        part<std::int32_t>(at_.corrections) + filter, part<float>(at_.multipliers) + filter,
-                        part<float>(at_.bias) + filter});
+      if (residual_ != nullptr) {
+        widen_residual(filter, filters, slot.added + from, count, slot.residual);
+        call.residual = slot.residual;
+        call.residual_plane = kPixels;
+      }
+      all_.int8.finish({&call, stores, stored, slot.turned, filters, part<std::int32_t>(at_.corrections) + filter,
+                        part<float>(at_.multipliers) + filter, part<float>(at_.bias) + filter, nullptr});
     }
   }
 
-  // Where a tile of pixels goes, cut into registers. Returns how many stores that takes.
-  int spread(std::int64_t first, int count, std::int32_t sums, Store* stores) const {
+  void widen_residual(std::int64_t filter, int filters, const std::int32_t* pixels, int count, float* to) const {
+    const Quantization numbers = residual_->numbers;
+    for (int p = 0; p < count; ++p) {
+      const unsigned char* bytes = residual_->bytes + pixels[p] + filter;
+      for (int i = 0; i < filters; ++i)
+        to[i * kPixels + p] = static_cast<float>(bytes[i] - numbers.zero) * numbers.scale;
+    }
+  }
+
+  // Where a tile of pixels goes, cut into registers; `at`: where it begins among those of the call. Returns how many
+  // stores that takes.
+  int spread(std::int64_t first, int count, int at, Store* stores) const {
     int stored = 0;
     std::int64_t n = first / (height_ * width_), y = first / width_ % height_, x = first % width_;
     for (int lane = 0; lane < count;) {
       const int to = static_cast<int>(std::min<std::int64_t>(count, lane + width_ - x));
       const std::int64_t out = n * target_.pitch.image + y * target_.pitch.row + x - lane,
-                         residual = n * residual_pitch_.image + y * residual_pitch_.row + x - lane;
+                         planes = n * residual_pitch_.image + y * residual_pitch_.row + x - lane,
+                         residual = residual_ == nullptr ? planes : at;
       for (int begin = lane / all_.lanes * all_.lanes; begin < to; begin += all_.lanes) {
-        stores[stored++] = {out + begin, residual + begin, sums + begin, std::max(lane - begin, 0),
+        stores[stored++] = {out + begin, residual + begin, at * kTile + begin, std::max(lane - begin, 0),
                             std::min(to - begin, all_.lanes)};
       }
       lane = to;
@@ -277,6 +313,7 @@ class ByteRunner {
   BytePacked at_;
   const unsigned char* packed_;
   const unsigned char* in_;
+  const ByteResidual* residual_;
   ByteTarget target_;
   conv::Pitch residual_pitch_;
   std::int64_t width_, height_, pixels_, tiles_;
@@ -365,7 +402,7 @@ bool same_packed(const BytePlan& one, const BytePlan& other) {
 
 void pack(const BytePlan& plan, std::int64_t count, const std::int64_t* columns, const float* weights,
           const float* scales, const Quantization& input, const float* bias, void* packed) {
-  check_quantization(input);
+  check(input, "input");
   const conv::Shape& s = plan.shape;
   const BytePacked at = packed_layout(plan);
   auto* bytes = static_cast<unsigned char*>(packed);
@@ -415,12 +452,15 @@ std::int64_t scratch_size(const BytePlan& /*plan*/) {
 }
 
 void run(const BytePlan& plan, const void* packed, std::int64_t images, const unsigned char* in,
-         const ByteTarget& target, const conv::Epilogue& epilogue, float* scratch, int threads) {
+         const ByteResidual* residual, const ByteTarget& target, const conv::Epilogue& epilogue, float* scratch,
+         int threads) {
   const Header header = header_of(plan);
   ACF_CHECK(std::memcmp(packed, &header, sizeof(header)) == 0,
             "packed weights must come from pack() of this version and of the same plan");
   if (images == 0) return;
-  ByteRunner(plan, packed, images, in, target, epilogue).run(scratch, threads);
+  ACF_CHECK(epilogue.residual == nullptr || (residual == nullptr && target.planes != nullptr),
+            "a residual of float32 goes with results of float32");
+  ByteRunner(plan, packed, images, in, residual, target, epilogue).run(scratch, threads);
 }
 
 }  // namespace acf::narrow

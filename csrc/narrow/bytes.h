@@ -57,7 +57,14 @@ bool same_packed(const BytePlan& one, const BytePlan& other);
 void pack(const BytePlan& plan, std::int64_t count, const std::int64_t* columns, const float* weights,
           const float* scales, const Quantization& input, const float* bias, void* packed);
 
-// Where results go: bytes, or planes of float32, to which a residual may be added.
+// What is added before the activation: float(byte - zero) * scale.
+struct ByteResidual {
+  const unsigned char* bytes = nullptr;
+  BytePitch pitch;
+  Quantization numbers;
+};
+
+// Where results go: bytes, or planes of float32.
 struct ByteTarget {
   unsigned char* bytes = nullptr;
   BytePitch byte_pitch;
@@ -66,8 +73,10 @@ struct ByteTarget {
   conv::Pitch pitch;
 };
 
+// residual: null for none, or for that of the epilogue, which results in planes alone may have.
 std::int64_t scratch_size(const BytePlan& plan);
 void run(const BytePlan& plan, const void* packed, std::int64_t images, const unsigned char* in,
-         const ByteTarget& target, const conv::Epilogue& epilogue, float* scratch, int threads);
+         const ByteResidual* residual, const ByteTarget& target, const conv::Epilogue& epilogue, float* scratch,
+         int threads);
 
 }  // namespace acf::narrow

@@ -61,13 +61,15 @@ ACF_INLINE __m128i bytes_of(const Quantize& quantize, __m512 x) {
   return _mm512_maskz_cvtusepi32_epi8(0xffff, integers);
 }
 
-template <bool kClamps>
+template <bool kClamps, bool kAdds>
 ACF_INLINE void finish_bytes_of(const ByteFinishCall& call) {
   const Reg low = N::set(call.call->low), high = N::set(call.call->high);
   GatherCall numbers = {};
   numbers.inverse = call.inverse;
   numbers.zero = call.zero;
   const Quantize quantize(numbers);
+  const __m512i residual_zero = _mm512_set1_epi32(call.residual_zero);
+  const Reg residual_scale = N::set(call.residual_scale);
   for (int f = 0; f < call.filter_tiles; ++f) {
     const __m512i correction = _mm512_loadu_si512(call.corrections + f * kTile);
     const Reg multiplier = N::load(call.multipliers + f * kTile), bias = N::load(call.bias + f * kTile);
@@ -76,7 +78,12 @@ ACF_INLINE void finish_bytes_of(const ByteFinishCall& call) {
     const std::int32_t* sums = call.sums + f * kPixels * kTile;
     for (int p = 0; p < call.count; ++p) {
       const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + p * kTile), correction);
-      const Reg y = N::add(N::mul(_mm512_maskz_cvtepi32_ps(0xffff, sum), multiplier), bias);
+      Reg y = N::add(N::mul(_mm512_maskz_cvtepi32_ps(0xffff, sum), multiplier), bias);
+      if constexpr (kAdds) {
+        const __m128i bytes = _mm_maskz_loadu_epi8(mask, call.residual + call.residual_pixels[p] + f * kTile);
+        const __m512i added = _mm512_sub_epi32(_mm512_maskz_cvtepu8_epi32(0xffff, bytes), residual_zero);
+        y = N::add(y, N::mul(_mm512_maskz_cvtepi32_ps(0xffff, added), residual_scale));
+      }
       const Reg activated = kClamps ? N::min(high, N::max(low, y)) : activate(*call.call, y);
       _mm_mask_storeu_epi8(call.out + call.pixels[p] + f * kTile, mask, bytes_of(quantize, activated));
     }
@@ -84,7 +91,9 @@ ACF_INLINE void finish_bytes_of(const ByteFinishCall& call) {
 }
 
 inline void finish_bytes(const ByteFinishCall& call) {
-  return call.call->clamps ? finish_bytes_of<true>(call) : finish_bytes_of<false>(call);
+  if (call.residual != nullptr)
+    return call.call->clamps ? finish_bytes_of<true, true>(call) : finish_bytes_of<false, true>(call);
+  return call.call->clamps ? finish_bytes_of<true, false>(call) : finish_bytes_of<false, false>(call);
 }
 
 inline void turn_tile(const std::int32_t* from, std::int32_t* to) {

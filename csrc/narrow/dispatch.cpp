@@ -31,7 +31,7 @@ struct Narrow {
 class Runner {
  public:
   Runner(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out,
-         const conv::Pitch& out_pitch, const conv::Epilogue& epilogue)
+         const conv::Pitch& out_pitch, const conv::Epilogue& epilogue, const Quantization* residual)
       : plan_(plan),
         all_(kernels(plan.unit)),
         table_(table(plan)),
@@ -53,6 +53,11 @@ class Runner {
     call_.out_plane = out_pitch.plane;
     call_.residual = epilogue.residual;
     call_.residual_plane = epilogue.residual_pitch.plane;
+    if (residual != nullptr) {
+      const auto zero = static_cast<float>(residual->zero);
+      rounding_ = {1.0f / residual->scale, 0.0f - zero, 255.0f - zero, residual->scale};
+      rounds_ = true;
+    }
   }
 
   void run(float* scratch, int threads) const {
@@ -384,7 +389,8 @@ class Runner {
     const bool integers = plan_.number == Number::int8;
     table_.finish({&call, stores, count, sums, static_cast<int>(std::min<std::int64_t>(kTile, per_group - within)),
                    integers ? part<std::int32_t>(at_.corrections) + numbered : nullptr,
-                   integers ? part<float>(at_.multipliers) + numbered : nullptr, part<float>(at_.bias) + numbered});
+                   integers ? part<float>(at_.multipliers) + numbered : nullptr, part<float>(at_.bias) + numbered,
+                   rounds_ ? &rounding_ : nullptr});
   }
 
   // Where the pixels of tile `number` of those that are finished together go: a place, cut into registers. Returns how
@@ -483,6 +489,8 @@ class Runner {
   std::int64_t pixels_, tiles_;
   bool far_results_;  // will not be found in the second-level cache
   conv::Call call_;
+  Rounding rounding_ = {};  // of residuals
+  bool rounds_ = false;
 };
 
 }  // namespace
@@ -492,12 +500,17 @@ std::int64_t scratch_size(const Plan& plan) {
 }
 
 void run(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out,
-         const conv::Pitch& out_pitch, const conv::Epilogue& epilogue, float* scratch, int threads) {
+         const conv::Pitch& out_pitch, const conv::Epilogue& epilogue, const Quantization* residual, float* scratch,
+         int threads) {
   const Header header = header_of(plan);
   ACF_CHECK(std::memcmp(packed, &header, sizeof(header)) == 0,
             "packed weights must come from pack() of this version and of the same plan");
+  if (residual != nullptr) {
+    ACF_CHECK(plan.number == Number::int8, "residuals are rounded beside 8-bit weights alone");
+    check(*residual, "residual");
+  }
   if (images == 0) return;
-  Runner(plan, packed, images, in, out, out_pitch, epilogue).run(scratch, threads);
+  Runner(plan, packed, images, in, out, out_pitch, epilogue, residual).run(scratch, threads);
 }
 
 }  // namespace acf::narrow

@@ -2,9 +2,18 @@
 
 using conv::Call;
 
+enum class Adds { nothing, residual, rounded };
+
+// A residual on the numbers that stand for it, NaN on the largest.
+ACF_INLINE Reg rounded(Reg x, const Rounding& to) {
+  const Reg most = N::smaller(N::mul(x, N::set(to.inverse)), N::set(to.high));  // in this order: the second for NaN
+  const Reg within = N::max(N::set(to.low), most), magic = N::set(kMagic);
+  return N::mul(N::sub(N::add(within, magic), magic), N::set(to.scale));
+}
+
 // value(f, sums): of filter f, of the register that lies there, before residual and activation. What many filters have
 // in common is outside the loop over these, and the pixels of a filter are written side by side.
-template <bool kClamps, bool kAdds, class Value>
+template <bool kClamps, Adds kAdds, class Value>
 ACF_INLINE void store_tiles(const FinishCall& finish, const Value& value) {
   const Call& call = *finish.call;
   const Reg low = N::set(call.low), high = N::set(call.high);
@@ -13,37 +22,44 @@ ACF_INLINE void store_tiles(const FinishCall& finish, const Value& value) {
   for (int f = 0; f < finish.filters; ++f) {
     const auto of_filter = value(f);
     float* out = call.out + f * call.out_plane;
-    const float* residual = kAdds ? call.residual + f * call.residual_plane : nullptr;
+    const float* residual = kAdds == Adds::nothing ? nullptr : call.residual + f * call.residual_plane;
     for (int i = 0; i < finish.count; ++i) {
       const Store& store = finish.stores[i];
       Reg sum = of_filter(store.sums);
-      if constexpr (kAdds) sum = N::add(sum, N::load_masked(residual + store.residual, mask[i]));
+      if constexpr (kAdds != Adds::nothing) {
+        Reg added = N::load_masked(residual + store.residual, mask[i]);
+        if constexpr (kAdds == Adds::rounded) added = rounded(added, *finish.rounding);
+        sum = N::add(sum, added);
+      }
       N::store_masked(out + store.out, mask[i], kClamps ? N::min(high, N::max(low, sum)) : activate(call, sum));
     }
   }
 }
 
-template <class Value>
+template <Adds kAdds, class Value>
 ACF_INLINE void finish_tiles(const FinishCall& finish, const Value& value) {
-  const bool adds = finish.call->residual != nullptr;
-  if (finish.call->clamps)
-    return adds ? store_tiles<true, true>(finish, value) : store_tiles<true, false>(finish, value);
-  return adds ? store_tiles<false, true>(finish, value) : store_tiles<false, false>(finish, value);
+  if (finish.call->clamps) return store_tiles<true, kAdds>(finish, value);
+  return store_tiles<false, kAdds>(finish, value);
 }
 
 inline void finish_bfloat16(const FinishCall& call) {
-  finish_tiles(call, [&](int f) {
+  const auto value = [&](int f) {
     const float* sums = static_cast<const float*>(call.sums) + f * kTile;
     const Reg bias = N::broadcast(call.bias + f);
     return [=](std::int32_t at) { return N::add(N::load(sums + at), bias); };
-  });
+  };
+  return call.call->residual != nullptr ? finish_tiles<Adds::residual>(call, value)
+                                        : finish_tiles<Adds::nothing>(call, value);
 }
 
 inline void finish_int8(const FinishCall& call) {
-  finish_tiles(call, [&](int f) {
+  const auto value = [&](int f) {
     const std::int32_t* sums = static_cast<const std::int32_t*>(call.sums) + f * kTile;
     const std::int32_t correction = call.corrections[f];
     const Reg multiplier = N::broadcast(call.multipliers + f), bias = N::broadcast(call.bias + f);
     return [=](std::int32_t at) { return N::add(N::mul(N::difference(sums + at, correction), multiplier), bias); };
-  });
+  };
+  if (call.call->residual == nullptr) return finish_tiles<Adds::nothing>(call, value);
+  return call.rounding != nullptr ? finish_tiles<Adds::rounded>(call, value)
+                                  : finish_tiles<Adds::residual>(call, value);
 }

@@ -78,6 +78,11 @@ struct Store {
 };
 inline constexpr int kMaxStores = 2 * kTile;  // of a tile
 
+// How residuals are rounded: to the nearest integer to x * inverse from low to high, times the scale.
+struct Rounding {
+  float inverse, low, high, scale;
+};
+
 // Makes the sums of some tiles of pixels results, and stores them; of int8: float(sum - correction) * multiplier +
 // bias.
 struct FinishCall {
@@ -89,6 +94,7 @@ struct FinishCall {
   const std::int32_t* corrections;
   const float* multipliers;
   const float* bias;
+  const Rounding* rounding;  // int8: of the residual, or null
 };
 
 // Of bytes.h. Sums (filter tiles, kPixels, kTile) of up to kPixels pixels and kTogether tiles of filters.
@@ -118,6 +124,11 @@ struct ByteFinishCall {
   unsigned char* out;
   const std::int32_t* pixels;  // where each goes
   std::int64_t channels;       // that may be written, from `out` on
+  // Adds float(byte - residual_zero) * residual_scale, of as many channels; or null.
+  const unsigned char* residual;
+  const std::int32_t* residual_pixels;
+  float residual_scale;
+  std::int32_t residual_zero;
 };
 
 // Bytes of up to kTile pixels side by side in a plane, `pixel` bytes apart: all channels, in whole fours.

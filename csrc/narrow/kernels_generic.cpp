@@ -89,6 +89,9 @@ void finish_bytes(const ByteFinishCall& call) {
         const int filter = f * kTile + i;
         const auto sum = static_cast<float>(call.sums[(f * kPixels + p) * kTile + i] - call.corrections[filter]);
         results[i] = sum * call.multipliers[filter] + call.bias[filter];
+        if (call.residual == nullptr || i >= filters) continue;
+        const std::int32_t byte = call.residual[call.residual_pixels[p] + filter];
+        results[i] += static_cast<float>(byte - call.residual_zero) * call.residual_scale;
       }
       for (int i = 0; i < kTile; i += N::kLanes) N::store(results + i, activate(*call.call, N::load(results + i)));
       unsigned char* out = call.out + call.pixels[p] + f * kTile;

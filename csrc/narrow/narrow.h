@@ -19,6 +19,7 @@
 //   y = float(sum over the columns of (q - zero) * w) * (scale * scales[filter]) + bias[filter]
 //
 // where everything in float32 is rounded on its own, never fused. So all units give the same bits. Padding is q = zero.
+// A residual may be rounded as an input is, with numbers of its own: y + float(q - zero) * scale, then the activation.
 #pragma once
 
 #include <cstddef>
@@ -48,6 +49,9 @@ struct Quantization {
   float scale = 1;
   std::int32_t zero = 0;
 };
+
+// Throws std::invalid_argument for a scale that is not positive or a zero that is not from 0 to 255. what: in words.
+void check(const Quantization& numbers, const char* what);
 
 // Where products find their values.
 enum class Reading {
@@ -85,10 +89,11 @@ void pack(const Plan& plan, std::int64_t count, const std::int64_t* columns, con
 void pack(const Plan& plan, std::int64_t count, const std::int64_t* columns, const float* weights, const float* scales,
           const Quantization& input, const float* bias, void* packed);
 
-// As those of conv.h.
+// As those of conv.h. residual: of int8, what the epilogue's is rounded to; null where it stays as it is.
 std::int64_t scratch_size(const Plan& plan);
 void run(const Plan& plan, const void* packed, std::int64_t images, const float* in, float* out,
-         const conv::Pitch& out_pitch, const conv::Epilogue& epilogue, float* scratch, int threads);
+         const conv::Pitch& out_pitch, const conv::Epilogue& epilogue, const Quantization* residual, float* scratch,
+         int threads);
 
 namespace reference {
 float rounded_to_bfloat16(float x);
@@ -97,7 +102,7 @@ std::int32_t quantized(float x, const Quantization& input);
 // int8, bit by bit but for activations other than none, relu and relu6. out: (n, filter, y, x).
 void run(const conv::Shape& shape, const conv::Pitch& in_pitch, std::int64_t count, const std::int64_t* columns,
          const float* weights, const float* scales, const Quantization& input, const float* bias, std::int64_t images,
-         const float* in, const conv::Epilogue& epilogue, float* out);
+         const float* in, const conv::Epilogue& epilogue, const Quantization* residual, float* out);
 }  // namespace reference
 
 }  // namespace acf::narrow

@@ -35,9 +35,6 @@ struct Header {
   std::int64_t numbers[19] = {};
 };
 
-// Throws std::invalid_argument for numbers that stand for nothing.
-void check_quantization(const Quantization& numbers);
-
 // Packed weights, one after the other, each at a multiple of kAlignment:
 //   header
 //   counts       int64 (groups,): of columns

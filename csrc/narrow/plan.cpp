@@ -219,13 +219,6 @@ bool can_be_narrow(const Plan& plan, std::int64_t count) {
 
 }  // namespace
 
-void check_quantization(const Quantization& numbers) {
-  ACF_CHECK(std::isnormal(numbers.scale) && numbers.scale > 0, "the scale of the input must be positive, got ",
-            numbers.scale);
-  ACF_CHECK(numbers.zero >= 0 && numbers.zero <= 255, "the zero of the input must be from 0 to 255, got ",
-            numbers.zero);
-}
-
 std::vector<Plan> plans(const conv::Shape& shape, const conv::Pitch& in, std::int64_t images, std::int64_t count,
                         const std::int64_t* columns, Number number, Unit unit) {
   conv::plan(shape, in, images, count, Isa::generic, conv::Method::filters_in_lanes);  // for its checks
@@ -282,10 +275,17 @@ void pack(const Plan& plan, std::int64_t count, const std::int64_t* columns, con
   pack_all(plan, count, columns, weights, nullptr, {}, bias, packed);
 }
 
+void check(const Quantization& numbers, const char* what) {
+  ACF_CHECK(std::isnormal(numbers.scale) && numbers.scale > 0, "the scale of the ", what, " must be positive, got ",
+            numbers.scale);
+  ACF_CHECK(numbers.zero >= 0 && numbers.zero <= 255, "the zero of the ", what, " must be from 0 to 255, got ",
+            numbers.zero);
+}
+
 void pack(const Plan& plan, std::int64_t count, const std::int64_t* columns, const float* weights, const float* scales,
           const Quantization& input, const float* bias, void* packed) {
   ACF_CHECK(plan.number == Number::int8, "bfloat16 weights have no scales");
-  check_quantization(input);
+  check(input, "input");
   pack_all(plan, count, columns, weights, scales, input, bias, packed);
 }
 

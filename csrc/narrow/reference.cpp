@@ -26,7 +26,7 @@ std::int32_t quantized(float x, const Quantization& input) {
 
 void run(const conv::Shape& shape, const conv::Pitch& in_pitch, std::int64_t count, const std::int64_t* columns,
          const float* weights, const float* scales, const Quantization& input, const float* bias, std::int64_t images,
-         const float* in, const conv::Epilogue& epilogue, float* out) {
+         const float* in, const conv::Epilogue& epilogue, const Quantization* residual, float* out) {
   using conv::reference::Output;
   conv::reference::each_output(shape, in_pitch, count, columns, images, [&](const Output& output, const auto& taps) {
     std::int32_t sum = 0;
@@ -36,7 +36,12 @@ void run(const conv::Shape& shape, const conv::Pitch& in_pitch, std::int64_t cou
     const float multiplier = input.scale * scales[output.filter];
     float result = static_cast<float>(sum) * multiplier;
     result += bias == nullptr ? 0.0f : bias[output.filter];
-    if (epilogue.residual != nullptr) result += epilogue.residual[output.at(epilogue.residual_pitch)];
+    if (epilogue.residual != nullptr) {
+      const float added = epilogue.residual[output.at(epilogue.residual_pitch)];
+      result += residual == nullptr
+                    ? added
+                    : static_cast<float>(quantized(added, *residual) - residual->zero) * residual->scale;
+    }
     *out++ = static_cast<float>(conv::reference::activate(epilogue.activation, static_cast<double>(epilogue.slope),
                                                           static_cast<double>(result)));
   });

@@ -24,7 +24,7 @@ using conv::Random;
 using conv::random_columns;
 using conv::Tensor;
 
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN(), kInfinity = std::numeric_limits<float>::infinity();
 
 struct Problem {
   conv::Shape shape;
@@ -81,7 +81,8 @@ struct Case {
   }
 
   // The results, on scratch full of NaN; the halo must stay as it is.
-  std::vector<float> run_packed(const Plan& way, const AlignedBytes& packed, int threads) {
+  std::vector<float> run_packed(const Plan& way, const AlignedBytes& packed, int threads,
+                                const Quantization* rounding = nullptr) {
     const conv::Shape& s = problem.shape;
     Tensor out(problem.images, s.filters, s.out_height(), s.out_width(), out_padding);
     const std::vector<float> before = out.memory;
@@ -89,7 +90,7 @@ struct Case {
     AlignedBytes scratch(floats * sizeof(float));
     std::fill_n(static_cast<float*>(scratch.data()), floats, kNaN);
     run(way, const_cast<AlignedBytes&>(packed).data(), problem.images, in.data(), out.data(), out.layout.pitch,
-        epilogue, static_cast<float*>(scratch.data()), threads);
+        epilogue, rounding, static_cast<float*>(scratch.data()), threads);
     std::vector<float> got = out.interior();
     out.each([](float& value) { value = kNaN; });
     const bool untouched = std::memcmp(out.memory.data(), before.data(), before.size() * sizeof(float)) == 0;
@@ -146,9 +147,10 @@ struct ByteTensor {
   std::vector<unsigned char> memory;
 };
 
-// On every unit that computes on bytes: to planes and, without a residual, to bytes. expected: of the reference.
+// On every unit that computes on bytes: to planes and, without a residual of float32, to bytes. expected: of the
+// reference.
 void check_bytes(Random& random, Case& c, const std::vector<float>& scales, const Quantization& input,
-                 const std::vector<float>& expected, bool exact) {
+                 const Quantization* rounding, const std::vector<float>& expected, bool exact) {
   const conv::Shape& s = c.problem.shape;
   if (s.groups > 1) return;
   for (const Unit unit : units(active_isa(), Number::int8)) {
@@ -163,13 +165,24 @@ void check_bytes(Random& random, Case& c, const std::vector<float>& scales, cons
     AlignedBytes scratch(static_cast<std::size_t>(scratch_size(plan)) * sizeof(float));
     const std::string what = "bytes on " + describe(c.problem, {s, c.in.layout.pitch, Number::int8, unit});
 
+    ByteTensor added(random, c.problem.images, s.filters, s.out_height(), s.out_width(), c.out_padding);
+    ByteResidual bytes;
+    conv::Epilogue epilogue = c.epilogue;
+    if (rounding != nullptr) {
+      make_bytes(unit, c.residual.layout.pitch, c.residual.data(), *rounding, c.problem.images, s.filters,
+                 s.out_height(), s.out_width(), added.layout.pitch, added.data(), 1);
+      bytes = {added.data(), added.layout.pitch, *rounding};
+      epilogue.residual = nullptr;
+    }
+    const ByteResidual* residual = rounding == nullptr ? nullptr : &bytes;
+
     Tensor planes(c.problem.images, s.filters, s.out_height(), s.out_width(), c.out_padding);
     const std::vector<float> before = planes.memory;
     ByteTarget target;
     target.planes = planes.data();
     target.pitch = planes.layout.pitch;
-    run(plan, packed.data(), c.problem.images, in.data(), target, c.epilogue, static_cast<float*>(scratch.data()),
-        static_cast<int>(between(random, 1, 3)));
+    run(plan, packed.data(), c.problem.images, in.data(), residual, target, epilogue,
+        static_cast<float*>(scratch.data()), static_cast<int>(between(random, 1, 3)));
     const std::vector<float> got = planes.interior();
     std::size_t wrong = 0;
     for (std::size_t i = 0; i < got.size(); ++i) {
@@ -181,15 +194,15 @@ void check_bytes(Random& random, Case& c, const std::vector<float>& scales, cons
     planes.each([](float& value) { value = kNaN; });
     EXPECT_EQ(std::memcmp(planes.memory.data(), before.data(), before.size() * sizeof(float)), 0);
 
-    if (c.problem.residual) continue;
+    if (epilogue.residual != nullptr) continue;
     ByteTensor out(random, c.problem.images, s.filters, s.out_height(), s.out_width(), c.out_padding);
     std::vector<unsigned char> kept = out.memory;
     target = {};
     target.bytes = out.data();
     target.byte_pitch = out.layout.pitch;
     target.numbers = {0.5f, static_cast<std::int32_t>(between(random, 0, 255))};
-    run(plan, packed.data(), c.problem.images, in.data(), target, c.epilogue, static_cast<float*>(scratch.data()),
-        static_cast<int>(between(random, 1, 3)));
+    run(plan, packed.data(), c.problem.images, in.data(), residual, target, epilogue,
+        static_cast<float*>(scratch.data()), static_cast<int>(between(random, 1, 3)));
     wrong = 0;
     std::size_t i = 0;
     for (std::int64_t n = 0; n < c.problem.images; ++n) {
@@ -213,40 +226,55 @@ void check_bytes(Random& random, Case& c, const std::vector<float>& scales, cons
   }
 }
 
-void check_int8(Random& random, const Problem& problem) {
-  Case c(random, problem);
-  const conv::Shape& s = problem.shape;
-  const Quantization input = {0.02f + 0.01f * static_cast<float>(between(random, 0, 3)),
-                              static_cast<std::int32_t>(between(random, 0, 3) == 0 ? 0 : between(random, 0, 255))};
-  for (float& w : c.weights) w = static_cast<float>(between(random, -127, 127));
-  std::vector<float> scales = gaussian(random, s.filters);
-  for (float& scale : scales) scale = 0.001f + 0.01f * std::abs(scale);
-  // Some values that are cut, and what no network should hold.
-  c.in.each([&](float& value) {
+Quantization random_numbers(Random& random) {
+  return {0.02f + 0.01f * static_cast<float>(between(random, 0, 3)),
+          static_cast<std::int32_t>(between(random, 0, 3) == 0 ? 0 : between(random, 0, 255))};
+}
+
+// With some values that are cut, and what no network should hold.
+void spoil(Random& random, Tensor& tensor, const Quantization& numbers) {
+  tensor.each([&](float& value) {
     const std::int64_t draw = between(random, 0, 60);
     if (draw == 0) value = 1e30f;
     if (draw == 1) value = -1e30f;
     if (draw == 2) value = kNaN;
-    if (draw == 3) value = input.scale * 2.5f;  // a tie, nearly
+    if (draw == 3) value = numbers.scale * 2.5f;  // a tie, nearly
+    if (draw == 4) value = kInfinity;
+    if (draw == 5) value = -kInfinity;
+    if (draw == 6) value = -0.0f;
   });
+}
+
+void check_int8(Random& random, const Problem& problem) {
+  Case c(random, problem);
+  const conv::Shape& s = problem.shape;
+  const Quantization input = random_numbers(random), residual = random_numbers(random);
+  const bool rounds = problem.residual && between(random, 0, 2) > 0;
+  const Quantization* rounding = rounds ? &residual : nullptr;
+  for (float& w : c.weights) w = static_cast<float>(between(random, -127, 127));
+  std::vector<float> scales = gaussian(random, s.filters);
+  for (float& scale : scales) scale = 0.001f + 0.01f * std::abs(scale);
+  spoil(random, c.in, input);
+  if (rounds) spoil(random, c.residual, residual);
   std::vector<float> expected(c.outputs());
   reference::run(s, c.in.layout.pitch, c.count(), c.columns.data(), c.weights.data(), scales.data(), input,
-                 c.bias.data(), problem.images, c.in.data(), c.epilogue, expected.data());
+                 c.bias.data(), problem.images, c.in.data(), c.epilogue, rounding, expected.data());
   const bool exact = problem.epilogue.activation == Activation::none ||
                      problem.epilogue.activation == Activation::relu ||
                      problem.epilogue.activation == Activation::relu6;
-  check_bytes(random, c, scales, input, expected, exact);
+  check_bytes(random, c, scales, input, rounding, expected, exact);
   for (const Plan& way : c.planned(Number::int8)) {
     AlignedBytes packed(packed_size(way));
     pack(way, c.count(), c.columns.data(), c.weights.data(), scales.data(), input, c.bias.data(), packed.data());
-    const std::vector<float> got = c.run_packed(way, packed, static_cast<int>(between(random, 1, 3)));
+    const std::vector<float> got = c.run_packed(way, packed, static_cast<int>(between(random, 1, 3)), rounding);
     std::size_t wrong = 0;
     for (std::size_t i = 0; i < got.size(); ++i) {
       const bool same =
           exact ? got[i] == expected[i] : std::abs(got[i] - expected[i]) <= 1e-6f * (1 + std::abs(expected[i]));
       if (!same) ++wrong;
     }
-    EXPECT_EQ(std::to_string(wrong) + " wrong of " + describe(problem, way), "0 wrong of " + describe(problem, way));
+    const std::string what = describe(problem, way) + " rounded " + std::to_string(rounds);
+    EXPECT_EQ(std::to_string(wrong) + " wrong of " + what, "0 wrong of " + what);
   }
 }
 
@@ -391,8 +419,14 @@ ACF_TEST(what_cannot_be_computed_is_refused) {
   }
   EXPECT_THROWS(pack(way, 10, columns.data(), weights.data(), weights.data(), {1, 256}, nullptr, packed.data()),
                 std::invalid_argument, "from 0 to 255, got 256");
-  EXPECT_THROWS(run(way, packed.data(), 1, weights.data(), nullptr, {}, {}, nullptr, 1), std::invalid_argument,
+  EXPECT_THROWS(run(way, packed.data(), 1, weights.data(), nullptr, {}, {}, nullptr, nullptr, 1), std::invalid_argument,
                 "must come from pack()");
+  pack(way, 10, columns.data(), weights.data(), weights.data(), {1, 0}, nullptr, packed.data());
+  const Quantization wrong[] = {{0.0f, 0}, {kNaN, 0}, {1, 256}, {1, -1}};
+  for (const Quantization& numbers : wrong) {
+    EXPECT_THROWS(run(way, packed.data(), 1, weights.data(), nullptr, {}, {}, &numbers, nullptr, 1),
+                  std::invalid_argument, "of the residual must be");
+  }
 }
 
 }  // namespace
