@@ -19,12 +19,14 @@ constexpr std::int64_t kMostBytes = std::numeric_limits<std::int32_t>::max();  /
 struct BytePacked {
   std::size_t offsets;                         // int32 (rows,): from a pixel's first byte to those of a row of columns
   std::size_t bias, multipliers, corrections;  // float, float, int32: (filters in whole tiles,)
-  std::size_t weights;                         // int8 (tiles of filters, rows, kTile, 4)
+  std::size_t weights;                         // int8, per part of the filters (rows, tiles, kTile, 4)
   std::size_t size;
 };
 
 std::int64_t tiles_of(const BytePlan& plan) { return ceil_div(plan.shape.filters, kTile); }
 std::int64_t tile_bytes(const BytePlan& plan) { return plan.rows * kRowBytes; }
+// Tiles of filters, in parts that meet pixels together.
+Parts filter_parts(const BytePlan& plan) { return {tiles_of(plan), ceil_div(tiles_of(plan), kTogether)}; }
 
 BytePacked packed_layout(const BytePlan& plan) {
   const auto filters = static_cast<std::size_t>(tiles_of(plan) * kTile);
@@ -96,7 +98,8 @@ class ByteRunner {
         width_(plan.shape.out_width()),
         height_(plan.shape.out_height()),
         pixels_(images * height_ * width_),
-        tiles_(tiles_of(plan)),
+        filters_(filter_parts(plan)),
+        streams_(tiles_of(plan) * tile_bytes(plan) > kCachedBytes),
         call_(conv::activation_call(epilogue.activation, epilogue.slope)) {
     call_.out = target.planes;
     call_.out_plane = target.pitch.plane;
@@ -108,14 +111,14 @@ class ByteRunner {
     const std::int64_t wanted = threads == 1 ? 1 : task_count(threads);
     if (wanted == 1) threads = 1;
     // Threads that take pixels all read all weights, threads that take filters all pixels.
-    const std::int64_t groups = ceil_div(pixels_, kPixels), filters = ceil_div(tiles_, kTogether);
+    const std::int64_t groups = ceil_div(pixels_, kPixels), filters = filters_.count;
     const bool by_pixels = groups >= 2 * filters || filters < 2 * threads;
-    const Parts pixel_parts(groups, by_pixels ? std::min(groups, wanted) : 1),
-        filter_parts(tiles_, by_pixels ? 1 : std::min(filters, wanted));
+    const Parts pixel_tasks(groups, by_pixels ? std::min(groups, wanted) : 1),
+        filter_tasks(filters, by_pixels ? 1 : std::min(filters, wanted));
     Slots slots(std::min(threads, Slots::most()));
-    parallel_for(filter_parts.count * pixel_parts.count, slots.count(), [&](std::int64_t task) {
+    parallel_for(filter_tasks.count * pixel_tasks.count, slots.count(), [&](std::int64_t task) {
       slots.with([&](int slot) {
-        run_part(pixel_parts[task % pixel_parts.count], filter_parts[task / pixel_parts.count],
+        run_part(pixel_tasks[task % pixel_tasks.count], filter_tasks[task / pixel_tasks.count],
                  reinterpret_cast<unsigned char*>(scratch) + slot * slot_bytes());
       });
     });
@@ -146,7 +149,7 @@ class ByteRunner {
   };
 
   std::int64_t task_count(int threads) const {
-    const auto products = static_cast<double>(pixels_ * tiles_ * plan_.rows);
+    const auto products = static_cast<double>(pixels_ * tiles_of(plan_) * plan_.rows);
     constexpr double kTaskProducts = 16'000;
     constexpr std::int64_t kTasksPerThread = 4;
     const auto most = static_cast<double>(kTasksPerThread * threads);
@@ -161,8 +164,7 @@ class ByteRunner {
   // What a block reads and writes stays in the second-level cache while some tiles of filters after the others meet
   // it; weights that do not stay there are read once a block.
   std::int64_t block_groups() const {
-    const bool streams = tiles_ * tile_bytes(plan_) > kCachedBytes;
-    const std::int64_t bytes = streams ? kLargeBlockBytes : kBlockBytes,
+    const std::int64_t bytes = streams_ ? kLargeBlockBytes : kBlockBytes,
                        each = kPixels *
                               (plan_.in.pitch.pixel * plan_.shape.stride_h * plan_.shape.stride_w +
                                plan_.shape.filters * (target_.bytes == nullptr ? std::int64_t{sizeof(float)} : 1));
@@ -184,9 +186,8 @@ class ByteRunner {
     locate(first, count, {in.pixel * stride_w, in.row * stride_h, in.image}, slot.read);
     if (target_.bytes != nullptr) locate(first, count, target_.byte_pitch, slot.written);
     if (residual_ != nullptr) locate(first, count, residual_->pitch, slot.added);
-    const Parts some(filters.size, ceil_div(filters.size, kTogether));
-    for (std::int64_t i = 0; i < some.count; ++i) {
-      const conv::Part tiles = {filters.begin + some[i].begin, some[i].size};
+    for (std::int64_t i = filters.begin; i < filters.begin + filters.size; ++i) {
+      const conv::Part tiles = filters_[i];
       for (std::int64_t from = 0; from < count; from += kPixels) {
         const auto pixels = static_cast<int>(std::min<std::int64_t>(kPixels, count - from));
         BroadcastCall call = {};
@@ -196,8 +197,8 @@ class ByteRunner {
         call.offsets = part<std::int32_t>(at_.offsets);
         call.rows = plan_.rows;
         call.weights = packed_ + at_.weights + tiles.begin * tile_bytes(plan_);
-        call.weights_pitch = tile_bytes(plan_);
         call.filter_tiles = static_cast<int>(tiles.size);
+        call.streams = streams_ && from == 0;
         call.sums = slot.sums;
         all_.bytes.broadcast(call);
         if (target_.bytes != nullptr) {
@@ -316,7 +317,9 @@ class ByteRunner {
   const ByteResidual* residual_;
   ByteTarget target_;
   conv::Pitch residual_pitch_;
-  std::int64_t width_, height_, pixels_, tiles_;
+  std::int64_t width_, height_, pixels_;
+  Parts filters_;
+  bool streams_;  // weights do not stay in the second-level cache
   conv::Call call_;
 };
 
@@ -427,23 +430,27 @@ void pack(const BytePlan& plan, std::int64_t count, const std::int64_t* columns,
                                   (tap % s.kernel_w * s.dilation_w - s.padding.left) * pitch.pixel + 4 * four);
     number[i] = rows++;
   }
-  std::vector<std::int64_t> place(static_cast<std::size_t>(count));  // of a column, in a tile of filters
+  std::vector<std::int64_t> row(static_cast<std::size_t>(count));  // of a column
   for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t channel = columns[i] / taps;
-    place[static_cast<std::size_t>(i)] =
-        number[static_cast<std::size_t>(columns[i] % taps * fours + channel / 4)] * kRowBytes + channel % 4;
+    row[static_cast<std::size_t>(i)] =
+        number[static_cast<std::size_t>(columns[i] % taps * fours + columns[i] / taps / 4)];
   }
-  for (std::int64_t f = 0; f < s.filters; ++f, weights += count) {
-    unsigned char* tile = bytes + at.weights + f / kTile * tile_bytes(plan) + f % kTile * 4;
-    std::int32_t sum = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
-      const auto weight = static_cast<signed char>(weights[i]);
-      std::memcpy(tile + place[static_cast<std::size_t>(i)], &weight, 1);
-      sum += weight;
+  const Parts parts = filter_parts(plan);
+  for (std::int64_t p = 0, f = 0; p < parts.count; ++p) {
+    const conv::Part tiles = parts[p];
+    for (; f < std::min(s.filters, (tiles.begin + tiles.size) * kTile); ++f, weights += count) {
+      unsigned char* first = bytes + at.weights + tiles.begin * tile_bytes(plan) + (f - tiles.begin * kTile) * 4;
+      std::int32_t sum = 0;
+      for (std::int64_t i = 0; i < count; ++i) {
+        const auto weight = static_cast<signed char>(weights[i]);
+        std::memcpy(first + row[static_cast<std::size_t>(i)] * tiles.size * kRowBytes + columns[i] / taps % 4, &weight,
+                    1);
+        sum += weight;
+      }
+      biases[f] = bias == nullptr ? 0 : bias[f];
+      multipliers[f] = input.scale * scales[f];
+      corrections[f] = input.zero * sum;
     }
-    biases[f] = bias == nullptr ? 0 : bias[f];
-    multipliers[f] = input.scale * scales[f];
-    corrections[f] = input.zero * sum;
   }
 }
 

@@ -1,49 +1,72 @@
 // Products on bytes with VNNI, after gather_avx512-inl.h and products_avx512-inl.h: registers of sums hold 16 filters
 // of a pixel. Weights are read once for some pixels, a pixel once for some tiles of filters: fewer loads than products.
 
-template <int kCount, int kTiles>
-ACF_INLINE void broadcast_pixels(const BroadcastCall& call, int first) {
+// Rows of columns [offset, end) of some pixels; kAhead: the weights are asked for before they are read.
+template <int kCount, int kTiles, bool kAhead>
+ACF_INLINE void broadcast_pixels(const BroadcastCall& call, int first, const std::int32_t* offset,
+                                 const std::int32_t* end, const unsigned char* weights) {
   __m512i sum[kCount][kTiles];
   const unsigned char* at[kCount];
   const auto each = [](const auto& body) {
     unrolled<kCount>([&](auto p) { unrolled<kTiles>([&](auto f) { body(p, f); }); });
   };
+  const auto stored = [&](auto p, auto f) { return call.sums + (f * kPixels + first + p) * kTile; };
   unrolled<kCount>([&](auto p) { at[p] = call.in + call.pixels[first + p]; });
-  each([&](auto p, auto f) { sum[p][f] = _mm512_setzero_si512(); });
-  const unsigned char* weights = call.weights;
-  for (std::int64_t row = 0; row < call.rows; ++row, weights += kRowBytes) {
-    const std::int64_t offset = call.offsets[row];
+  if (offset == call.offsets) {
+    each([&](auto p, auto f) { sum[p][f] = _mm512_setzero_si512(); });
+  } else {
+    each([&](auto p, auto f) { sum[p][f] = _mm512_load_si512(stored(p, f)); });
+  }
+  for (; offset != end; ++offset, weights += kTiles * kRowBytes) {
+    const std::int64_t row = *offset;
     __m512i w[kTiles];
-    unrolled<kTiles>([&](auto f) { w[f] = _mm512_load_si512(weights + f * call.weights_pitch); });
+    unrolled<kTiles>([&](auto f) {
+      w[f] = _mm512_load_si512(weights + f * kRowBytes);
+      if constexpr (kAhead) __builtin_prefetch(weights + f * kRowBytes + kAheadBytes);
+    });
     unrolled<kCount>([&](auto p) {
       std::int32_t x;
-      std::memcpy(&x, at[p] + offset, sizeof(x));
+      std::memcpy(&x, at[p] + row, sizeof(x));
       const __m512i same = _mm512_set1_epi32(x);
       unrolled<kTiles>([&](auto f) { sum[p][f] = _mm512_dpbusd_epi32(sum[p][f], same, w[f]); });
     });
   }
-  each([&](auto p, auto f) { _mm512_store_si512(call.sums + (f * kPixels + first + p) * kTile, sum[p][f]); });
+  each([&](auto p, auto f) { _mm512_store_si512(stored(p, f), sum[p][f]); });
 }
 
-// At most 24 sums at once.
+// At most 24 sums at once; so many rows at a time that their weights stay in the first-level cache for all pixels.
 template <int kMost, int kTiles>
 void broadcast_tiles(const BroadcastCall& call) {
-  for (int first = 0; first < call.count;) {
-    const int left = call.count - first;
-    if (left >= kMost) {
-      broadcast_pixels<kMost, kTiles>(call, first);
-      first += kMost;
-    } else if (left >= 4) {
-      broadcast_pixels<4, kTiles>(call, first);
-      first += 4;
-    } else if (left >= 2) {
-      broadcast_pixels<2, kTiles>(call, first);
-      first += 2;
-    } else {
-      broadcast_pixels<1, kTiles>(call, first);
-      first += 1;
+  constexpr std::int64_t kChunk = (16 << 10) / (kTiles * kRowBytes);
+  const unsigned char* weights = call.weights;
+  std::int64_t row = 0;
+  do {
+    const std::int64_t rows = std::min(kChunk, call.rows - row);
+    const std::int32_t *offset = call.offsets + row, *end = offset + rows;
+    int first = 0;
+    if (call.streams && call.count >= kMost) {
+      broadcast_pixels<kMost, kTiles, true>(call, 0, offset, end, weights);
+      first = kMost;
     }
-  }
+    while (first < call.count) {
+      const int left = call.count - first;
+      if (left >= kMost) {
+        broadcast_pixels<kMost, kTiles, false>(call, first, offset, end, weights);
+        first += kMost;
+      } else if (left >= 4) {
+        broadcast_pixels<4, kTiles, false>(call, first, offset, end, weights);
+        first += 4;
+      } else if (left >= 2) {
+        broadcast_pixels<2, kTiles, false>(call, first, offset, end, weights);
+        first += 2;
+      } else {
+        broadcast_pixels<1, kTiles, false>(call, first, offset, end, weights);
+        first += 1;
+      }
+    }
+    weights += rows * kTiles * kRowBytes;
+    row += rows;
+  } while (row < call.rows);
 }
 
 inline void broadcast_int8(const BroadcastCall& call) {

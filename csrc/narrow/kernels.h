@@ -105,9 +105,9 @@ struct BroadcastCall {
   int count;
   const std::int32_t* offsets;  // of the rows of columns, in bytes
   std::int64_t rows;
-  const unsigned char* weights;  // by row
-  std::int64_t weights_pitch;
+  const unsigned char* weights;  // by row, of all tiles of filters
   int filter_tiles;
+  bool streams;  // the weights come from far away
   std::int32_t* sums;
 };
 

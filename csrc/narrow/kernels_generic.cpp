@@ -66,10 +66,10 @@ void product_int8(const ProductCall& call) {
 void broadcast_int8(const BroadcastCall& call) {
   for (int f = 0; f < call.filter_tiles; ++f) {
     for (int p = 0; p < call.count; ++p) {
-      const unsigned char *weights = call.weights + f * call.weights_pitch, *pixel = call.in + call.pixels[p];
+      const unsigned char *weights = call.weights + f * kRowBytes, *pixel = call.in + call.pixels[p];
       std::int32_t* sums = call.sums + (f * kPixels + p) * kTile;
       std::memset(sums, 0, kTile * sizeof(*sums));
-      for (std::int64_t row = 0; row < call.rows; ++row, weights += kRowBytes) {
+      for (std::int64_t row = 0; row < call.rows; ++row, weights += call.filter_tiles * kRowBytes) {
         for (int i = 0; i < kTile; ++i) {
           for (int c = 0; c < 4; ++c) {
             sums[i] += signed_byte(weights[4 * i + c]) * static_cast<std::int32_t>(pixel[call.offsets[row] + c]);
