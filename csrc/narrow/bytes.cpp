@@ -18,7 +18,8 @@ constexpr std::int64_t kMostBytes = std::numeric_limits<std::int32_t>::max();  /
 // Packed weights, one after the other, each at a multiple of kAlignment.
 struct BytePacked {
   std::size_t offsets;                         // int32 (rows,): from a pixel's first byte to those of a row of columns
-  std::size_t bias, multipliers, corrections;  // float, float, int32: (filters in whole tiles,)
+  // float, float, int32: (filters in whole tiles,). Sums begin with what takes zero from every value.
+  std::size_t bias, multipliers, start;
   std::size_t weights;                         // int8, per part of the filters (rows, tiles, kTile, 4)
   std::size_t size;
 };
@@ -41,7 +42,7 @@ BytePacked packed_layout(const BytePlan& plan) {
   at.offsets = place(static_cast<std::size_t>(plan.rows) * sizeof(std::int32_t));
   at.bias = place(filters * sizeof(float));
   at.multipliers = place(filters * sizeof(float));
-  at.corrections = place(filters * sizeof(std::int32_t));
+  at.start = place(filters * sizeof(std::int32_t));
   at.weights = place(static_cast<std::size_t>(tiles_of(plan) * tile_bytes(plan)));
   at.size = end;
   return at;
@@ -194,6 +195,7 @@ class ByteRunner {
         call.in = in_;
         call.pixels = slot.read + from;
         call.count = pixels;
+        call.start = part<std::int32_t>(at_.start) + tiles.begin * kTile;
         call.offsets = part<std::int32_t>(at_.offsets);
         call.rows = plan_.rows;
         call.weights = packed_ + at_.weights + tiles.begin * tile_bytes(plan_);
@@ -232,7 +234,6 @@ class ByteRunner {
     call.sums = slot.sums;
     call.count = count;
     call.filter_tiles = static_cast<int>(tiles.size);
-    call.corrections = part<std::int32_t>(at_.corrections) + filter;
     call.multipliers = part<float>(at_.multipliers) + filter;
     call.bias = part<float>(at_.bias) + filter;
     call.inverse = 1.0f / target_.numbers.scale;
@@ -257,6 +258,7 @@ class ByteRunner {
     for (int i = 0; i < count; i += kTile) {
       stored += spread(first + from + i, std::min(kTile, count - i), i, stores + stored);
     }
+    static constexpr std::int32_t kNone[kTile] = {};  // the sums are right as they are
     for (std::int64_t f = 0; f < tiles.size; ++f) {
       for (int i = 0; i < count; i += kTile) {
         all_.bytes.turn(slot.sums + (f * kPixels + i) * kTile, slot.turned + i * kTile);
@@ -271,7 +273,7 @@ class ByteRunner {
         call.residual = slot.residual;
         call.residual_plane = kPixels;
       }
-      all_.int8.finish({&call, stores, stored, slot.turned, filters, part<std::int32_t>(at_.corrections) + filter,
+      all_.int8.finish({&call, stores, stored, slot.turned, filters, kNone,
                         part<float>(at_.multipliers) + filter, part<float>(at_.bias) + filter, nullptr});
     }
   }
@@ -415,7 +417,7 @@ void pack(const BytePlan& plan, std::int64_t count, const std::int64_t* columns,
   auto* offsets = reinterpret_cast<std::int32_t*>(bytes + at.offsets);
   auto* biases = reinterpret_cast<float*>(bytes + at.bias);
   auto* multipliers = reinterpret_cast<float*>(bytes + at.multipliers);
-  auto* corrections = reinterpret_cast<std::int32_t*>(bytes + at.corrections);
+  auto* start = reinterpret_cast<std::int32_t*>(bytes + at.start);
 
   const BytePitch& pitch = plan.in.pitch;
   const std::int64_t taps = s.kernel_h * s.kernel_w, fours = ceil_div(s.channels, 4);
@@ -449,7 +451,7 @@ void pack(const BytePlan& plan, std::int64_t count, const std::int64_t* columns,
       }
       biases[f] = bias == nullptr ? 0 : bias[f];
       multipliers[f] = input.scale * scales[f];
-      corrections[f] = input.zero * sum;
+      start[f] = -input.zero * sum;
     }
   }
 }

@@ -1,10 +1,14 @@
 // Products on bytes with VNNI, after gather_avx512-inl.h and products_avx512-inl.h: registers of sums hold 16 filters
 // of a pixel. Weights are read once for some pixels, a pixel once for some tiles of filters: fewer loads than products.
 
-// Rows of columns [offset, end) of some pixels; kAhead: the weights are asked for before they are read.
-template <int kCount, int kTiles, bool kAhead>
-ACF_INLINE void broadcast_pixels(const BroadcastCall& call, int first, const std::int32_t* offset,
-                                 const std::int32_t* end, const unsigned char* weights) {
+// So many rows at a time that the weights of all tiles stay in the first-level cache for all pixels.
+template <int kTiles>
+inline constexpr std::int64_t kChunk = (16 << 10) / (kTiles * kRowBytes);
+
+// Rows [row, row + rows) of columns for some pixels. kAhead: lines of weights that are asked for with every row.
+template <int kCount, int kTiles, int kAhead>
+ACF_INLINE void broadcast_pixels(const BroadcastCall& call, int first, std::int64_t row, std::int64_t rows,
+                                 const unsigned char* ahead) {
   __m512i sum[kCount][kTiles];
   const unsigned char* at[kCount];
   const auto each = [](const auto& body) {
@@ -12,21 +16,22 @@ ACF_INLINE void broadcast_pixels(const BroadcastCall& call, int first, const std
   };
   const auto stored = [&](auto p, auto f) { return call.sums + (f * kPixels + first + p) * kTile; };
   unrolled<kCount>([&](auto p) { at[p] = call.in + call.pixels[first + p]; });
-  if (offset == call.offsets) {
-    each([&](auto p, auto f) { sum[p][f] = _mm512_setzero_si512(); });
+  if (row == 0) {
+    each([&](auto p, auto f) { sum[p][f] = _mm512_load_si512(call.start + f * kTile); });
   } else {
     each([&](auto p, auto f) { sum[p][f] = _mm512_load_si512(stored(p, f)); });
   }
-  for (; offset != end; ++offset, weights += kTiles * kRowBytes) {
-    const std::int64_t row = *offset;
+  const unsigned char* weights = call.weights + row * kTiles * kRowBytes;
+  for (const std::int32_t *offset = call.offsets + row, *end = offset + rows; offset != end; ++offset) {
+    const std::int64_t from = *offset;
     __m512i w[kTiles];
-    unrolled<kTiles>([&](auto f) {
-      w[f] = _mm512_load_si512(weights + f * kRowBytes);
-      if constexpr (kAhead) __builtin_prefetch(weights + f * kRowBytes + kAheadBytes);
-    });
+    unrolled<kTiles>([&](auto f) { w[f] = _mm512_load_si512(weights + f * kRowBytes); });
+    weights += kTiles * kRowBytes;
+    unrolled<kAhead>([&](auto i) { __builtin_prefetch(ahead + i * kRowBytes, 0, 2); });
+    ahead += kAhead * kRowBytes;
     unrolled<kCount>([&](auto p) {
       std::int32_t x;
-      std::memcpy(&x, at[p] + row, sizeof(x));
+      std::memcpy(&x, at[p] + from, sizeof(x));
       const __m512i same = _mm512_set1_epi32(x);
       unrolled<kTiles>([&](auto f) { sum[p][f] = _mm512_dpbusd_epi32(sum[p][f], same, w[f]); });
     });
@@ -34,37 +39,41 @@ ACF_INLINE void broadcast_pixels(const BroadcastCall& call, int first, const std
   each([&](auto p, auto f) { _mm512_store_si512(stored(p, f), sum[p][f]); });
 }
 
-// At most 24 sums at once; so many rows at a time that their weights stay in the first-level cache for all pixels.
+// All pixels with a chunk of rows, at most kMost at once.
+template <int kMost, int kTiles, int kAhead>
+ACF_INLINE void broadcast_chunk(const BroadcastCall& call, std::int64_t row, std::int64_t rows) {
+  const unsigned char* ahead = call.weights + (row + rows) * kTiles * kRowBytes;
+  for (int first = 0; first < call.count; ahead += kAhead * rows * kRowBytes) {
+    const int left = call.count - first;
+    if (left >= kMost) {
+      broadcast_pixels<kMost, kTiles, kAhead>(call, first, row, rows, ahead);
+      first += kMost;
+    } else if (left >= 4) {
+      broadcast_pixels<4, kTiles, kAhead>(call, first, row, rows, ahead);
+      first += 4;
+    } else if (left >= 2) {
+      broadcast_pixels<2, kTiles, kAhead>(call, first, row, rows, ahead);
+      first += 2;
+    } else {
+      broadcast_pixels<1, kTiles, kAhead>(call, first, row, rows, ahead);
+      first += 1;
+    }
+  }
+}
+
 template <int kMost, int kTiles>
 void broadcast_tiles(const BroadcastCall& call) {
-  constexpr std::int64_t kChunk = (16 << 10) / (kTiles * kRowBytes);
-  const unsigned char* weights = call.weights;
   std::int64_t row = 0;
   do {
-    const std::int64_t rows = std::min(kChunk, call.rows - row);
-    const std::int32_t *offset = call.offsets + row, *end = offset + rows;
-    int first = 0;
-    if (call.streams && call.count >= kMost) {
-      broadcast_pixels<kMost, kTiles, true>(call, 0, offset, end, weights);
-      first = kMost;
+    const std::int64_t rows = std::min(kChunk<kTiles>, call.rows - row);
+    // Weights that stream are asked for while the chunk before is multiplied: evenly, as memory gives them.
+    if (kTiles < kTogether || !call.streams) {
+      broadcast_chunk<kMost, kTiles, 0>(call, row, rows);
+    } else if (call.count <= kMost) {
+      broadcast_chunk<kMost, kTiles, kTiles == kTogether ? kTogether : 0>(call, row, rows);
+    } else {
+      broadcast_chunk<kMost, kTiles, kTiles == kTogether ? kTogether / 2 : 0>(call, row, rows);
     }
-    while (first < call.count) {
-      const int left = call.count - first;
-      if (left >= kMost) {
-        broadcast_pixels<kMost, kTiles, false>(call, first, offset, end, weights);
-        first += kMost;
-      } else if (left >= 4) {
-        broadcast_pixels<4, kTiles, false>(call, first, offset, end, weights);
-        first += 4;
-      } else if (left >= 2) {
-        broadcast_pixels<2, kTiles, false>(call, first, offset, end, weights);
-        first += 2;
-      } else {
-        broadcast_pixels<1, kTiles, false>(call, first, offset, end, weights);
-        first += 1;
-      }
-    }
-    weights += rows * kTiles * kRowBytes;
     row += rows;
   } while (row < call.rows);
 }
@@ -78,45 +87,67 @@ inline void broadcast_int8(const BroadcastCall& call) {
   }
 }
 
-// To 0..255.
-ACF_INLINE __m128i bytes_of(const Quantize& quantize, __m512 x) {
-  const __m512i integers = _mm512_maskz_max_epi32(0xffff, quantize.integers(x), _mm512_setzero_si512());
-  return _mm512_maskz_cvtusepi32_epi8(0xffff, integers);
-}
+// What is done to sums of a filter: none, relu6 and smooth activations, or relu, of which rounding to bytes above a
+// zero of 0 leaves nothing to do.
+enum class Final { any, clamped, nothing };
 
-template <bool kClamps, bool kAdds>
-ACF_INLINE void finish_bytes_of(const ByteFinishCall& call) {
-  const Reg low = N::set(call.call->low), high = N::set(call.call->high);
-  GatherCall numbers = {};
-  numbers.inverse = call.inverse;
-  numbers.zero = call.zero;
-  const Quantize quantize(numbers);
-  const __m512i residual_zero = _mm512_set1_epi32(call.residual_zero);
-  const Reg residual_scale = N::set(call.residual_scale);
-  for (int f = 0; f < call.filter_tiles; ++f) {
-    const __m512i correction = _mm512_loadu_si512(call.corrections + f * kTile);
-    const Reg multiplier = N::load(call.multipliers + f * kTile), bias = N::load(call.bias + f * kTile);
-    const std::int64_t left = call.channels - f * kTile;
-    const auto mask = static_cast<__mmask16>(left >= kTile ? 0xffff : (1u << left) - 1);
-    const std::int32_t* sums = call.sums + f * kPixels * kTile;
-    for (int p = 0; p < call.count; ++p) {
-      const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + p * kTile), correction);
-      Reg y = N::add(N::mul(_mm512_maskz_cvtepi32_ps(0xffff, sum), multiplier), bias);
+template <int kTiles, Final kFinal, bool kAdds>
+ACF_INLINE void finish_pixels(const ByteFinishCall& call) {
+  Reg multiplier[kTiles], bias[kTiles];
+  unrolled<kTiles>([&](auto f) {
+    multiplier[f] = N::load(call.multipliers + f * kTile);
+    bias[f] = N::load(call.bias + f * kTile);
+  });
+  const Reg low = N::set(call.call->low), high = N::set(call.call->high), inverse = N::set(call.inverse),
+            most = N::set(65536.0f), scale = N::set(call.residual_scale);
+  const __m512i residual_zero = _mm512_set1_epi32(call.residual_zero),
+                zero = _mm512_set1_epi16(static_cast<short>(call.zero)),
+                order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const std::int64_t bytes = std::min<std::int64_t>(call.channels, kTiles * kTile);
+  const __mmask64 mask = ~std::uint64_t{0} >> (64 - bytes);
+  for (int p = 0; p < call.count; ++p) {
+    __m512i integers[kTogether] = {};
+    unrolled<kTiles>([&](auto f) {
+      const __m512i sum = _mm512_load_si512(call.sums + (f * kPixels + p) * kTile);
+      Reg y = N::add(N::mul(_mm512_maskz_cvtepi32_ps(0xffff, sum), multiplier[f]), bias[f]);
       if constexpr (kAdds) {
-        const __m128i bytes = _mm_maskz_loadu_epi8(mask, call.residual + call.residual_pixels[p] + f * kTile);
-        const __m512i added = _mm512_sub_epi32(_mm512_maskz_cvtepu8_epi32(0xffff, bytes), residual_zero);
-        y = N::add(y, N::mul(_mm512_maskz_cvtepi32_ps(0xffff, added), residual_scale));
+        const unsigned char* residual = call.residual + call.residual_pixels[p] + f * kTile;
+        const auto part = static_cast<__mmask16>(mask >> (f * kTile));
+        const __m512i byte = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_maskz_loadu_epi8(part, residual));
+        y = N::add(y, N::mul(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_sub_epi32(byte, residual_zero)), scale));
       }
-      const Reg activated = kClamps ? N::min(high, N::max(low, y)) : activate(*call.call, y);
-      _mm_mask_storeu_epi8(call.out + call.pixels[p] + f * kTile, mask, bytes_of(quantize, activated));
-    }
+      if constexpr (kFinal == Final::clamped) y = N::min(high, N::max(low, y));
+      if constexpr (kFinal == Final::any) y = activate(*call.call, y);
+      // 65536 for NaN too; what is beyond 16 bits is beyond 8 after zero is added.
+      integers[f] = _mm512_maskz_cvtps_epi32(0xffff, N::min(N::mul(y, inverse), most));
+    });
+    const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(integers[0], integers[1]), zero),
+                  cd = _mm512_adds_epi16(_mm512_packs_epi32(integers[2], integers[3]), zero);
+    const __m512i packed = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd));
+    _mm512_mask_storeu_epi8(call.out + call.pixels[p], mask, packed);
   }
 }
 
+template <Final kFinal, bool kAdds>
+void finish_bytes_of(const ByteFinishCall& call) {
+  switch (call.filter_tiles) {
+    case 1: return finish_pixels<1, kFinal, kAdds>(call);
+    case 2: return finish_pixels<2, kFinal, kAdds>(call);
+    case 3: return finish_pixels<3, kFinal, kAdds>(call);
+    default: return finish_pixels<4, kFinal, kAdds>(call);
+  }
+}
+
+template <bool kAdds>
+ACF_INLINE void finish_bytes_added(const ByteFinishCall& call) {
+  const Activation activation = call.call->activation;
+  if (activation == Activation::none || (activation == Activation::relu && call.zero == 0))
+    return finish_bytes_of<Final::nothing, kAdds>(call);
+  return call.call->clamps ? finish_bytes_of<Final::clamped, kAdds>(call) : finish_bytes_of<Final::any, kAdds>(call);
+}
+
 inline void finish_bytes(const ByteFinishCall& call) {
-  if (call.residual != nullptr)
-    return call.call->clamps ? finish_bytes_of<true, true>(call) : finish_bytes_of<false, true>(call);
-  return call.call->clamps ? finish_bytes_of<true, false>(call) : finish_bytes_of<false, false>(call);
+  return call.residual != nullptr ? finish_bytes_added<true>(call) : finish_bytes_added<false>(call);
 }
 
 inline void turn_tile(const std::int32_t* from, std::int32_t* to) {

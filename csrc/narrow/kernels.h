@@ -103,6 +103,7 @@ struct BroadcastCall {
   const unsigned char* in;
   const std::int32_t* pixels;  // where the first columns of each are read, in bytes
   int count;
+  const std::int32_t* start;    // what the sums of every filter begin with
   const std::int32_t* offsets;  // of the rows of columns, in bytes
   std::int64_t rows;
   const unsigned char* weights;  // by row, of all tiles of filters
@@ -116,7 +117,6 @@ struct ByteFinishCall {
   const conv::Call* call;  // for the activation
   const std::int32_t* sums;
   int count, filter_tiles;
-  const std::int32_t* corrections;
   const float* multipliers;
   const float* bias;
   float inverse;  // 1 / scale, of the results
