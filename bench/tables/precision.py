@@ -43,6 +43,7 @@ def main() -> None:
     wide = acf.compile(model, torch.zeros(1, 3, 32, 32))
     small = acf.quantize(wide, splits.train)
     engines = {"float32": wide, "int8": small}
+    engines["int8, residuals in float32"] = acf.quantize(wide, splits.train, residual_bits=32)
     if acf.show_config()["bfloat16_units"]:
         engines["bfloat16"] = acf.compile(model, torch.zeros(1, 3, 32, 32), precision="bfloat16")
     simulated = acf.simulate(small).eval()

@@ -4,12 +4,19 @@ using conv::Call;
 
 enum class Adds { nothing, residual, rounded };
 
-// A residual on the numbers that stand for it, NaN on the largest.
-ACF_INLINE Reg rounded(Reg x, const Rounding& to) {
-  const Reg most = N::smaller(N::mul(x, N::set(to.inverse)), N::set(to.high));  // in this order: the second for NaN
-  const Reg within = N::max(N::set(to.low), most), magic = N::set(kMagic);
-  return N::mul(N::sub(N::add(within, magic), magic), N::set(to.scale));
-}
+// Puts residuals on the numbers that stand for them, NaN on the largest. Kept in registers: what lies in memory would
+// be read again after every store, which might have changed it.
+struct Rounder {
+  explicit Rounder(const Rounding& to)
+      : inverse(N::set(to.inverse)), low(N::set(to.low)), high(N::set(to.high)), scale(N::set(to.scale)) {}
+
+  ACF_INLINE Reg operator()(Reg x) const {
+    const Reg most = N::smaller(N::mul(x, inverse), high), magic = N::set(kMagic);
+    return N::mul(N::sub(N::add(N::max(low, most), magic), magic), scale);
+  }
+
+  Reg inverse, low, high, scale;
+};
 
 // value(f, sums): of filter f, of the register that lies there, before residual and activation. What many filters have
 // in common is outside the loop over these, and the pixels of a filter are written side by side.
@@ -17,6 +24,7 @@ template <bool kClamps, Adds kAdds, class Value>
 ACF_INLINE void store_tiles(const FinishCall& finish, const Value& value) {
   const Call& call = *finish.call;
   const Reg low = N::set(call.low), high = N::set(call.high);
+  const Rounder rounded(kAdds == Adds::rounded ? *finish.rounding : Rounding{});
   typename N::Mask mask[kTogether * kMaxStores];
   for (int i = 0; i < finish.count; ++i) mask[i] = N::mask(finish.stores[i].from, finish.stores[i].to);
   for (int f = 0; f < finish.filters; ++f) {
@@ -28,7 +36,7 @@ ACF_INLINE void store_tiles(const FinishCall& finish, const Value& value) {
       Reg sum = of_filter(store.sums);
       if constexpr (kAdds != Adds::nothing) {
         Reg added = N::load_masked(residual + store.residual, mask[i]);
-        if constexpr (kAdds == Adds::rounded) added = rounded(added, *finish.rounding);
+        if constexpr (kAdds == Adds::rounded) added = rounded(added);
         sum = N::add(sum, added);
       }
       N::store_masked(out + store.out, mask[i], kClamps ? N::min(high, N::max(low, sum)) : activate(call, sum));

@@ -362,6 +362,10 @@ ACF_TEST(steps_that_do_not_fit_are_refused) {
   EXPECT_THROWS(network.add(convolution(window(3, 1, 1), 1, dense(2, 28, 1), {}), {x}), std::invalid_argument,
                 "columns must be ascending numbers below 27");
   EXPECT_THROWS(network.add(convolution(window(6, 1, 0), 1, dense(2, 27, 1), {}), {x}), std::invalid_argument, "");
+  Arithmetic wide;
+  wide.residual = narrow::Quantization{};
+  EXPECT_THROWS(network.add(convolution(window(3, 1, 1), 1, dense(2, 27, 1), {}, wide), {x}), std::invalid_argument,
+                "residuals are rounded beside 8-bit weights alone");
   EXPECT_THROWS(network.add(reshape({5}), {x}), std::invalid_argument, "as many elements");
   EXPECT_THROWS(network.add(expansion(dense(4, 3, 1), {}, window(3, 1, 1), dense(5, 9, 1), {}), {x}),
                 std::invalid_argument, "a complete depthwise convolution of all its filters");
