@@ -17,10 +17,10 @@ constexpr std::int64_t kMostBytes = std::numeric_limits<std::int32_t>::max();  /
 
 // Packed weights, one after the other, each at a multiple of kAlignment.
 struct BytePacked {
-  std::size_t offsets;                         // int32 (rows,): from a pixel's first byte to those of a row of columns
+  std::size_t offsets;  // int32 (rows,): from a pixel's first byte to those of a row of columns
   // float, float, int32: (filters in whole tiles,). Sums begin with what takes zero from every value.
   std::size_t bias, multipliers, start;
-  std::size_t weights;                         // int8, per part of the filters (rows, tiles, kTile, 4)
+  std::size_t weights;  // int8, per part of the filters (rows, tiles, kTile, 4)
   std::size_t size;
 };
 
@@ -273,8 +273,8 @@ class ByteRunner {
         call.residual = slot.residual;
         call.residual_plane = kPixels;
       }
-      all_.int8.finish({&call, stores, stored, slot.turned, filters, kNone,
-                        part<float>(at_.multipliers) + filter, part<float>(at_.bias) + filter, nullptr});
+      all_.int8.finish({&call, stores, stored, slot.turned, filters, kNone, part<float>(at_.multipliers) + filter,
+                        part<float>(at_.bias) + filter, nullptr});
     }
   }
 

@@ -7,8 +7,8 @@ inline constexpr std::int64_t kChunk = (16 << 10) / (kTiles * kRowBytes);
 
 // Rows [row, row + rows) of columns for some pixels. kAhead: lines of weights that are asked for with every row.
 template <int kCount, int kTiles, int kAhead>
-ACF_INLINE void broadcast_pixels(const BroadcastCall& call, int first, std::int64_t row, std::int64_t rows,
-                                 const unsigned char* ahead) {
+__attribute__((noinline)) void broadcast_pixels(const BroadcastCall& call, int first, std::int64_t row,
+                                                std::int64_t rows, const unsigned char* ahead) {
   __m512i sum[kCount][kTiles];
   const unsigned char* at[kCount];
   const auto each = [](const auto& body) {
@@ -123,7 +123,7 @@ ACF_INLINE void finish_pixels(const ByteFinishCall& call) {
     });
     const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(integers[0], integers[1]), zero),
                   cd = _mm512_adds_epi16(_mm512_packs_epi32(integers[2], integers[3]), zero);
-    const __m512i packed = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd));
+    const __m512i packed = _mm512_maskz_permutexvar_epi32(0xffff, order, _mm512_packus_epi16(ab, cd));
     _mm512_mask_storeu_epi8(call.out + call.pixels[p], mask, packed);
   }
 }
