@@ -230,7 +230,8 @@ class _Builder:
 
         And before which operations a single value is needed, with its bytes: there the network may be cut.
         """
-        sizes = {self.numbers[value]: 4 * math.prod(self.shapes[value]) for value in self.numbers}
+        counts = {number: math.prod(self.shapes[value]) for value, number in self.numbers.items()}
+        sizes = {number: count * (1 if self.network.is_bytes(number) else 4) for number, count in counts.items()}
         inside = {step.output for made in self.made for step in made[:-1]}
         last = {self.numbers[value]: len(self.made) for value in self.program.outputs}
         steps = []
@@ -244,7 +245,7 @@ class _Builder:
         for cut in range(1, len(self.made)):
             needed = [value for value, until in last.items() if value < first + cut and until >= cut]
             if len(needed) == 1 and needed[0] >= first:
-                cuts[cut] = sizes[needed[0]]
+                cuts[cut] = 4 * counts[needed[0]]  # float32 there, whatever it is between the steps
         return steps, cuts
 
     def _tensors(self, step: Step) -> dict[str, Array]:

@@ -80,6 +80,8 @@ class Session {
     give(std::move(workspace));
   }
 
+  bool is_bytes(int value) const { return layout(value).bytes.has_value(); }
+
   const std::int64_t images;
   std::int64_t size = 0;  // of a workspace, in floats
 
@@ -370,6 +372,11 @@ void Network::run(std::int64_t images, std::int64_t part, const float* const* in
   const std::int64_t apart = seconds == nullptr ? count / threads * threads : 0;
   parallel_for(apart, threads, [&](std::int64_t p) { run_part(p, 1); });
   for (std::int64_t p = apart; p < count; ++p) run_part(p, threads);
+}
+
+bool Network::is_bytes(int value) {
+  ACF_CHECK(value >= 0 && static_cast<std::size_t>(value) < shapes_.size(), "there is no value ", value);
+  return session(1)->is_bytes(value);
 }
 
 std::int64_t Network::workspace_bytes(std::int64_t images) {

@@ -54,6 +54,9 @@ class Network {
   // Of the values of so many samples at once, halos included.
   std::int64_t workspace_bytes(std::int64_t images);
 
+  // Whether a value has 8 bits between the steps, not 32.
+  bool is_bytes(int value);
+
  private:
   friend class Session;
   struct Step {

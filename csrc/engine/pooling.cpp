@@ -1,5 +1,6 @@
 // Pooling, means and norms.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -152,14 +153,23 @@ class BytePoolTask : public Task {
 
  private:
   void pool(const unsigned char* from, std::int64_t y, std::int64_t x, unsigned char* to) const {
-    const std::int64_t bytes = from_.pixel;
-    std::memset(to, 0, static_cast<std::size_t>(bytes));
+    std::int64_t done = 0;
+    for (; done + 64 <= from_.pixel; done += 64) pool_channels<64>(from + done, y, x, to + done);
+    for (; done + 16 <= from_.pixel; done += 16) pool_channels<16>(from + done, y, x, to + done);
+    for (; done < from_.pixel; done += 4) pool_channels<4>(from + done, y, x, to + done);
+  }
+
+  // A known number of them stays in registers.
+  template <std::size_t kCount>
+  void pool_channels(const unsigned char* from, std::int64_t y, std::int64_t x, unsigned char* to) const {
+    std::array<unsigned char, kCount> largest = {}, tap;
     for (std::int64_t kh = rows_.first(y); kh < rows_.last(y); ++kh) {
       for (std::int64_t kw = columns_.first(x); kw < columns_.last(x); ++kw) {
-        const unsigned char* tap = from + kh * rows_.dilation * from_.row + kw * columns_.dilation * bytes;
-        for (std::int64_t c = 0; c < bytes; ++c) to[c] = std::max(to[c], tap[c]);
+        std::memcpy(tap.data(), from + kh * rows_.dilation * from_.row + kw * columns_.dilation * from_.pixel, kCount);
+        for (std::size_t c = 0; c < kCount; ++c) largest[c] = std::max(largest[c], tap[c]);
       }
     }
+    std::memcpy(to, largest.data(), kCount);
   }
 
   Axis rows_, columns_;
