@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,10 @@ LEAST_EXPANSION: Final = 3 << 18
 
 CACHE: Final = 3 << 19
 """Bytes of a processor's own cache that the values which a step reads and makes may take, to be found by the next."""
+
+SHARED: Final = 2**23
+"""Bytes of the cache that processors share for values of 8 bits: they are found there in half the time of memory. For
+float32 this decides nothing that measurements would."""
 
 BEGINNING: Final = 2**13
 """Bytes that could have been moved while a step begins."""
@@ -179,12 +183,24 @@ class NativeExecutor:
         return self._cut[begin, end]
 
 
-def _traffic(steps: Sequence[tuple[int, int]], part: int) -> float:
+class _Cost(NamedTuple):
+    """Of an operation: the bytes of its weights, and of the values of a sample that it reads and makes."""
+
+    weights: int
+    values: int
+    narrow: bool  # it makes 8 bits
+
+
+def _traffic(steps: Sequence[_Cost], part: int) -> float:
     """Bytes of a sample that come from beyond the cache: weights once a part, and values that do not fit.
 
     To begin a step counts as some more.
     """
-    return sum((weights + BEGINNING) / part + (values if part * values > CACHE else 0) for weights, values in steps)
+    total = 0.0
+    for weights, values, narrow in steps:
+        near = narrow and part * values <= SHARED
+        total += (weights + BEGINNING) / part + (values / (1 + near) if part * values > CACHE else 0)
+    return total
 
 
 def _fitting(network: _core.Network, part: int) -> int:
@@ -225,27 +241,29 @@ class _Builder:
         self.network.finish([self.numbers[value] for value in self.program.outputs])
         return self.network
 
-    def costs(self) -> tuple[list[tuple[int, int]], dict[int, int]]:
-        """Of every operation the bytes of its weights, and of the values of a sample that it reads and makes.
+    def costs(self) -> tuple[list[_Cost], dict[int, int]]:
+        """Of every operation; and before which ones a single value of float32 is needed, with its bytes: for cuts.
 
-        And before which operations a single value is needed, with its bytes: there the network may be cut.
+        One of 8 bits would be made float32 and bytes again, which takes longer than a cut saves.
         """
         counts = {number: math.prod(self.shapes[value]) for value, number in self.numbers.items()}
-        sizes = {number: count * (1 if self.network.is_bytes(number) else 4) for number, count in counts.items()}
+        narrow = {number for number in counts if self.network.is_bytes(number)}
+        sizes = {number: count * (1 if number in narrow else 4) for number, count in counts.items()}
         inside = {step.output for made in self.made for step in made[:-1]}
         last = {self.numbers[value]: len(self.made) for value in self.program.outputs}
         steps = []
         for i, made in enumerate(self.made):
             read = {self.numbers[value] for step in made for value in step.inputs if value not in inside}
             weights = sum(_weight_bytes(self.program, step, self.precision) for step in made)
-            steps.append((weights, sum(sizes[value] for value in read) + sizes[self.numbers[made[-1].output]]))
+            output = self.numbers[made[-1].output]
+            steps.append(_Cost(weights, sum(sizes[value] for value in read) + sizes[output], output in narrow))
             last.update((value, max(last.get(value, 0), i)) for value in read)
         first = len(self.program.inputs)
         cuts = {}
         for cut in range(1, len(self.made)):
             needed = [value for value, until in last.items() if value < first + cut and until >= cut]
-            if len(needed) == 1 and needed[0] >= first:
-                cuts[cut] = 4 * counts[needed[0]]  # float32 there, whatever it is between the steps
+            if len(needed) == 1 and needed[0] >= first and needed[0] not in narrow:
+                cuts[cut] = sizes[needed[0]]
         return steps, cuts
 
     def _tensors(self, step: Step) -> dict[str, Array]:
