@@ -70,7 +70,7 @@ std::vector<bool> used_rows(const conv::Shape& s, std::int64_t count, const std:
   return used;
 }
 
-// body(n, y, first x, count) for every row of images that some threads share.
+// body(n, y) for every row of some images.
 template <class Body>
 void each_row(std::int64_t images, std::int64_t height, std::int64_t row_bytes, int threads, const Body& body) {
   constexpr std::int64_t kTaskBytes = 1 << 14;  // less is not worth another thread
@@ -112,7 +112,7 @@ class ByteRunner {
     const std::int64_t wanted = threads == 1 ? 1 : task_count(threads);
     if (wanted == 1) threads = 1;
     // Threads that take pixels all read all weights, threads that take filters all pixels.
-    const std::int64_t groups = ceil_div(pixels_, kPixels), filters = filters_.count;
+    const std::int64_t groups = ceil_div(pixels_, kMostPixels), filters = filters_.count;
     const bool by_pixels = groups >= 2 * filters || filters < 2 * threads;
     const Parts pixel_tasks(groups, by_pixels ? std::min(groups, wanted) : 1),
         filter_tasks(filters, by_pixels ? 1 : std::min(filters, wanted));
@@ -126,14 +126,17 @@ class ByteRunner {
   }
 
   static std::int64_t slot_bytes() {
-    return kSumBytes + kTurnedBytes + kResidualBytes + 3 * kMaxGroups * kPixels * std::int64_t{sizeof(std::int32_t)};
+    return kSumBytes + kTurnedBytes + kResidualBytes +
+           3 * kMaxGroups * kMostPixels * std::int64_t{sizeof(std::int32_t)};
   }
 
  private:
-  static constexpr std::int64_t kMaxGroups = 64;  // of kPixels: of a block
+  static constexpr std::int64_t kMaxGroups = 64;  // of kMostPixels: of a block
+  static constexpr std::int64_t kPixelTiles = (kMostPixels + kTile - 1) / kTile;
   // The last tile is turned with what lies behind it.
-  static constexpr std::int64_t kSumBytes = (kTogether * kPixels + kTile) * kRowBytes, kTurnedBytes = 2 * kStepBytes,
-                                kResidualBytes = kTile * kPixels * std::int64_t{sizeof(float)};
+  static constexpr std::int64_t kSumBytes = (kTogether * kMostPixels + kTile) * kRowBytes,
+                                kTurnedBytes = kPixelTiles * kStepBytes,
+                                kResidualBytes = kTile * kMostPixels * std::int64_t{sizeof(float)};
 
   // The memory of a slot.
   struct Slot {
@@ -142,10 +145,10 @@ class ByteRunner {
           turned(reinterpret_cast<std::int32_t*>(memory + kSumBytes)),
           residual(reinterpret_cast<float*>(memory + kSumBytes + kTurnedBytes)),
           read(reinterpret_cast<std::int32_t*>(memory + kSumBytes + kTurnedBytes + kResidualBytes)),
-          written(read + kMaxGroups * kPixels),
-          added(written + kMaxGroups * kPixels) {}
+          written(read + kMaxGroups * kMostPixels),
+          added(written + kMaxGroups * kMostPixels) {}
     std::int32_t *sums, *turned;
-    float* residual;                       // (kTile, kPixels), of results in planes
+    float* residual;                       // (kTile, kMostPixels), of results in planes
     std::int32_t *read, *written, *added;  // where the pixels of a block lie, in bytes
   };
 
@@ -166,7 +169,7 @@ class ByteRunner {
   // it; weights that do not stay there are read once a block.
   std::int64_t block_groups() const {
     const std::int64_t bytes = streams_ ? kLargeBlockBytes : kBlockBytes,
-                       each = kPixels *
+                       each = kMostPixels *
                               (plan_.in.pitch.pixel * plan_.shape.stride_h * plan_.shape.stride_w +
                                plan_.shape.filters * (target_.bytes == nullptr ? std::int64_t{sizeof(float)} : 1));
     return std::clamp<std::int64_t>(bytes / each, 2, kMaxGroups);
@@ -175,8 +178,8 @@ class ByteRunner {
   void run_part(const conv::Part& groups, const conv::Part& filters, unsigned char* memory) const {
     const Parts blocks(groups.size, ceil_div(groups.size, block_groups()));
     for (std::int64_t b = 0; b < blocks.count; ++b) {
-      const std::int64_t first = (groups.begin + blocks[b].begin) * kPixels;
-      run_block(first, std::min(pixels_ - first, blocks[b].size * kPixels), filters, memory);
+      const std::int64_t first = (groups.begin + blocks[b].begin) * kMostPixels;
+      run_block(first, std::min(pixels_ - first, blocks[b].size * kMostPixels), filters, memory);
     }
   }
 
@@ -189,8 +192,8 @@ class ByteRunner {
     if (residual_ != nullptr) locate(first, count, residual_->pitch, slot.added);
     for (std::int64_t i = filters.begin; i < filters.begin + filters.size; ++i) {
       const conv::Part tiles = filters_[i];
-      for (std::int64_t from = 0; from < count; from += kPixels) {
-        const auto pixels = static_cast<int>(std::min<std::int64_t>(kPixels, count - from));
+      for (std::int64_t from = 0; from < count; from += kMostPixels) {
+        const auto pixels = static_cast<int>(std::min<std::int64_t>(kMostPixels, count - from));
         BroadcastCall call = {};
         call.in = in_;
         call.pixels = slot.read + from;
@@ -253,7 +256,7 @@ class ByteRunner {
   // As planes, by tiles of (filters, pixels).
   void finish_planes(const conv::Part& tiles, const Slot& slot, std::int64_t from, int count,
                      std::int64_t first) const {
-    Store stores[2 * kMaxStores];
+    Store stores[kPixelTiles * kMaxStores];
     int stored = 0;
     for (int i = 0; i < count; i += kTile) {
       stored += spread(first + from + i, std::min(kTile, count - i), i, stores + stored);
@@ -261,7 +264,7 @@ class ByteRunner {
     static constexpr std::int32_t kNone[kTile] = {};  // the sums are right as they are
     for (std::int64_t f = 0; f < tiles.size; ++f) {
       for (int i = 0; i < count; i += kTile) {
-        all_.bytes.turn(slot.sums + (f * kPixels + i) * kTile, slot.turned + i * kTile);
+        all_.bytes.turn(slot.sums + (f * kMostPixels + i) * kTile, slot.turned + i * kTile);
       }
       const std::int64_t filter = (tiles.begin + f) * kTile;
       conv::Call call = call_;
@@ -271,7 +274,7 @@ class ByteRunner {
       if (residual_ != nullptr) {
         widen_residual(filter, filters, slot.added + from, count, slot.residual);
         call.residual = slot.residual;
-        call.residual_plane = kPixels;
+        call.residual_plane = kMostPixels;
       }
       all_.int8.finish({&call, stores, stored, slot.turned, filters, kNone, part<float>(at_.multipliers) + filter,
                         part<float>(at_.bias) + filter, nullptr});
@@ -283,7 +286,7 @@ class ByteRunner {
     for (int p = 0; p < count; ++p) {
       const unsigned char* bytes = residual_->bytes + pixels[p] + filter;
       for (int i = 0; i < filters; ++i)
-        to[i * kPixels + p] = static_cast<float>(bytes[i] - numbers.zero) * numbers.scale;
+        to[i * kMostPixels + p] = static_cast<float>(bytes[i] - numbers.zero) * numbers.scale;
     }
   }
 

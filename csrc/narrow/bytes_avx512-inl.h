@@ -14,7 +14,7 @@ __attribute__((noinline)) void broadcast_pixels(const BroadcastCall& call, int f
   const auto each = [](const auto& body) {
     unrolled<kCount>([&](auto p) { unrolled<kTiles>([&](auto f) { body(p, f); }); });
   };
-  const auto stored = [&](auto p, auto f) { return call.sums + (f * kPixels + first + p) * kTile; };
+  const auto stored = [&](auto p, auto f) { return call.sums + (f * kMostPixels + first + p) * kTile; };
   unrolled<kCount>([&](auto p) { at[p] = call.in + call.pixels[first + p]; });
   if (row == 0) {
     each([&](auto p, auto f) { sum[p][f] = _mm512_load_si512(call.start + f * kTile); });
@@ -108,7 +108,7 @@ ACF_INLINE void finish_pixels(const ByteFinishCall& call) {
   for (int p = 0; p < call.count; ++p) {
     __m512i integers[kTogether] = {};
     unrolled<kTiles>([&](auto f) {
-      const __m512i sum = _mm512_load_si512(call.sums + (f * kPixels + p) * kTile);
+      const __m512i sum = _mm512_load_si512(call.sums + (f * kMostPixels + p) * kTile);
       Reg y = N::add(N::mul(_mm512_maskz_cvtepi32_ps(0xffff, sum), multiplier[f]), bias[f]);
       if constexpr (kAdds) {
         const unsigned char* residual = call.residual + call.residual_pixels[p] + f * kTile;

@@ -97,8 +97,8 @@ struct FinishCall {
   const Rounding* rounding;  // int8: of the residual, or null
 };
 
-// Of bytes.h. Sums (filter tiles, kPixels, kTile) of up to kPixels pixels and kTogether tiles of filters.
-inline constexpr int kPixels = 24;
+// Of bytes.h. Sums (filter tiles, kMostPixels, kTile) of up to kMostPixels pixels and kTogether tiles of filters.
+inline constexpr int kMostPixels = 24;
 struct BroadcastCall {
   const unsigned char* in;
   const std::int32_t* pixels;  // where the first columns of each are read, in bytes

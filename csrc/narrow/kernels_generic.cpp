@@ -67,7 +67,7 @@ void broadcast_int8(const BroadcastCall& call) {
   for (int f = 0; f < call.filter_tiles; ++f) {
     for (int p = 0; p < call.count; ++p) {
       const unsigned char *weights = call.weights + f * kRowBytes, *pixel = call.in + call.pixels[p];
-      std::int32_t* sums = call.sums + (f * kPixels + p) * kTile;
+      std::int32_t* sums = call.sums + (f * kMostPixels + p) * kTile;
       std::memcpy(sums, call.start + f * kTile, kTile * sizeof(*sums));
       for (std::int64_t row = 0; row < call.rows; ++row, weights += call.filter_tiles * kRowBytes) {
         for (int i = 0; i < kTile; ++i) {
@@ -87,7 +87,7 @@ void finish_bytes(const ByteFinishCall& call) {
       float results[kTile];
       for (int i = 0; i < kTile; ++i) {
         const int filter = f * kTile + i;
-        const auto sum = static_cast<float>(call.sums[(f * kPixels + p) * kTile + i]);
+        const auto sum = static_cast<float>(call.sums[(f * kMostPixels + p) * kTile + i]);
         results[i] = sum * call.multipliers[filter] + call.bias[filter];
         if (call.residual == nullptr || i >= filters) continue;
         const std::int32_t byte = call.residual[call.residual_pixels[p] + filter];
