@@ -435,21 +435,21 @@ void pack(const BytePlan& plan, std::int64_t count, const std::int64_t* columns,
                                   (tap % s.kernel_w * s.dilation_w - s.padding.left) * pitch.pixel + 4 * four);
     number[i] = rows++;
   }
-  std::vector<std::int64_t> row(static_cast<std::size_t>(count));  // of a column
-  for (std::int64_t i = 0; i < count; ++i) {
-    row[static_cast<std::size_t>(i)] =
-        number[static_cast<std::size_t>(columns[i] % taps * fours + columns[i] / taps / 4)];
-  }
   const Parts parts = filter_parts(plan);
+  std::vector<std::int64_t> places(static_cast<std::size_t>(count));  // of columns, from a filter's first weight
   for (std::int64_t p = 0, f = 0; p < parts.count; ++p) {
     const conv::Part tiles = parts[p];
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t channel = columns[i] / taps,
+                         row = number[static_cast<std::size_t>(columns[i] % taps * fours + channel / 4)];
+      places[static_cast<std::size_t>(i)] = row * tiles.size * kRowBytes + channel % 4;
+    }
     for (; f < std::min(s.filters, (tiles.begin + tiles.size) * kTile); ++f, weights += count) {
       unsigned char* first = bytes + at.weights + tiles.begin * tile_bytes(plan) + (f - tiles.begin * kTile) * 4;
       std::int32_t sum = 0;
       for (std::int64_t i = 0; i < count; ++i) {
         const auto weight = static_cast<signed char>(weights[i]);
-        std::memcpy(first + row[static_cast<std::size_t>(i)] * tiles.size * kRowBytes + columns[i] / taps % 4, &weight,
-                    1);
+        first[places[static_cast<std::size_t>(i)]] = static_cast<unsigned char>(weight);
         sum += weight;
       }
       biases[f] = bias == nullptr ? 0 : bias[f];

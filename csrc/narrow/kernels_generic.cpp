@@ -68,7 +68,7 @@ void broadcast_int8(const BroadcastCall& call) {
     for (int p = 0; p < call.count; ++p) {
       const unsigned char *weights = call.weights + f * kRowBytes, *pixel = call.in + call.pixels[p];
       std::int32_t* sums = call.sums + (f * kMostPixels + p) * kTile;
-      std::memcpy(sums, call.start + f * kTile, kTile * sizeof(*sums));
+      std::memset(sums, 0, kTile * sizeof(*sums));
       for (std::int64_t row = 0; row < call.rows; ++row, weights += call.filter_tiles * kRowBytes) {
         for (int i = 0; i < kTile; ++i) {
           for (int c = 0; c < 4; ++c) {
@@ -76,6 +76,8 @@ void broadcast_int8(const BroadcastCall& call) {
           }
         }
       }
+      // At the end: on the way both together may be more than an integer holds.
+      for (int i = 0; i < kTile; ++i) sums[i] += call.start[f * kTile + i];
     }
   }
 }
