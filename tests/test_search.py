@@ -553,8 +553,10 @@ def test_a_search_whose_worker_died_goes_on(small, tmp_path):
 
 
 SLEEPER = """
-import os, pathlib, sys, time
+import os, pathlib, signal, sys, time
 from autocompress_fast._workers import Workers
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell begins without it
 
 def sleep(item):
     (pathlib.Path(sys.argv[1]) / str(os.getpid())).touch()
