@@ -230,7 +230,7 @@ class ByteSource {
     if (makes_) {
       planes_ = value.pitch();
       layout_ = narrow::byte_layout(images_, shape_[0], shape_[1], shape_[2], padding);
-      scratch_ = (layout_.size + conv::kAlignment) / conv::kAlignment * kLine;
+      scratch_ = (layout_.size / kLineBytes + 1) * kLine;
     } else {
       layout_ = value.bytes->layout;
     }
@@ -251,7 +251,7 @@ class ByteSource {
   }
 
  private:
-  static constexpr auto kLine = static_cast<std::int64_t>(conv::kAlignment / sizeof(float));
+  static constexpr std::int64_t kLineBytes = conv::kAlignment, kLine = conv::kAlignment / sizeof(float);
 
   std::int64_t images_;
   Shape shape_;

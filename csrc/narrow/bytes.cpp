@@ -168,11 +168,12 @@ class ByteRunner {
   // What a block reads and writes stays in the second-level cache while some tiles of filters after the others meet
   // it; weights that do not stay there are read once a block.
   std::int64_t block_groups() const {
+    const conv::Shape& s = plan_.shape;
     const std::int64_t bytes = streams_ ? kLargeBlockBytes : kBlockBytes,
-                       each = kMostPixels *
-                              (plan_.in.pitch.pixel * plan_.shape.stride_h * plan_.shape.stride_w +
-                               plan_.shape.filters * (target_.bytes == nullptr ? std::int64_t{sizeof(float)} : 1));
-    return std::clamp<std::int64_t>(bytes / each, 2, kMaxGroups);
+                       read =
+                           plan_.in.pitch.pixel * std::min(s.stride_h, s.kernel_h) * std::min(s.stride_w, s.kernel_w),
+                       written = s.filters * (target_.bytes == nullptr ? std::int64_t{sizeof(float)} : 1);
+    return std::clamp<std::int64_t>(bytes / (kMostPixels * (read + written)), 2, kMaxGroups);
   }
 
   void run_part(const conv::Part& groups, const conv::Part& filters, unsigned char* memory) const {
