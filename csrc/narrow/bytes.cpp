@@ -338,7 +338,8 @@ ByteLayout byte_layout(std::int64_t images, std::int64_t channels, std::int64_t 
   pitch.pixel = ceil_div(channels, 4) * 4;
   pitch.row = (width + std::max(padding.left, padding.right)) * pitch.pixel;
   pitch.image = (height + std::max(padding.top, padding.bottom)) * pitch.row;
-  layout.before = ceil_div(padding.top * pitch.row + padding.left * pitch.pixel, conv::kAlignment) * conv::kAlignment;
+  constexpr std::int64_t kLine = conv::kAlignment;
+  layout.before = ceil_div(padding.top * pitch.row + padding.left * pitch.pixel, kLine) * kLine;
   layout.size = layout.before + images * pitch.image + padding.bottom * pitch.row + padding.right * pitch.pixel;
   return layout;
 }
