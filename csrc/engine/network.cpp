@@ -156,7 +156,27 @@ class Session {
                              : step.operation->makes_bytes(machine, input_shape(step), step.inputs.size());
       if (makes) made[out] = wanted[out];
     }
+    while (drop_single(made)) {
+    }
     return made;
+  }
+
+  // Takes bytes back that only make steps between planes read or write bytes on one side: between depthwise layers, for
+  // one, which are float32. Such steps are quicker on planes. Returns whether there were any.
+  bool drop_single(std::vector<const narrow::Quantization*>& made) const {
+    std::vector<bool> single(made.size(), true);
+    for (const Network::Step& step : network_.steps_) {
+      const auto in = static_cast<std::size_t>(step.inputs[0]), out = static_cast<std::size_t>(step.output);
+      const bool both = made[in] != nullptr && made[out] != nullptr;
+      if (both) single[in] = single[out] = false;
+    }
+    bool dropped = false;
+    for (std::size_t value = 0; value < made.size(); ++value) {
+      if (made[value] == nullptr || !single[value]) continue;
+      made[value] = nullptr;
+      dropped = true;
+    }
+    return dropped;
   }
 
   bool is_alias(std::size_t value) const {
