@@ -51,9 +51,9 @@ def quantize(
 
     Convolutions and linear layers compute with integers: their inputs are rounded to 256 numbers, between which zero
     lies, and the weights of every filter to 255. What residual networks add to the result of such a convolution is
-    rounded as inputs are. Other steps and biases stay float32, and so do layers whose single
-    weights were pruned (sparse storage), those with more than 65536 columns, and depthwise and grouped convolutions of
-    less than 8 filters a group, which float32 is quicker at.
+    rounded as inputs are. Other steps and biases stay float32, and so do layers whose single weights were pruned
+    (sparse storage), those with more than 65536 columns, and depthwise and grouped convolutions of less than 8 filters
+    a group, which float32 is quicker at.
 
     Args:
         engine: in float32; it is not changed.

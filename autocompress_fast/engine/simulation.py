@@ -31,9 +31,8 @@ def simulate(engine: Engine) -> Simulation:
 
     Its parameters are the weights and biases of the program, as they are stored there, so what is pruned stays pruned.
     Inputs and weights of 8-bit steps, and residuals of 8 bits, are rounded on the way, to what the engine rounds them
-    to. With gradients their
-    sums are in float32, whose last bits may decide how the next layer rounds; in eval mode and without gradients they
-    are exact, as in the engine. Train it in float32.
+    to. With gradients their sums are in float32, whose last bits may decide how the next layer rounds; in eval mode and
+    without gradients they are exact, as in the engine. Train it in float32.
 
     Args:
         engine: such as `quantize` returns; steps in float32 are simulated, and trained, as well.

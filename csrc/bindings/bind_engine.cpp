@@ -367,7 +367,7 @@ void register_engine(py::module_& module) {
           py::arg("begin"), py::arg("end"))
       .def("run", &run, py::arg("inputs"), py::arg("threads"), py::arg("part"))
       .def("profile", &profile, py::arg("inputs"), py::arg("threads"), py::arg("part"), py::arg("rounds"))
-      .def("is_bytes", &Network::is_bytes, py::arg("value"))
+      .def("is_bytes", &Network::is_bytes, py::arg("value"), py::call_guard<py::gil_scoped_release>())
       .def("workspace_bytes", &Network::workspace_bytes, py::arg("samples"), py::call_guard<py::gil_scoped_release>());
 }
 

@@ -393,7 +393,7 @@ class ExpansionTask : public Task {
                 const Activated& expanded, const Activated& activated)
       : slices_(std::move(slices)),
         images_(output.images),
-        in_(input.bytes ? conv::Pitch{} : input.pitch()),
+        in_(input.pitch()),
         out_(output.pitch()),
         between_(between),
         pitch_((between.size + kLine - 1) / kLine * kLine),
