@@ -50,7 +50,7 @@ from autocompress_fast.plan import Plan, apply_masks
 from autocompress_fast.progress import Progress, default_progress
 from autocompress_fast.purify import purify
 from autocompress_fast.quantize import LevelConstraint, snap
-from autocompress_fast.rates import STRUCTURES, Keep, Target, allocate, fill, relative, smallest
+from autocompress_fast.rates import STRUCTURES, Keep, Target, allocate, between, fill, relative, smallest
 from autocompress_fast.search import Found, Search, quick_score
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
 
@@ -69,6 +69,7 @@ _BIT_TRIALS = 100  # of a search for bits, which trains nothing
 _SEARCH_BATCH = 4  # candidates of a search that are proposed together
 _TIMED_BATCHES = 8  # of a dry run
 _EACH_ROUND = 4.0  # rate, unless the recipe says how many rounds there are
+_AHEAD = 6.0  # rate from what there is: so far a search looks, where the target is not nearer and the round not longer
 _PORTIONS = (0.5, 0.8, 0.95, 1.0)  # of the weights of a layer, set to their levels one after the other
 _MOST_REFUSED = 3  # rounds that cost too much accuracy, before a run ends with what it has
 
@@ -83,7 +84,9 @@ class Recipe:
         rounds: how many times to prune and compact; the steps become smaller, from 2 to 1 in the logarithm of the
             rate. None: as many as make it about 4x a round.
         search: how many candidates to try in every round for the rates of the layers (`acf.Search`), scored by the loss
-            of the network pruned so on some validation samples. 0 leaves them to experience: larger layers lose more.
+            of the network pruned so on some validation samples. Candidates are of the target, or 6x smaller than what
+            is left where the target is further away; a round goes its part of the way to the best. 0 leaves the rates
+            to experience: larger layers lose more.
         keep: pattern of layers (a path, a glob) -> share of its weights that each keeps at least, or (at least, at
             most), as of `acf.allocate`.
         search_steps: of training with masks, at the rate of `retrain_lr` and always on the same batches, before a
@@ -538,11 +541,11 @@ class _Run:
 def _rounds(run: _Run, state: _State, rounds: int) -> _State:
     """Prune, compact and retrain round by round, until the target is met."""
     for number in range(1, rounds + 1):
-        part = run.goal.part(_share(number, rounds), run.meter.dense)
-        run.stages.progress.note(f"round {number} of {rounds}: to {part}")
-        state = _round(run, state, number, part)
+        way = _Way(run.goal, run.meter.dense, _share(number - 1, rounds), _share(number, rounds))
+        run.stages.progress.note(f"round {number} of {rounds}: to {way.part}")
+        state = _round(run, state, number, way)
         state = _trained(run, state, f"round{number}", number, "final" if number == rounds else "retrain")
-        run.tell(number, part, state)
+        run.tell(number, way.part, state)
     return state
 
 
@@ -559,13 +562,13 @@ def _rounds_within(run: _Run, state: _State, rounds: int, floor: float) -> _Stat
         begun = sum(share <= reached + 1e-9 for share in shares)  # which of the planned steps
         share = reached + scale * (shares[begun] - shares[begun - 1])
         share = share if share < 1 - 1e-9 else 1.0
-        part = run.goal.part(share, run.meter.dense)
-        run.stages.progress.note(f"round {number}: to {part}")
-        trial = _trained(run, _round(run, state, number, part), f"round{number}", number, "retrain")
+        way = _Way(run.goal, run.meter.dense, reached, share)
+        run.stages.progress.note(f"round {number}: to {way.part}")
+        trial = _trained(run, _round(run, state, number, way), f"round{number}", number, "retrain")
         if trial.accuracy < floor:
             trial = _trained(run, trial, f"round{number}", number, "final")
         accepted = trial.accuracy >= floor
-        run.tell(number, part, trial, accepted=accepted)
+        run.tell(number, way.part, trial, accepted=accepted)
         if accepted:
             state, reached = trial, share
         else:
@@ -574,6 +577,27 @@ def _rounds_within(run: _Run, state: _State, rounds: int, floor: float) -> _Stat
         return state
     polished = _trained(run, state, "final", number + 1, "final")
     return polished if polished.accuracy >= floor else state
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Of a round, in shares of the logarithm of the rates: from where, and to where."""
+
+    goal: Target
+    dense: Counts
+    reached: float
+    share: float
+
+    @property
+    def part(self) -> Target:
+        """The target of the round."""
+        return self.goal.part(self.share, self.dense)
+
+    @property
+    def ahead(self) -> float:
+        """How far a search looks: what costs least in this round may lead nowhere in the next ones."""
+        whole = max(self.goal.excess(self.dense, self.dense), 1e-9)
+        return min(1.0, max(self.share, self.reached + math.log(_AHEAD) / whole))
 
 
 def _share(number: int, rounds: int) -> float:
@@ -585,15 +609,15 @@ def _share(number: int, rounds: int) -> float:
     return 1.0 if number == rounds else sum(steps[:number]) / sum(steps)
 
 
-def _round(run: _Run, state: _State, number: int, part: Target) -> _State:
+def _round(run: _Run, state: _State, number: int, way: _Way) -> _State:
     """Prune until the target of the round is met, and compact."""
     report, recipe, stages = run.report, run.recipe, run.stages
     small, masks = copy.deepcopy(state.small), state.masks
     now = report if masks is None else inspect(small, run.example, exclude=sorted(report.held))
     meter = run.meter if masks is None else run.meter.after(now, state.kept)
     keep = recipe.keep if masks is None else relative(recipe.keep, report, now, recipe.structure)
-    allowed = _allowed(small, meter, part, recipe, keep, number, stages)
-    filled = functools.partial(fill, now, part, meter, allowed, keep=keep)
+    allowed = _allowed(small, masks, meter, way, recipe, keep, number, stages)
+    filled = functools.partial(fill, now, way.part, meter, allowed, keep=keep)
     constraints = filled(ADMM(small, allowed, report=now).plan)
     for step, step_constraints in enumerate(_steps(constraints, recipe.structure)):
         admm = ADMM(small, step_constraints, rho=recipe.rho, report=now)
@@ -618,23 +642,34 @@ def _trained(run: _Run, state: _State, prefix: str, number: int, kind: str) -> _
 
 
 def _allowed(
-    small: nn.Module, meter: Meter, part: Target, recipe: Recipe, keep: Keep, number: int, stages: _Stages
+    small: nn.Module,
+    masks: Plan | None,
+    meter: Meter,
+    way: _Way,
+    recipe: Recipe,
+    keep: Keep,
+    number: int,
+    stages: _Stages,
 ) -> dict[str, Constraint]:
-    """What every layer may keep in a round: by experience, or the best that a search finds."""
+    """What every layer may keep in a round: by experience, or on the way to the best that a search finds ahead."""
     now, structure = meter.report, recipe.structure
     if recipe.search == 0:
-        return allocate(now, part, meter, structure, keep=keep)
+        return allocate(now, way.part, meter, structure, keep=keep)
+    target = way.goal.part(way.ahead, way.dense)
     score = _search_score(small, now, stages.loader, stages.validation, recipe)
     trace = None if stages.folder is None else stages.folder / f"round{number}.search.jsonl"
     seed = recipe.seed + 1000 * number
     workers = recipe.search_workers
     options: dict[str, Any] = {"batch": max(_SEARCH_BATCH, workers), "workers": workers, "seed": seed, "trace": trace}
-    search = Search(now, part, score, dense=meter, structure=structure, keep=keep, **options)
+    search = Search(now, target, score, dense=meter, structure=structure, keep=keep, **options)
     found = search.run(recipe.search, progress=stages.progress)
     stages.searches.append(found)
     when = f"after {recipe.search_steps} steps" if recipe.search_steps else "in one shot"
-    stages.progress.note(f"round {number}: loss {when} {-found.score:.4g}, by experience {-found.start:.4g}")
-    return found.constraints
+    stages.progress.note(
+        f"round {number}: at {target}, loss {when} {-found.score:.4g}, by experience {-found.start:.4g}"
+    )
+    share = (way.share - way.reached) / (way.ahead - way.reached)
+    return found.constraints if share == 1 else between(now, masks, found.constraints, share)
 
 
 def _search_score(

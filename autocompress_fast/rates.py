@@ -23,7 +23,7 @@ from autocompress_fast.graph import Counts, Layer, Report, Set, matched
 from autocompress_fast.meter import Meter
 from autocompress_fast.plan import Plan
 
-__all__ = ["STRUCTURES", "Action", "Keep", "Target", "allocate", "fill", "relative", "smallest"]
+__all__ = ["STRUCTURES", "Action", "Keep", "Target", "allocate", "between", "fill", "relative", "smallest"]
 
 Keep: TypeAlias = "Mapping[str, float | tuple[float, float]]"
 """Pattern of layers -> the share of its weights that each keeps at least, or (at least, at most)."""
@@ -426,6 +426,57 @@ def fill(
     for kinds in ((True, False), (True,), (False,)):
         grow(kinds, 0.0, math.log(_MOST_GROWTH))
     return _grown(report, constraints, factors, ranges)
+
+
+def between(
+    report: Report, plan: Plan | None, constraints: Mapping[str, Constraint], share: float
+) -> dict[str, Constraint]:
+    """Constraints that lie a share of the way from what is left now to others: in the logarithm of every count.
+
+    Where the others meet a target that lies so far ahead, these meet `Target.part` of it: by Hölder's inequality
+    sum n^(1 - s) m^s <= (sum n)^(1 - s) (sum m)^s, whatever n weights or multiply-adds layers have and m keep. Of
+    latencies and bytes, that holds only about.
+
+    Args:
+        report: of the network as it is now.
+        plan: what is left of it, where not all of the report's is.
+        constraints: those at the end of the way.
+        share: from 0 to 1.
+
+    Example:
+        >>> import torch
+        >>> from autocompress_fast.graph import inspect
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(100, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        >>> report = inspect(model, torch.zeros(1, 100))
+        >>> end = {"0": Constraint("filter+column", (16, 25)), "2": Constraint("filter+column", (10, 16))}
+        >>> {name: c.keep for name, c in between(report, None, end, 0.5).items()}
+        {'0': (32, 50), '2': (10, 32)}
+    """
+
+    def middle(now: int, end: int) -> int:
+        return int(now ** (1 - share) * end**share + 1e-9)
+
+    filters = {n: c.keep[0] if isinstance(c.keep, tuple) else c.keep for n, c in constraints.items()}
+    tied_by = {n: report.set_of[n] for n, c in constraints.items() if "filter" in c.structure and n in report.set_of}
+    for tied in set(tied_by.values()):  # the most groups that leave each of its layers its filters
+        members = [name for name in tied_by if tied_by[name] is tied]
+        groups = middle(tied.size, min(tied.groups(name, filters[name]) for name in members))
+        filters.update({name: tied.filters(name, groups) for name in members})
+    found: dict[str, Constraint] = {}
+    for name, end in constraints.items():
+        left = None if plan is None else plan[name]
+        columns = report[name].columns if left is None else int(left.columns.sum())
+        keep: int | tuple[int, int]
+        if isinstance(end.keep, tuple):
+            keep = filters[name], middle(columns, end.keep[1])
+        elif end.structure == "filter":
+            keep = filters[name]
+        else:
+            weights = report[name].weights if left is None else left.weights
+            keep = middle(weights if end.structure == "element" else columns, end.keep)
+        found[name] = replace(end, keep=keep)
+    return found
 
 
 def smallest(report: Report, structure: str = "filter+column", *, keep: Keep | None = None) -> Counts:

@@ -19,7 +19,7 @@ from autocompress_fast.engine.narrow import quantize
 from autocompress_fast.engine.program import is_narrow
 from autocompress_fast.engine.simulation import Simulation, simulate
 from autocompress_fast.graph import Counts, inspect
-from autocompress_fast.pipeline import DryRun, Recipe, Result, _share, compress, train
+from autocompress_fast.pipeline import DryRun, Recipe, Result, _share, _Way, compress, train
 from autocompress_fast.plan import Plan, mask
 from autocompress_fast.progress import Progress
 from autocompress_fast.quantize import LevelConstraint
@@ -689,8 +689,27 @@ def test_rates_are_searched_for_in_every_round(trained, searched):
         assert len(trials) == 12
         assert trials[-1]["best"] >= trials[0]["score"]
         assert head["seed"] == 1000 * number
+        assert head["target"] == {"params": 4}  # both look ahead to the end
         assert [trial.score for trial in result.searches[number - 1].trace] == [trial["score"] for trial in trials]
+    assert 4 ** (2 / 3) <= result.dense.params / result.rounds[0]["params"] < 3  # the first goes two thirds of the way
     assert result.plan != run(trained, target="4x", recipe=variant(rounds=2, final_epochs=3)).plan
+
+
+@pytest.mark.parametrize(
+    ("target", "reached", "share", "rate"),
+    [
+        (Target(conv=216, params=10), 0, 0.2, 6),
+        (Target(conv=216, params=10), 1 / 3, 0.5, 36),
+        (Target(conv=216, params=10), 0.8, 0.9, 216),
+        (Target(conv=216, params=10), 0, 0.5, 216**0.5),  # the round itself goes farther
+        (Target(conv=4), 0, 0.5, 4),
+    ],
+)
+def test_a_search_looks_so_far_ahead_of_its_round(target, reached, share, rate):
+    dense = Counts(conv=10**6, params=10**6, macs=10**6)
+    way = _Way(target, dense, reached, share)
+    assert way.part == target.part(share)
+    assert target.part(way.ahead).conv == pytest.approx(rate)
 
 
 def test_a_run_killed_while_it_searches_ends_as_one_that_was_not(trained, searched, tmp_path):
@@ -713,10 +732,10 @@ def test_candidates_are_scored_after_steps_of_training(trained):
         recipe = variant(rounds=1, search=1, search_steps=steps, admm_epochs=1, final_epochs=1)
         watcher = Watcher()
         starts.append(run(trained, target="4x", recipe=recipe, progress=watcher).searches[0].start)
-        notes += [note for note in watcher.noted if note.startswith("round 1: loss ")]
+        notes += [note for note in watcher.noted if ", loss " in note]
     assert starts[0] < starts[1] - 0.05
     assert [note.split(" by experience")[0] for note in notes] == [
-        f"round 1: loss {when} {-start:.4g},"
+        f"round 1: at params 4x, loss {when} {-start:.4g},"
         for when, start in zip(("in one shot", "after 20 steps"), starts, strict=True)
     ]
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from autocompress_fast import models
-from autocompress_fast.admm import ADMM
+from autocompress_fast.admm import ADMM, projected
 from autocompress_fast.compact import compact, restore
 from autocompress_fast.graph import Counts, Report, inspect
 from autocompress_fast.models import vgg
-from autocompress_fast.rates import STRUCTURES, Target, allocate, fill, smallest
+from autocompress_fast.rates import STRUCTURES, Target, allocate, between, fill, smallest
 from autocompress_fast.unused import unused_paths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -313,6 +313,40 @@ def test_targets_of_networks_with_tied_filters_are_met(name, structure, target):
                 assert kept, member
                 if "filter" in structure:  # a group stays in all of its layers, or goes from all
                     assert kept == everything & set(tied.rows[member].tolist()), member
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", ["residual", "depthwise", "transposed", "lenet5"])
+def test_what_lies_between_meets_the_part_of_the_target_that_lies_there(name, structure):
+    """The inequality of Hölder, of weights and of multiply-adds, from the whole network and from what was pruned."""
+    if name == "lenet5":
+        report = report_of(name)
+        model, example = models.create(name), torch.zeros(1, *models.input_shape(name))
+    else:
+        model, example, report = branching(name)
+    rate = 1.4 if name == "transposed" else 3
+    goal, dense = Target(params=rate, macs=rate), report.counts()
+    end = allocate(report, goal, dense, structure)
+    assert between(report, None, end, 1.0) == end
+    assert report.counts(projected(report, between(report, None, end, 0.0))) == dense
+    sizes = []
+    for share in (0.2, 0.5, 0.9):
+        plan = projected(report, between(report, None, end, share))
+        assert goal.part(share).met(dense, report.counts(unused_paths(plan, report)))
+        sizes.append(plan.weights)
+    assert dense.params > sizes[0] > sizes[1] > sizes[2] >= projected(report, end).weights
+
+    halfway = between(report, None, end, 0.5)
+    masks = projected(report, halfway).tied(report)
+    cut = compact(copy.deepcopy(model), masks, example, columns=False, report=report)
+    now = inspect(cut.model, example)
+    left = report.counts(restore(cut.plan, cut.kept, report))
+    for share in (0.3, 0.8):
+        plan = projected(now, between(now, cut.plan, allocate(now, goal, dense, structure), share))
+        found = report.counts(restore(unused_paths(plan, now), cut.kept, report))
+        for size in ("params", "macs"):
+            limit = getattr(left, size) ** (1 - share) * (getattr(dense, size) / rate) ** share
+            assert getattr(found, size) <= limit * (1 + 1e-12)
 
 
 def test_later_rounds_count_from_the_dense_network():

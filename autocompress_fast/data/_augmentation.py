@@ -91,20 +91,25 @@ class Augmentation:
         import torch.nn.functional as F
 
         count, _, height, width = images.shape
-        angle = np.deg2rad(rng.uniform(-self.rotation, self.rotation, count))
-        factor = rng.uniform(1 - self.scale, 1 + self.scale, count)
         # affine_grid maps an output position to the input position it is read from, both in units of half the image:
         # the inverse of "turn anticlockwise by angle, enlarge by factor" (y points down), with the ratio of the sides.
-        cos, sin, ratio = np.cos(angle) / factor, np.sin(angle) / factor, height / width
-        zero = np.zeros(count)
-        theta = np.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], axis=1).reshape(count, 2, 3)
-        grid = F.affine_grid(torch.from_numpy(theta).to(images), list(images.shape), align_corners=False)
+        theta = np.eye(2, 3)[None]
+        if self.rotation > 0 or self.scale > 0:
+            angle = np.deg2rad(rng.uniform(-self.rotation, self.rotation, count))
+            factor = rng.uniform(1 - self.scale, 1 + self.scale, count)
+            cos, sin, ratio = np.cos(angle) / factor, np.sin(angle) / factor, height / width
+            zero = np.zeros(count)
+            theta = np.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], axis=1).reshape(count, 2, 3)
+        grid = F.affine_grid(torch.from_numpy(theta).to(images), [len(theta), 1, height, width], align_corners=False)
         if self.elastic > 0:
-            noise = torch.from_numpy(rng.standard_normal((count * 2 * _NODES, _NODES), np.float32))
-            across, down = (torch.from_numpy(_smoothing(size)).T for size in (width, height))
-            moved = (noise @ across).view(count, 2, _NODES, width).permute(0, 3, 1, 2).reshape(-1, _NODES) @ down
-            pixel = torch.tensor([2 * self.elastic / width, 2 * self.elastic / height])
-            grid += (moved.view(count, width, 2, height).permute(0, 3, 1, 2) * pixel).to(images)
+            # White noise in (node down, image, node across, direction), of one variance; the nodes become pixels by one
+            # product for all images each way. Means of many nodes are as good as normal.
+            noise = (rng.random((_NODES, count * _NODES * 2), np.float32) - np.float32(0.5)) * np.float32(12**0.5)
+            moved = torch.from_numpy(_smoothing(height) @ noise).view(height * count, _NODES * 2)
+            pixels = np.diag([2 * self.elastic / width, 2 * self.elastic / height])  # in units of half the image
+            moved = moved @ torch.from_numpy(np.kron(_smoothing(width).T, pixels)).to(moved)
+            grid = grid + moved.view(height, count, width, 2).transpose(0, 1).to(images)
+        grid = grid.expand(count, height, width, 2)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 

@@ -21,11 +21,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 # For networks of a few thousand weights: nothing but the classes is asked of them, they train long, on digits that are
 # distorted, with dropout, and ADMM brings the weights close to what is kept of them, as rho doubles in every epoch.
-TINY = ["--rounds", "7", "--admm-epochs", "7", "--distillation", "0", "--final-epochs", "150", "--final-lr", "5e-3"]
-TINY += ["--dropout", "0.1", "--elastic", "0.7"]
-# What experience says of layers of a few hundred weights does not hold at such rates.
-TINY_STRUCTURED = [*TINY, "--keep", "conv1=0.1", "--keep", "fc2=0:0.14"]
-TINY_IRREGULAR = [*TINY, "--keep", "conv1=0.24", "--keep", "conv2=0.013", "--keep", "fc2=0.045"]
+# What experience says of large layers does not hold for those of a few hundred weights: a search finds their rates.
+TINY = ["--rounds", "5", "--admm-epochs", "7", "--distillation", "0", "--final-epochs", "150", "--final-lr", "5e-3"]
+TINY += ["--dropout", "0.1", "--elastic", "0.7", "--search", "32", "--search-steps", "200"]
+TINY_IRREGULAR = ["--structure", "element", *TINY]
 UNPRUNED = ["--rounds", "1", "--admm-epochs", "1", "--final-epochs", "1"]
 
 # name -> (what it is, target, further options)
@@ -45,21 +44,21 @@ ROWS = {
         "params=100",
         ["--structure", "element", "--rounds", "2", "--final-epochs", "30"],
     ),
-    "tiny-40x": ("filters + columns, CONV 40x, all 60x", "conv=40,params=60", ["--no-base-augment", *TINY_STRUCTURED]),
-    "tiny-88x": ("filters + columns, CONV 88x, all 60x", "conv=88,params=60", TINY_STRUCTURED),
-    "tiny-232x": ("filters + columns, CONV 232x, all 60x", "conv=232,params=60", TINY_STRUCTURED),
+    "tiny-40x": ("filters + columns, CONV 40x, all 60x", "conv=40,params=60", ["--no-base-augment", *TINY]),
+    "tiny-88x": ("filters + columns, CONV 88x, all 60x", "conv=88,params=60", TINY),
+    "tiny-232x": ("filters + columns, CONV 232x, all 60x", "conv=232,params=60", TINY),
     "tiny-232x-4bit": (
         "filters + columns, CONV 232x, all 60x, CONV weights of 4 bits",
         "conv=232,params=60",
-        [*TINY_STRUCTURED, "--bits", "conv*=4"],
+        [*TINY, "--bits", "conv*=4"],
     ),
     "irregular-240x-4bit": (
         "single weights, all 240x, those of 4 bits",
         "params=240",
-        ["--structure", "element", *TINY_IRREGULAR, "--bits", "4"],
+        [*TINY_IRREGULAR, "--bits", "4"],
     ),
-    "irregular-280x": ("single weights, all 280x", "params=280", ["--structure", "element", *TINY_IRREGULAR]),
-    "irregular-350x": ("single weights, all 350x", "params=350", ["--structure", "element", *TINY_IRREGULAR]),
+    "irregular-280x": ("single weights, all 280x", "params=280", TINY_IRREGULAR),
+    "irregular-350x": ("single weights, all 350x", "params=350", TINY_IRREGULAR),
     "binary": (
         "nothing; every weight -s or +s",
         "params=1",
