@@ -661,7 +661,8 @@ def _allowed(
     seed = recipe.seed + 1000 * number
     workers = recipe.search_workers
     options: dict[str, Any] = {"batch": max(_SEARCH_BATCH, workers), "workers": workers, "seed": seed, "trace": trace}
-    search = Search(now, target, score, dense=meter, structure=structure, keep=keep, **options)
+    before = stages.searches[-1].action if stages.searches else None
+    search = Search(now, target, score, dense=meter, structure=structure, keep=keep, before=before, **options)
     found = search.run(recipe.search, progress=stages.progress)
     stages.searches.append(found)
     when = f"after {recipe.search_steps} steps" if recipe.search_steps else "in one shot"

@@ -281,8 +281,9 @@ class Summary(Document):
             steps = self._result.recipe.search_steps
             trained = f"trained for {steps} steps" if steps else "without retraining"
             yield (
-                f"Candidates for the rates of the layers, each scored by the network pruned so in one shot, {trained}; "
-                "higher is better. The colder simulated annealing is, the less often it accepts what is worse."
+                "Candidates for the rates of the layers, smaller than the round ends where the target is further away, "
+                f"each scored by the network pruned so in one shot, {trained}; higher is better. The colder simulated "
+                "annealing is, the less often it accepts what is worse. A round goes its part of the way to the best."
             )
         for number, found in enumerate(searches, 1):
             caption = f"Round {number}: {found.start:.4g} by experience, {found.score:.4g} for the best candidate."

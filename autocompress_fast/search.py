@@ -151,6 +151,9 @@ class Annealer(ABC):
     coordinates: tuple[tuple[str, str], ...]
     """What a move changes: parts of an action, "weights" or "filters", and the names of layers."""
 
+    before: Action | None = None
+    """What is tried after experience."""
+
     def __init__(
         self,
         report: Report,
@@ -270,6 +273,7 @@ class Search(Annealer):
         dense: sizes that the target counts from, or a `Meter`; those of `report` when not given.
         structure: one of `rates.STRUCTURES`.
         keep: shares that layers keep at least and at most, as of `allocate`.
+        before: what a search of a network much like this one has found; tried second.
         options: as of `Annealer`.
 
     Raises:
@@ -297,12 +301,13 @@ class Search(Annealer):
         dense: Counts | Meter | None = None,
         structure: str = "filter+column",
         keep: Keep | None = None,
+        before: Action | None = None,
         **options: Any,
     ) -> None:
         if structure not in STRUCTURES:
             raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {structure!r}")
         super().__init__(report, score, **options)
-        self.target = target
+        self.target, self.before = target, before
         if dense is None:
             dense = Meter.of(report, target)
         self.meter, self.keep = dense, dict(keep or {})
@@ -327,7 +332,8 @@ class Search(Annealer):
     def described(self) -> dict[str, Any]:
         """The target, and the network it is of."""
         described = {"target": self.target.given(), "dense": asdict(self.dense), "structure": self.structure}
-        return described | ({"keep": self.keep} if self.keep else {})
+        described |= {"keep": self.keep} if self.keep else {}
+        return described | ({} if self.before is None else {"before": asdict(self.before)})
 
 
 @dataclass(frozen=True)
@@ -394,11 +400,12 @@ class _Annealing:
             yield from self.scored(kind, functools.partial(self.moves, size), temperature)
 
     def departures(self) -> list[Floats]:
-        """Directions from experience, then departures from the best: at random, in pairs of opposites."""
+        """What was found before, directions from experience, then random departures from the best, and opposites."""
         random, best = self.random("departures"), self.tried[self.best].vector
+        known = [] if self.search.before is None else [self.vector(self.search.before)]
         steps = _DEPARTURE * random.standard_normal(((self.search.batch + 1) // 2, len(best)))
         pairs = [best + sign * step for step in steps for sign in (1, -1)]
-        return (self.directions()[len(self.trace) - 1 :] + pairs)[: self.search.batch]
+        return ((known + self.directions())[len(self.trace) - 1 :] + pairs)[: self.search.batch]
 
     def directions(self) -> list[Floats]:
         """Larger layers lose less than by experience, and more; so do later ones; more filters, and fewer."""

@@ -690,6 +690,7 @@ def test_rates_are_searched_for_in_every_round(trained, searched):
         assert trials[-1]["best"] >= trials[0]["score"]
         assert head["seed"] == 1000 * number
         assert head["target"] == {"params": 4}  # both look ahead to the end
+        assert head.get("before") == (dataclasses.asdict(result.searches[0].action) if number == 2 else None)
         assert [trial.score for trial in result.searches[number - 1].trace] == [trial["score"] for trial in trials]
     assert 4 ** (2 / 3) <= result.dense.params / result.rounds[0]["params"] < 3  # the first goes two thirds of the way
     assert result.plan != run(trained, target="4x", recipe=variant(rounds=2, final_epochs=3)).plan

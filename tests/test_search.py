@@ -139,6 +139,17 @@ def test_worse_moves_are_accepted_while_it_is_warm(small):
     assert moves[0].temperature > 2 * moves[-1].temperature
 
 
+def test_what_was_found_before_is_tried_after_experience(small):
+    _, report = small
+    wanted = Action({"0": 1.0, "3": -0.5}, {"0": -0.7, "gone": 9.0})
+    found = Search(report, Target(params=8), towards(report, wanted), before=wanted).run(8)
+    assert [trial.kind for trial in found.trace[:2]] == ["start", "departure"]
+    tried = found.trace[1].action
+    assert {k: v for k, v in tried.weights.items() if v} == wanted.weights
+    assert {k: v for k, v in tried.filters.items() if v} == {"0": -0.7}  # of layers that are still there
+    assert found.score == found.trace[1].score == 0.0
+
+
 @pytest.mark.parametrize("factor", [2.0**-10, 64.0])
 def test_the_scale_of_the_score_does_not_matter(small, factor):
     _, report = small
@@ -211,6 +222,7 @@ def test_the_trace_of_another_search_is_refused(small, tmp_path):
         (Search(report, Target(params=9), lambda _: 0.0, trace=path), "another target"),
         (Search(report, Target(params=8), lambda _: 0.0, trace=path, seed=3), "another seed"),
         (Search(report, Target(params=8), lambda _: 0.0, trace=path, structure="column"), "another structure"),
+        (Search(report, Target(params=8), lambda _: 0.0, trace=path, before=Action({"0": 0.5})), "another before"),
     ):
         with pytest.raises(ValueError, match=words):
             search.run(5)

@@ -279,7 +279,7 @@ void check_int8(Random& random, const Problem& problem) {
 }
 
 void check(Random& random, const Problem& problem) {
-  if (one_too_many()) return;
+  if (testing::one_too_many()) return;
   check_bfloat16(random, problem);
   check_int8(random, problem);
 }
