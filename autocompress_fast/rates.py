@@ -443,6 +443,9 @@ def between(
         constraints: those at the end of the way.
         share: from 0 to 1.
 
+    Raises:
+        ValueError: another share.
+
     Example:
         >>> import torch
         >>> from autocompress_fast.graph import inspect
@@ -453,6 +456,8 @@ def between(
         >>> {name: c.keep for name, c in between(report, None, end, 0.5).items()}
         {'0': (32, 50), '2': (10, 32)}
     """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be from 0 to 1, got {share}")
 
     def middle(now: int, end: int) -> int:
         return int(now ** (1 - share) * end**share + 1e-9)

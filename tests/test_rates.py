@@ -336,6 +336,10 @@ def test_what_lies_between_meets_the_part_of_the_target_that_lies_there(name, st
         sizes.append(plan.weights)
     assert dense.params > sizes[0] > sizes[1] > sizes[2] >= projected(report, end).weights
 
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="share must be from 0 to 1, got"):
+            between(report, None, end, share)
+
     halfway = between(report, None, end, 0.5)
     masks = projected(report, halfway).tied(report)
     cut = compact(copy.deepcopy(model), masks, example, columns=False, report=report)
