@@ -279,7 +279,6 @@ void check_int8(Random& random, const Problem& problem) {
 }
 
 void check(Random& random, const Problem& problem) {
-  if (testing::one_too_many()) return;
   check_bfloat16(random, problem);
   check_int8(random, problem);
 }

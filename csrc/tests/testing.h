@@ -15,19 +15,6 @@
 
 namespace acf::testing {
 
-#if defined(__SANITIZE_THREAD__)
-constexpr bool kThreadSanitizer = true;
-#else
-constexpr bool kThreadSanitizer = false;
-#endif
-
-// Whether to leave out this one of many checks of a kind: under the thread sanitizer, which takes twenty times as long
-// and finds in one what it finds in all, three of four.
-inline bool one_too_many() {
-  static int number = 0;
-  return kThreadSanitizer && number++ % 4 != 0;
-}
-
 struct Test {
   const char* file;
   const char* name;
