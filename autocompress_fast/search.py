@@ -277,7 +277,9 @@ class Search(Annealer):
         options: as of `Annealer`.
 
     Raises:
-        ValueError: a target that cannot be met, an unknown structure, the trace of another search.
+        ValueError: a target that cannot be met, an unknown structure, the trace of another search; NaN or infinity in
+            `before`.
+        TypeError: `before` is no action.
 
     Example:
         >>> import torch
@@ -306,6 +308,12 @@ class Search(Annealer):
     ) -> None:
         if structure not in STRUCTURES:
             raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {structure!r}")
+        if before is not None and not isinstance(before, Action):
+            raise TypeError(f"before must be an Action, such as Found.action, got {type(before).__name__}")
+        if before is not None:
+            for name, value in itertools.chain(before.weights.items(), before.filters.items()):
+                if not math.isfinite(value):
+                    raise ValueError(f"before must be of finite numbers, got {value} for {name!r}")
         super().__init__(report, score, **options)
         self.target, self.before = target, before
         if dense is None:

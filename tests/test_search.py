@@ -148,6 +148,10 @@ def test_what_was_found_before_is_tried_after_experience(small):
     assert {k: v for k, v in tried.weights.items() if v} == wanted.weights
     assert {k: v for k, v in tried.filters.items() if v} == {"0": -0.7}  # of layers that are still there
     assert found.score == found.trace[1].score == 0.0
+    with pytest.raises(TypeError, match=r"before must be an Action, such as Found\.action, got Found"):
+        Search(report, Target(params=8), lambda _: 0.0, before=found)
+    with pytest.raises(ValueError, match="before must be of finite numbers, got nan for '3'"):
+        Search(report, Target(params=8), lambda _: 0.0, before=Action({"0": 1.0, "3": math.nan}))
 
 
 @pytest.mark.parametrize("factor", [2.0**-10, 64.0])

@@ -105,9 +105,9 @@ class Augmentation:
             # White noise in (node down, image, node across, direction), of one variance; the nodes become pixels by one
             # product for all images each way. Means of many nodes are as good as normal.
             noise = (rng.random((_NODES, count * _NODES * 2), np.float32) - np.float32(0.5)) * np.float32(12**0.5)
-            moved = torch.from_numpy(_smoothing(height) @ noise).view(height * count, _NODES * 2)
+            moved = torch.from_numpy(_smoothing(height)) @ torch.from_numpy(noise)
             pixels = np.diag([2 * self.elastic / width, 2 * self.elastic / height])  # in units of half the image
-            moved = moved @ torch.from_numpy(np.kron(_smoothing(width).T, pixels)).to(moved)
+            moved = moved.view(height * count, -1) @ torch.from_numpy(np.kron(_smoothing(width).T, pixels)).to(moved)
             grid = grid + moved.view(height, count, width, 2).transpose(0, 1).to(images)
         grid = grid.expand(count, height, width, 2)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
