@@ -203,3 +203,75 @@ class Network:
     ) -> NDArray[np.float64]: ...
     def is_bytes(self, value: int) -> bool: ...
     def workspace_bytes(self, samples: int) -> int: ...
+
+# Steps of training. Tensors are float32, (channels, height, width, images); of a weight (P, C, KH, KW) the filters and
+# columns that are kept.
+def conv_forward(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    out: Array,
+    filters: NDArray[np.int32],
+    columns: NDArray[np.int32],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    threads: int,
+) -> None: ...
+def conv_input_gradient(
+    out_gradient: Array,
+    weight: Array,
+    x_gradient: Array,
+    filters: NDArray[np.int32],
+    columns: NDArray[np.int32],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    threads: int,
+) -> None: ...
+def conv_weight_gradient(
+    x: Array,
+    out_gradient: Array,
+    weight_gradient: Array,
+    bias_gradient: Array | None,
+    filters: NDArray[np.int32],
+    columns: NDArray[np.int32],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    threads: int,
+) -> None: ...
+def max_pool_forward(
+    x: Array, out: Array, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], threads: int
+) -> NDArray[np.uint8]: ...
+def max_pool_gradient(
+    out_gradient: Array,
+    at: NDArray[np.uint8],
+    x_gradient: Array,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    threads: int,
+) -> None: ...
+def batch_norm_forward(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array,
+    mean: Array,
+    variance: Array,
+    threads: int,
+) -> None: ...
+def batch_norm_gradient(
+    x: Array,
+    out_gradient: Array,
+    weight: Array | None,
+    mean: Array,
+    variance: Array,
+    eps: float,
+    x_gradient: Array,
+    weight_gradient: Array,
+    bias_gradient: Array,
+    threads: int,
+) -> None: ...

@@ -121,7 +121,8 @@ class Recipe:
         batch_size: of training.
         precision: "float32", "bfloat16", or "auto": bfloat16 where the CPU has instructions for it.
         channels_last: memory layout of images while training.
-        compile: train through torch.compile, see `TrainingConfig`.
+        kernels: "kept" or "torch", see `TrainingConfig`.
+        compile: train through torch.compile, see there.
         seed: of everything random.
 
     Raises:
@@ -161,6 +162,7 @@ class Recipe:
     batch_size: int = 128
     precision: str = "auto"
     channels_last: bool = True
+    kernels: str = "kept"
     compile: bool = False
     seed: int = 0
 
@@ -212,6 +214,7 @@ class Recipe:
             dropout=self.dropout if kind in ("final", "purify", "quantize") else 0.0,
             precision="float32" if kind == "activation" else precision,  # bfloat16 would round what is rounded
             channels_last=self.channels_last,
+            kernels=self.kernels,
             compile=self.compile,
             seed=self.seed + 1000 * number + _KINDS.index(kind),
         )

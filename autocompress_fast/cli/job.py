@@ -350,7 +350,7 @@ def base_recipe(name: str, recipe: Recipe, changes: Mapping[str, Any]) -> Base:
     """How the dense network is trained: as fits `name`, with precision, layout, batch size and seed of `recipe`."""
     known = _BASES.get(name, _CIFAR_BASE)
     like = recipe.training("final", 0)
-    same = {name: getattr(like, name) for name in ("precision", "channels_last", "compile")}
+    same = {name: getattr(like, name) for name in ("precision", "channels_last", "kernels", "compile")}
     config = dataclasses.replace(known.config, **same, seed=recipe.seed, **changes)
     return Base(config, known.batch_size)
 

@@ -23,7 +23,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 # ADMM brings the weights close to what is kept of them, as rho doubles in every epoch. What experience says of large
 # layers does not hold for those of a few hundred weights: a search finds their rates.
 TINY = ["--rounds", "5", "--admm-epochs", "7", "--distillation", "0", "--final-epochs", "80", "--final-lr", "5e-3"]
-TINY += ["--dropout", "0.1", "--search", "32", "--search-steps", "200"]
+TINY += ["--dropout", "0.1", "--search", "64", "--search-steps", "200"]
 TINY_IRREGULAR = ["--structure", "element", *TINY]
 UNPRUNED = ["--rounds", "1", "--admm-epochs", "1", "--final-epochs", "1"]
 

@@ -17,6 +17,7 @@ void register_conv(py::module_& module);
 void register_engine(py::module_& module);
 void register_projection(py::module_& module);
 void register_purification(py::module_& module);
+void register_training(py::module_& module);
 }  // namespace acf::bindings
 
 namespace {
@@ -52,4 +53,5 @@ PYBIND11_MODULE(_core, module) {
   acf::bindings::register_engine(module);
   acf::bindings::register_projection(module);
   acf::bindings::register_purification(module);
+  acf::bindings::register_training(module);
 }

@@ -1,0 +1,295 @@
+"""Convolutions and poolings of a training step by the native kernels, which compute what is kept and nothing else.
+
+Their tensors lie with the images innermost: strides (1, H * W * N, W * N, N) for (N, C, H, W). What torch computes of
+such a tensor element by element keeps the layout, so that a network of convolutions, activations and poolings changes
+it at its ends alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+from autocompress_fast import _core
+from autocompress_fast.plan import Plan
+
+_Numbers = NDArray[np.int32]
+_Pair = tuple[int, int]
+
+# Measured by bench/bench_training.py: with more than this share of a weight kept, torch is as fast or faster, but for
+# layers of at most so many channels or filters.
+_MOST_KEPT = 0.4
+_THIN = 8
+_MOST_VALUES = 2**31 - 1  # of a tensor; the kernels count in 32 bits
+
+
+class KeptKernels(TorchFunctionMode):
+    """Inside the context, `model` is trained over what the plan keeps.
+
+    A layer for which torch is faster, or that the kernels cannot do (grouped, other types than float32, other devices),
+    stays as it is, and all do where that is most of them: what changes from one layout to the other costs time. Results
+    differ from those of torch by rounding; they do not depend on the number of threads.
+
+    Args:
+        model: its convolutions are found by their weights.
+        plan: what of them is kept; what is not must be zero.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan | None) -> None:
+        super().__init__()
+        self._kept: dict[int, tuple[_Numbers, _Numbers]] = {}
+        for name, layer in (plan or {}).items():
+            weight = getattr(model.get_submodule(name), "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.ndim == 4 and layer.groups == 1 and not layer.transposed:
+                mask = layer.mask().reshape(len(layer.filters), -1)
+                self._kept[id(weight)] = _numbers(mask.any(axis=1)), _numbers(mask.any(axis=0))
+        suited = [self._suits(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+        self._active = 2 * sum(suited) > len(suited)
+
+    def _of(self, weight: torch.Tensor) -> tuple[_Numbers, _Numbers]:
+        kept = self._kept.get(id(weight))
+        return (_all(weight.shape[0]), _all(weight[0].numel())) if kept is None else kept
+
+    def _suits(self, weight: torch.Tensor) -> bool:
+        filters, columns = self._of(weight)
+        share = len(filters) * len(columns) / weight.numel()
+        return share <= _MOST_KEPT or min(len(filters), weight.shape[1]) <= _THIN
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """`func`, or what stands for it."""
+        kwargs = kwargs or {}
+        if not self._active:
+            return func(*args, **kwargs)
+        if func is torch.conv2d:
+            convolution = self._convolution(*args, **kwargs)
+            return func(*args, **kwargs) if convolution is None else convolution
+        if func is F.max_pool2d or func is torch.max_pool2d:
+            pooled = _pooled(*args, **kwargs)
+            return func(*args, **kwargs) if pooled is None else pooled
+        if func is F.batch_norm:
+            normalised = _normalised(*args, **kwargs)
+            return func(*args, **kwargs) if normalised is None else normalised
+        return func(*args, **kwargs)
+
+    def _convolution(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> torch.Tensor | None:
+        if groups != 1 or isinstance(padding, str) or not _ours(x, weight) or not self._suits(weight):
+            return None
+        layer = _Layer(*self._of(weight), _pair(stride), _pair(padding), _pair(dilation))
+        sizes = layer.out_sizes(x.shape[2:], weight.shape[2:])
+        if x.shape[1] != weight.shape[1] or min(sizes) < 1:
+            return None  # torch says what is wrong
+        if weight.shape[0] * math.prod(sizes) * x.shape[0] > _MOST_VALUES:
+            return None
+        return _Convolution.apply(x, weight, bias, layer)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    filters: _Numbers
+    columns: _Numbers
+    stride: _Pair
+    padding: _Pair
+    dilation: _Pair
+
+    def out_sizes(self, sizes: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        window = zip(sizes, kernel, self.stride, self.padding, self.dilation, strict=True)
+        return [(size + 2 * pad - apart * (width - 1) - 1) // step + 1 for size, width, step, pad, apart in window]
+
+    def arguments(self) -> dict[str, Any]:
+        return {**vars(self), "threads": torch.get_num_threads()}
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: _Layer
+    ) -> torch.Tensor:
+        """(N, C, H, W), (P, C, KH, KW) -> (N, P, H', W')."""
+        inner, weight = _images_inside(x), weight.contiguous()
+        out = x.new_empty(weight.shape[0], *layer.out_sizes(x.shape[2:], weight.shape[2:]), x.shape[0])
+        start = None if bias is None else bias.contiguous()
+        _core.conv_forward(inner, weight, start, out, **layer.arguments())
+        ctx.save_for_backward(inner, weight)
+        ctx.bias, ctx.layer = bias is not None, layer
+        return _images_first(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """Of x, the weight and the bias."""
+        inner, weight = ctx.saved_tensors
+        gradient, arguments = _images_inside(gradients[0]), ctx.layer.arguments()
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.empty_like(inner)
+            _core.conv_input_gradient(gradient, weight, of_x, **arguments)
+            of_x = _images_first(of_x)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            of_weight = torch.empty_like(weight)
+            of_bias = weight.new_empty(weight.shape[0]) if ctx.bias else None
+            _core.conv_weight_gradient(inner, gradient, of_weight, of_bias, **arguments)
+        return of_x, of_weight, of_bias, None
+
+
+def _pooled(
+    x: torch.Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> torch.Tensor | None:
+    kernel = _pair(kernel_size)
+    if ceil_mode or return_indices or _pair(dilation) != (1, 1) or kernel[0] * kernel[1] > 256:
+        return None
+    if not (_ours(x) and _lies_inside(x)):
+        return None
+    window = _Window(kernel, _pair(stride) if stride else kernel, _pair(padding))
+    if min(window.out_sizes(x.shape[2:])) < 1 or any(2 * p > k for p, k in zip(window.padding, kernel, strict=True)):
+        return None  # torch says what is wrong
+    return _MaxPool.apply(x, window)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Window:
+    kernel: _Pair
+    stride: _Pair
+    padding: _Pair
+
+    def out_sizes(self, sizes: Sequence[int]) -> list[int]:
+        window = zip(sizes, self.kernel, self.stride, self.padding, strict=True)
+        return [(size + 2 * pad - width) // step + 1 for size, width, step, pad in window]
+
+    def arguments(self) -> dict[str, Any]:
+        return {**vars(self), "threads": torch.get_num_threads()}
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, window: _Window) -> torch.Tensor:
+        """(N, C, H, W) -> (N, C, H', W')."""
+        inner = _images_inside(x)
+        out = x.new_empty(x.shape[1], *window.out_sizes(x.shape[2:]), x.shape[0])
+        ctx.at = _core.max_pool_forward(inner, out, **window.arguments())
+        ctx.window, ctx.shape = window, inner.shape
+        return _images_first(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """Of x."""
+        gradient = _images_inside(gradients[0])
+        of_x = gradient.new_empty(ctx.shape)
+        _core.max_pool_gradient(gradient, ctx.at, of_x, **ctx.window.arguments())
+        return _images_first(of_x), None
+
+
+def _normalised(
+    x: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> torch.Tensor | None:
+    if not (training and _ours(x) and _lies_inside(x)) or x.numel() == x.shape[1]:
+        return None
+    if any(t is not None and t.dtype != torch.float32 for t in (running_mean, running_var, weight, bias)):
+        return None
+    out, mean, variance = _BatchNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+    count = x.numel() // x.shape[1]
+    with torch.no_grad():
+        if running_mean is not None:
+            running_mean.lerp_(mean, momentum)
+        if running_var is not None:
+            running_var.lerp_(variance * (count / (count - 1)), momentum)
+    return out  # type: ignore[no-any-return]
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(N, C, H, W) -> the same, mean and variance of (C,)."""
+        inner = _images_inside(x)
+        weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+        out, mean, variance = torch.empty_like(inner), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+        _core.batch_norm_forward(inner, weight, bias, eps, out, mean, variance, torch.get_num_threads())
+        ctx.save_for_backward(inner, weight, mean, variance)
+        ctx.eps, ctx.affine = eps, (weight is not None, bias is not None)
+        ctx.mark_non_differentiable(mean, variance)
+        return _images_first(out), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """Of x, the weight and the bias."""
+        inner, weight, mean, variance = ctx.saved_tensors
+        gradient = _images_inside(gradients[0])
+        of_x, of_weight, of_bias = torch.empty_like(inner), torch.empty_like(mean), torch.empty_like(mean)
+        _core.batch_norm_gradient(
+            inner, gradient, weight, mean, variance, ctx.eps, of_x, of_weight, of_bias, torch.get_num_threads()
+        )
+        affine = (g if there else None for g, there in zip((of_weight, of_bias), ctx.affine, strict=True))
+        return _images_first(of_x), *affine, None
+
+
+def _ours(*tensors: torch.Tensor) -> bool:
+    """Images and a weight that the kernels take."""
+    return not torch.is_autocast_enabled("cpu") and all(
+        t.ndim == 4 and t.dtype == torch.float32 and t.device.type == "cpu" and 0 < t.numel() <= _MOST_VALUES
+        for t in tensors
+    )
+
+
+def _lies_inside(x: torch.Tensor) -> bool:
+    """As these kernels leave a tensor; those of torch are quicker for others."""
+    return x.permute(1, 2, 3, 0).is_contiguous()
+
+
+def _images_inside(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (C, H, W, N), contiguous."""
+    return x.detach().permute(1, 2, 3, 0).contiguous()
+
+
+def _images_first(x: torch.Tensor) -> torch.Tensor:
+    """(C, H, W, N) -> (N, C, H, W), the same memory."""
+    return x.permute(3, 0, 1, 2)
+
+
+def _pair(value: Any) -> _Pair:
+    first, second = (value, value) if isinstance(value, int) else (value[0], value[-1])
+    return int(first), int(second)
+
+
+def _numbers(kept: Any) -> _Numbers:
+    return np.flatnonzero(kept).astype(np.int32)
+
+
+def _all(count: int) -> _Numbers:
+    return np.arange(count, dtype=np.int32)

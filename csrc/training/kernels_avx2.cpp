@@ -1,0 +1,37 @@
+#include <immintrin.h>
+#include "core/inline.h"
+#include "training/kernels.h"
+
+namespace acf::training {
+namespace {
+
+struct N {
+  using Reg = __m256;
+  static constexpr int kLanes = 8;
+  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Reg r) { _mm256_storeu_ps(p, r); }
+  static __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static Reg load_some(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  static void store_some(float* p, Reg r, int n) { _mm256_maskstore_ps(p, first(n), r); }
+  static Reg set(float x) { return _mm256_set1_ps(x); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static float total(Reg r) {
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1));
+    const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+  }
+};
+
+// 16 registers.
+constexpr int kSums = 12, kDotsA = 3, kDotsB = 4;
+
+#include "training/kernels-inl.h"
+
+}  // namespace
+
+const Kernels avx2_kernels = table_of(IndicesOf<kMaxRows>::type{}, IndicesOf<kMaxDotsB>::type{});
+
+}  // namespace acf::training
