@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from autocompress_fast.plan import mask as mask
     from autocompress_fast.purify import purify as purify
     from autocompress_fast.quantize import LevelConstraint as LevelConstraint
+    from autocompress_fast.quantize import LevelParameters as LevelParameters
     from autocompress_fast.rates import Target as Target
     from autocompress_fast.rates import allocate as allocate
     from autocompress_fast.report import plot_search as plot_search
@@ -68,6 +69,7 @@ _LAZY = {
     "LatencyModel": "latency",
     "LevelConstraint": "quantize",
     "FixedParameters": "plan",
+    "LevelParameters": "quantize",
     "MaskedParameters": "plan",
     "Meter": "meter",
     "Plan": "plan",
@@ -105,6 +107,7 @@ __all__ = [
     "FixedParameters",
     "LatencyModel",
     "LevelConstraint",
+    "LevelParameters",
     "MaskedParameters",
     "Meter",
     "Plan",

@@ -61,7 +61,7 @@ __all__ = ["DryRun", "Recipe", "Result", "compress", "meter_for", "train"]
 
 Example = torch.Tensor | Sequence[torch.Tensor]
 
-_KINDS = ("admm", "retrain", "final", "purify", "quantize", "activation")  # of stages
+_KINDS = ("admm", "retrain", "final", "purify", "quantize", "activation", "level")  # of stages
 _EVALUATION_BATCH = 1000
 _QUICK_BATCHES = 2  # of validation, on which searches and purification score networks
 _CALIBRATION_BATCHES = 8  # of training, before a search scores a network
@@ -106,10 +106,12 @@ class Recipe:
             but for ternary ones. Not given: float32.
         levels: "equal", "power", "ternary" or "binary".
         quantize_epochs: of the ADMM training towards levels, and after every portion; ten such trainings in all.
+        level_epochs: of a training after them in which weights may go to other levels (`LevelParameters`); it is taken
+            back where it does not help the validation accuracy.
         activation_bits: 8 for a network that computes with 8-bit weights and activations (`acf.quantize`), and is then
             trained for `activation_epochs` with their rounding (`acf.simulate`), which is what the result's model is.
             Targets are met before: rates and latencies in float32, bytes as they will be. Not given: float32.
-        admm_lr, retrain_lr, final_lr, purify_lr, quantize_lr, activation_lr: peak learning rates.
+        admm_lr, retrain_lr, final_lr, purify_lr, quantize_lr, level_lr, activation_lr: peak learning rates.
         rho: strength of the ADMM penalty over its updates, one after every epoch.
         optimizer, weight_decay, momentum: of all stages.
         distillation: share of the loss that compares with the dense network. Try 0 for networks of a few thousand
@@ -144,6 +146,7 @@ class Recipe:
     bits: Bits | None = None
     levels: str = "equal"
     quantize_epochs: int = 3
+    level_epochs: int = 10
     activation_bits: int | None = None
     activation_epochs: int = 3
     admm_lr: float = 1e-3
@@ -151,6 +154,7 @@ class Recipe:
     final_lr: float = 6e-3
     purify_lr: float = 2e-3
     quantize_lr: float = 1e-3
+    level_lr: float = 1e-3
     activation_lr: float = 1e-4
     rho: RhoSchedule = field(default_factory=lambda: RhoSchedule(1e-2, 2.0, maximum=1.0))
     optimizer: str = "adam"
@@ -211,7 +215,7 @@ class Recipe:
             warmup=0.0 if kind == "admm" else 0.1,
             distillation=self.distillation,
             temperature=self.temperature,
-            dropout=self.dropout if kind in ("final", "purify", "quantize") else 0.0,
+            dropout=self.dropout if kind in ("final", "purify", "quantize", "level") else 0.0,
             precision="float32" if kind == "activation" else precision,  # bfloat16 would round what is rounded
             channels_last=self.channels_last,
             kernels=self.kernels,
@@ -767,6 +771,14 @@ def _quantized(run: _Run, state: _State) -> _State:
                     weight.copy_(torch.where(chosen, target, weight))
             stages.run(small, f"quantize.{group}.{round(100 * share)}", config, masks=masks, fixed=fixed)
     accuracy = evaluate(small, stages.validation).accuracy
+    if bits and recipe.level_epochs:
+        moved = copy.deepcopy(small)
+        levels = {name: LevelConstraint(number, recipe.levels) for name, number in bits.items()}
+        stages.run(moved, "quantize.levels", recipe.training("level", 0), masks=masks, levels=levels)
+        after = evaluate(moved, stages.validation).accuracy
+        note = f"weights that may go to other levels: {accuracy:.2f} -> {after:.2f}%"
+        stages.progress.note(note + ("" if after > accuracy else ", taken back"))
+        small, accuracy = (moved, after) if after > accuracy else (small, accuracy)
     fewest, most = min(bits.values(), default=0), max(bits.values(), default=0)
     said = f"{fewest} bits a weight" if fewest == most else f"{fewest} to {most} bits a weight"
     stages.progress.note(f"{said}: {state.accuracy:.2f} -> {accuracy:.2f}%")
@@ -895,6 +907,7 @@ class _Stages:
         admm: ADMM | None = None,
         masks: Plan | None = None,
         fixed: Mapping[str, torch.Tensor] | None = None,
+        levels: Mapping[str, LevelConstraint] | None = None,
     ) -> list[dict[str, Any]]:
         """One training, in place; its rows of the history."""
         rows = Trainer(
@@ -906,6 +919,7 @@ class _Stages:
             admm=admm,
             plan=masks,
             fixed=fixed,
+            levels=levels,
             checkpoint=None if self.folder is None else self.folder / f"{name}.ckpt",
             log=None if self.folder is None else self.folder / "log.jsonl",
             name=name,
@@ -932,7 +946,7 @@ def _dry_run(
     trainings = len(_steps(chosen[-1][1], recipe.structure))
     epochs = rounds * trainings * recipe.admm_epochs + (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
     epochs += recipe.purify_rounds * recipe.purify_epochs
-    epochs += 0 if recipe.bits is None else 2 * (1 + len(_PORTIONS)) * recipe.quantize_epochs
+    epochs += 0 if recipe.bits is None else 2 * (1 + len(_PORTIONS)) * recipe.quantize_epochs + recipe.level_epochs
     epochs += 0 if recipe.activation_bits is None else recipe.activation_epochs
     seconds = epochs * _epoch_seconds(model, loader, recipe)
     if recipe.search:

@@ -30,7 +30,7 @@ __all__ = ["LayerPlan", "Plan", "mask"]
 BoolArray = npt.NDArray[np.bool_]
 
 _FORMAT_VERSION = 1
-_HooksT = TypeVar("_HooksT", bound="_Hooks")
+_HooksT = TypeVar("_HooksT", bound="Hooks")
 _MOST_SIZES = 2**26  # filters and columns of all layers of a file; more are no network's
 
 
@@ -422,7 +422,7 @@ def apply_masks(model: torch.nn.Module, plan: Plan) -> None:
             parameter.masked_fill_(~kept, 0)
 
 
-class _Hooks:
+class Hooks:
     """Hooks on a model and its optimizer, as a context."""
 
     _handles: Sequence[Any]
@@ -440,7 +440,7 @@ class _Hooks:
         self.remove()
 
 
-class MaskedParameters(_Hooks):
+class MaskedParameters(Hooks):
     """Keeps the dropped weights of a model at zero while any optimizer trains it.
 
     The dropped weights get no gradient, and after every step they are set to zero again, whatever weight decay or
@@ -489,7 +489,7 @@ class MaskedParameters(_Hooks):
         self._handles = [*gradient, optimizer.register_step_post_hook(zero_again)]
 
 
-class FixedParameters(_Hooks):
+class FixedParameters(Hooks):
     """Keeps some values of a model's parameters as they are while any optimizer trains the rest.
 
     They get no gradient, and after every step they are what they were when this began. Use as a context, or call

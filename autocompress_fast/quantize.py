@@ -5,6 +5,8 @@
 `LevelConstraint` projects onto that set, with the scale that is nearest; `ADMM` trains towards it. What is left between
 the weights and their levels is then closed in portions: the weights that are closest to a level are set to it and stay
 there (`snap`), the others are trained on, until none is left. Weights that are zero are pruned, and stay zero.
+
+A weight that was set to a level cannot go to another one. `LevelParameters` lets all of them, at the end.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from autocompress_fast import ops
+from autocompress_fast.plan import Hooks
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["KINDS", "LevelConstraint", "LevelError", "bits_of", "snap"]
+__all__ = ["KINDS", "LevelConstraint", "LevelError", "LevelParameters", "bits_of", "snap"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -121,6 +124,135 @@ class LevelConstraint:
         """The filters that share a scale."""
         step = 1 if self.per_filter else len(array)
         return [slice(start, start + step) for start in range(0, len(array), step)]
+
+
+class LevelParameters(Hooks):
+    """Keeps weights on their levels while any optimizer trains what they stand for.
+
+    Every step computes with weights on levels, and its gradient, straight through the rounding, moves the weights
+    behind them (Courbariaux et al., arXiv 1511.00363): where those have gone far enough, another level is nearer. The
+    scales follow, as those with the least squared error for the levels of the step. Weights that are zero stay zero.
+    Use as a context, or call `remove` when done; the weights are on levels then.
+
+    Args:
+        model: trained in place by the caller's loop; its weights are set to their levels.
+        constraints: layer -> its levels.
+        optimizer: the optimizer that trains the model.
+        state: `state_dict()` of before, to go on from there with the model of then; at first the weights behind are
+            those of the model.
+
+    Raises:
+        ValueError: a state of other layers or shapes; nothing is changed then.
+        LevelError: a weight is NaN or infinite; nothing is changed then.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+        >>> with torch.no_grad():
+        ...     model[0].weight.copy_(torch.tensor([[0.9, 0.1]]))
+        Parameter containing:
+        tensor([[0.9000, 0.1000]], requires_grad=True)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with LevelParameters(model, {"0": LevelConstraint(bits=1)}, optimizer):
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         model(torch.tensor([[0.0, 1.0]])).sum().backward()
+        ...         optimizer.step()
+        >>> (model[0].weight > 0).tolist()
+        [[True, False]]
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        constraints: Mapping[str, LevelConstraint],
+        optimizer: torch.optim.Optimizer,
+        *,
+        state: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self._layers = {n: _OnLevels(model.get_submodule(n).weight, c) for n, c in constraints.items()}
+        if state is None:
+            for layer in self._layers.values():
+                layer.project()
+        else:
+            mine = self.state_dict()
+            shapes, found = ({n: tuple(v.shape) for n, v in values.items()} for values in (mine, state))
+            if shapes != found:
+                raise ValueError(f"the state must have the shapes {shapes}, got {found}")
+            for name, value in state.items():
+                mine[name].copy_(value)
+
+        def before_step(*_: object) -> None:
+            for layer in self._layers.values():
+                layer.show()
+
+        def after_step(*_: object) -> None:
+            for layer in self._layers.values():
+                layer.follow()
+
+        self._handles = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights behind the levels, and the scales; they change as the training goes on."""
+        state = {f"{name}.latent": layer.latent for name, layer in self._layers.items()}
+        return state | {f"{name}.scales": layer.scales for name, layer in self._layers.items()}
+
+    def remove(self) -> None:
+        """Detach from the optimizer."""
+        super().remove()
+        for layer in self._layers.values():
+            layer.settle()
+        self._layers = {}
+
+
+class _OnLevels:
+    """One weight, and that behind it."""
+
+    def __init__(self, weight: Any, constraint: LevelConstraint) -> None:
+        import torch
+
+        self.weight, self.constraint, self.latent = weight, constraint, weight.detach().clone()
+        levels = torch.tensor(constraint.levels, dtype=weight.dtype, device=weight.device)
+        self._levels, self._middles = levels, (levels[1:] + levels[:-1]) / 2
+        self._kept = self.latent != 0
+        scales = torch.tensor(constraint.scales(self.latent), dtype=weight.dtype, device=weight.device)
+        self.scales = scales.reshape(-1, *[1] * (weight.ndim - 1))
+
+    def project(self) -> None:
+        """The weight onto the levels nearest to what is behind, with the scales that fit those best."""
+        import torch
+
+        with torch.no_grad():
+            # A scale of zero belongs to filters of zeros alone.
+            units = self.latent / self.scales.clamp(min=torch.finfo(self.latent.dtype).tiny)
+            levels = torch.where(self._kept, self._levels[torch.bucketize(units.contiguous(), self._middles)], 0)
+            along = tuple(range(1 if self.constraint.per_filter else 0, levels.ndim))
+            squares = (levels * levels).sum(dim=along, keepdim=True)
+            fitting = (self.latent * levels).sum(dim=along, keepdim=True) / squares
+            self.scales.copy_(torch.where((squares > 0) & (fitting > 0), fitting, self.scales))
+            self.weight.copy_(levels * self.scales)
+
+    def show(self) -> None:
+        """What is behind the weight in its place: the optimizer moves it."""
+        import torch
+
+        with torch.no_grad():
+            self.weight.copy_(self.latent)
+
+    def follow(self) -> None:
+        """The weight as it was moved goes behind, what it stands for now comes before."""
+        import torch
+
+        with torch.no_grad():
+            self.latent.copy_(self.weight)
+        self.project()
+
+    def settle(self) -> None:
+        """Exactly on levels, as `LevelConstraint.project` has them."""
+        import torch
+
+        with torch.no_grad():
+            self.weight.copy_(self.constraint.project(self.weight, self.scales.flatten().tolist()))
 
 
 def snap(weight: Any, target: Any, share: float) -> Any:

@@ -32,6 +32,7 @@ from autocompress_fast.admm import ADMM
 from autocompress_fast.data import Batches, BatchLoader
 from autocompress_fast.plan import FixedParameters, MaskedParameters, Plan
 from autocompress_fast.progress import Progress
+from autocompress_fast.quantize import LevelConstraint, LevelParameters
 
 __all__ = ["Evaluation", "Trainer", "TrainingConfig", "best_precision", "evaluate", "evaluate_together", "recalibrate"]
 
@@ -251,6 +252,7 @@ class Trainer:
         admm: its penalty is added to the loss; updated at the end of every `admm_every`-th epoch.
         plan: what of the weights is kept; the rest stays zero.
         fixed: parameter -> bools of its shape: values that stay as they are.
+        levels: layer -> on which levels its weights are while they train (`LevelParameters`), and after it.
         checkpoint: file that is written after every epoch; when it exists, the run goes on from there.
         log: file to which a line of JSON is added after every epoch.
         name: of this stage, in the log and the progress.
@@ -282,6 +284,7 @@ class Trainer:
         admm_every: int = 1,
         plan: Plan | None = None,
         fixed: Mapping[str, torch.Tensor] | None = None,
+        levels: Mapping[str, LevelConstraint] | None = None,
         checkpoint: Path | None = None,
         log: Path | None = None,
         name: str = "training",
@@ -294,6 +297,8 @@ class Trainer:
         self.model, self.train, self.config, self.validation = model, train, config, validation
         self.teacher = teacher if config.distillation > 0 else None
         self.admm, self.admm_every, self.plan, self.fixed = admm, admm_every, plan, fixed or {}
+        self.levels = levels or {}
+        self._levels: Mapping[str, torch.Tensor] | None = None  # the state of a LevelParameters
         self.checkpoint, self.log, self.name = checkpoint, log, name
         self.progress = progress or Progress()
         self.history: list[dict[str, Any]] = []
@@ -328,7 +333,9 @@ class Trainer:
             self.progress.start(self.name, self.config.epochs * batches, done * batches)
             masks = nullcontext() if self.plan is None else MaskedParameters(self.model, self.plan, self.optimizer)
             fixed = FixedParameters(self.model, self.fixed, self.optimizer)
-            with masks, fixed, _dropout(self.model, self.config.dropout):
+            levels = LevelParameters(self.model, self.levels, self.optimizer, state=self._levels)
+            self._levels = levels.state_dict()
+            with masks, fixed, levels, _dropout(self.model, self.config.dropout):
                 for epoch in range(done, self.config.epochs):
                     self._epoch(epoch)
         self.progress.finish()
@@ -416,6 +423,7 @@ class Trainer:
             state = self.admm.state_dict()
             updates = state["updates"]
             tensors |= {f"admm.{part}.{name}": v for part in ("z", "u") for name, v in state[part].items()}
+        tensors |= {f"levels.{name}": value for name, value in (self._levels or {}).items()}
         described = {
             "version": _CHECKPOINT_VERSION,
             "name": self.name,
@@ -442,6 +450,8 @@ class Trainer:
                 for part in (layer.mask(), layer.filters):
                     digest.update(name.encode() + np.packbits(part).tobytes())
             described["plan"] = digest.hexdigest()
+        if self.levels:
+            described["levels"] = {name: asdict(constraint) for name, constraint in self.levels.items()}
         if self.fixed:
             digest = hashlib.sha256()
             for name, stays in self.fixed.items():
@@ -478,6 +488,8 @@ class Trainer:
             raise ValueError(f"{path} is of another model: it has {', '.join(shapes)}, which is not here")
         if self.admm is not None:
             self.admm.load_state_dict({"updates": described["updates"], "z": part("admm.z."), "u": part("admm.u.")})
+        if self.levels:
+            self._levels = part("levels.")
         self.model.load_state_dict(part("model."))
         self._load_optimizer({**part("optimizer."), **described["optimizer"]})
         self.history = described["history"]

@@ -122,7 +122,7 @@ def main() -> None:
             f"Command: `python bench/bench_training.py --report {options.report} --rounds {options.rounds} "
             f"--threads {' '.join(map(str, options.threads))}`.",
             "",
-            f"Medians of {options.rounds} steps in milliseconds, taken in turns: forward, loss, backward and an update by",
+            f"Medians of {options.rounds} steps in milliseconds, taken in turns: forward, loss, backward, an update by",
             f"SGD of {_IMAGES} images in float32, every convolution with a random share of its columns. *kept*: what",
             '`TrainingConfig(kernels="kept")` does, the default: convolutions over the columns that are kept, poolings',
             "and normalisations by kernels of the package; where most layers keep more than 40% of their weights, all",

@@ -347,7 +347,7 @@ def test_a_run_needs_an_end(trained, options, message):
 
 # Weights on levels
 
-LEVELLED = variant(rounds=1, final_epochs=3, bits=2, quantize_epochs=1)
+LEVELLED = variant(rounds=1, final_epochs=3, bits=2, quantize_epochs=1, level_epochs=2)
 
 
 @pytest.fixture(scope="module")
@@ -378,12 +378,24 @@ def test_levels_do_not_cost_the_network_its_sense(levelled):
     assert result.accuracy["final"] > 60
     stages = list(dict.fromkeys(row["stage"] for row in result.history))
     portions = ["admm", "50", "80", "95", "100"]
-    assert stages[2:] == [f"quantize.{group}.{part}" for group in ("inner", "edge") for part in portions]
+    towards = [f"quantize.{group}.{part}" for group in ("inner", "edge") for part in portions]
+    assert stages[2:] == [*towards, "quantize.levels"]
+
+
+def test_weights_that_go_to_other_levels_never_cost_accuracy(trained):
+    """At a learning rate that ruins the network, that training is taken back."""
+    validation = run(trained, target="3x", recipe=dataclasses.replace(LEVELLED, level_epochs=0)).accuracy["final"]
+    for rate in (1e-3, 30.0):
+        watcher = Watcher()
+        recipe = dataclasses.replace(LEVELLED, level_lr=rate, level_epochs=3)
+        result = run(trained, target="3x", recipe=recipe, progress=watcher)
+        assert result.accuracy["final"] >= validation
+        assert any("taken back" in note for note in watcher.noted) == (result.accuracy["final"] == validation)
 
 
 def test_a_run_killed_while_it_goes_to_levels_ends_as_one_that_was_not(trained, levelled, tmp_path):
     expected, _ = levelled
-    for steps in (17, 8, 13):  # 6 of ADMM and 9 of retraining come before the 30 towards levels
+    for steps in (17, 8, 13, 9):  # 6 of ADMM and 9 of retraining come before the 30 towards levels and 6 on them
         with pytest.raises(StopError):
             run(trained, target="3x", recipe=LEVELLED, workdir=tmp_path, progress=Watcher(steps=steps))
     result = run(trained, target="3x", recipe=LEVELLED, workdir=tmp_path)
@@ -403,7 +415,7 @@ def test_files_of_levels_are_read_back(levelled, tmp_path):
 def test_a_dry_run_counts_the_trainings_towards_levels(trained):
     options = {"target": "3x", "progress": Progress(), "dry_run": True}
     plain = compress(trained, SPLITS, recipe=dataclasses.replace(LEVELLED, bits=None), **options)
-    assert compress(trained, SPLITS, recipe=LEVELLED, **options).epochs == plain.epochs + 10
+    assert compress(trained, SPLITS, recipe=LEVELLED, **options).epochs == plain.epochs + 10 + 2
 
 
 def test_layers_have_the_bits_that_were_asked_for(trained):
@@ -420,7 +432,7 @@ def test_layers_have_the_bits_that_were_asked_for(trained):
 @pytest.mark.parametrize("target", ["bytes=4k", "3x"])
 def test_bits_are_searched_for(trained, target, tmp_path):
     """Within the bytes of the target, or those of the bits in the middle; again, the trace says the same."""
-    recipe = dataclasses.replace(LEVELLED, bits=(1, 5), quantize_epochs=0)
+    recipe = dataclasses.replace(LEVELLED, bits=(1, 5), quantize_epochs=0, level_epochs=0)
     result = run(trained, target=target, recipe=recipe, workdir=tmp_path)
     assert set(result.bits) == {layer.name for layer in result.layers.layers}
     assert len(set(result.bits.values())) > 1

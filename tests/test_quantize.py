@@ -1,5 +1,6 @@
 """Weights on levels: the projection against brute force, portions, and ADMM towards levels."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -9,9 +10,9 @@ from torch import nn
 
 from autocompress_fast.admm import ADMM, RhoSchedule
 from autocompress_fast.data import UserBatches
-from autocompress_fast.plan import FixedParameters
-from autocompress_fast.quantize import KINDS, LevelConstraint, LevelError, bits_of, snap
-from autocompress_fast.training import Trainer, TrainingConfig
+from autocompress_fast.plan import FixedParameters, MaskedParameters, Plan
+from autocompress_fast.quantize import KINDS, LevelConstraint, LevelError, LevelParameters, bits_of, snap
+from autocompress_fast.training import Trainer, TrainingConfig, evaluate
 
 CONSTRAINTS = [
     LevelConstraint(1),
@@ -178,6 +179,115 @@ def test_what_cannot_be_fixed_is_refused():
         FixedParameters(model, {"w": torch.zeros(2, 3, dtype=torch.bool)}, optimizer)
     with pytest.raises(ValueError, match=r"fixed is \(3, 2\) for 'weight' of \(2, 3\)"):
         FixedParameters(model, {"weight": torch.zeros(3, 2, dtype=torch.bool)}, optimizer)
+
+
+# Training on levels
+
+
+def _levelled(kind: str, bits: int, per_filter: bool) -> tuple[nn.Module, dict[str, LevelConstraint]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+    with torch.no_grad():
+        model[0].weight[torch.rand(5, 7) < 0.3] = 0
+        model[0].weight[4] = 0  # a filter that is not there
+    return model, {"0": LevelConstraint(bits, kind, per_filter)}
+
+
+@pytest.mark.parametrize("per_filter", [False, True])
+@pytest.mark.parametrize(("kind", "bits"), [("binary", 1), ("ternary", 2), ("equal", 2), ("equal", 4), ("power", 3)])
+def test_steps_on_levels_are_those_of_the_formulas(kind, bits, per_filter):
+    """Against plain loops: V moves by the gradient at its nearest levels, and the scales fit V for those."""
+    model, constraints = _levelled(kind, bits, per_filter)
+    constraint, weight = constraints["0"], model[0].weight
+    latent = weight.detach().double().numpy().copy()
+    levels, kept = np.array(constraint.levels), latent != 0
+    scales = np.array(constraint.scales(weight.detach()))
+    owner = np.arange(5) if per_filter else np.zeros(5, dtype=int)
+
+    seen: list[np.ndarray] = []
+
+    def nearest() -> np.ndarray:
+        chosen = np.zeros_like(latent)
+        for i, j in zip(*np.nonzero(kept), strict=True):
+            chosen[i, j] = levels[np.abs(levels * scales[owner[i]] - latent[i, j]).argmin()]
+        for part in set(owner):
+            rows = owner == part
+            if (chosen[rows] ** 2).sum() > 0 and (chosen[rows] * latent[rows]).sum() > 0:
+                scales[part] = (chosen[rows] * latent[rows]).sum() / (chosen[rows] ** 2).sum()
+        seen.append(chosen)
+        return chosen * scales[owner][:, None]
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+    masks = Plan.from_masks({"0": kept, "2": np.ones((3, 5), dtype=bool)})
+    with MaskedParameters(model, masks, optimizer), LevelParameters(model, constraints, optimizer):
+        for _ in range(6):
+            np.testing.assert_allclose(weight.detach().numpy(), nearest(), rtol=1e-5, atol=1e-7)
+            optimizer.zero_grad()
+            model(torch.randn(16, 7)).square().sum(dim=1).mean().backward()
+            latent -= 2.0 * weight.grad.double().numpy()
+            optimizer.step()
+        expected = nearest()
+    np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-5, atol=1e-7)
+    again = constraint.project(weight.detach())
+    np.testing.assert_allclose(weight.detach().numpy(), again.numpy(), rtol=1e-5, atol=1e-7)  # they are on levels
+    assert bool((weight[~torch.from_numpy(kept)] == 0).all())
+    assert (seen[0] != seen[-1]).any()  # some went to other levels
+
+
+def test_training_on_levels_is_better_than_setting_weights_to_them():
+    model, batches = problem()
+    constraints = {"0": LevelConstraint(1), "2": LevelConstraint(1)}
+    Trainer(model, batches, TrainingConfig(30, "adam", lr=0.01)).run()
+    at_once = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, constraint in constraints.items():
+            layer = at_once.get_submodule(name)
+            layer.weight.copy_(constraint.project(layer.weight.detach()))
+    Trainer(model, batches, TrainingConfig(30, "adam", lr=0.01), levels=constraints).run()
+    for name in constraints:
+        assert len(model.get_submodule(name).weight.unique()) == 2
+    assert evaluate(model, batches).accuracy > evaluate(at_once, batches).accuracy + 5
+
+
+def test_a_training_on_levels_goes_on_after_a_stop(tmp_path):
+    config, constraints = TrainingConfig(4, "adam", lr=0.02), {"0": LevelConstraint(2), "2": LevelConstraint(1)}
+
+    def trained(stop: bool) -> nn.Module:
+        model, batches = problem()
+
+        class Stop(UserBatches):
+            def epoch(self, index):
+                if index == 2:
+                    raise KeyboardInterrupt
+                return super().epoch(index)
+
+        if stop:
+            with pytest.raises(KeyboardInterrupt):
+                Trainer(
+                    model, Stop(list(batches.epoch(0))), config, levels=constraints, checkpoint=tmp_path / "c"
+                ).run()
+            model, _ = problem()
+            with pytest.raises(ValueError, match="is of a run with another levels"):
+                Trainer(model, batches, config, checkpoint=tmp_path / "c").run()
+        Trainer(model, batches, config, levels=constraints, checkpoint=tmp_path / "c" if stop else None).run()
+        return model
+
+    for a, b in zip(trained(True).parameters(), trained(False).parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_cannot_be_trained_on_levels_is_refused():
+    model, constraints = _levelled("binary", 1, False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"the state must have the shapes .*0\.latent.*, got \{\}"):
+        LevelParameters(model, constraints, optimizer, state={})
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    with pytest.raises(LevelError, match="NaN"):
+        LevelParameters(model, constraints, optimizer)
 
 
 # ADMM towards levels

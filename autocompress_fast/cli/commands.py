@@ -179,6 +179,10 @@ def compress(
         int | None, typer.Option(min=0, help="Of each of the ten trainings that bring weights to levels.")
     ] = None,
     quantize_lr: Annotated[float | None, typer.Option(help="Peak learning rate of these.")] = None,
+    level_epochs: Annotated[
+        int | None, typer.Option(min=0, help="Of a training after them, in which weights may go to other levels.")
+    ] = None,
+    level_lr: Annotated[float | None, typer.Option(help="Peak learning rate of it.")] = None,
     activation_bits: Annotated[
         int | None, typer.Option(help="8: weights and activations of 8 bits at the end; float32 by default.")
     ] = None,
@@ -243,6 +247,8 @@ def compress(
         "levels": levels,
         "quantize_epochs": quantize_epochs,
         "quantize_lr": quantize_lr,
+        "level_epochs": level_epochs,
+        "level_lr": level_lr,
         "activation_bits": activation_bits,
         "activation_epochs": activation_epochs,
         "activation_lr": activation_lr,

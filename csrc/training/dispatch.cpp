@@ -310,7 +310,8 @@ void input_gradient(const Layer& layer, const float* out_gradient, const float* 
   const std::int64_t bands = (s.height + rows - 1) / rows, blocks = (s.images + block - 1) / block;
 
   parallel_for(bands * blocks, threads, [&](std::int64_t task) {
-    const std::int64_t top = task / blocks * rows, bottom = std::min(top + rows, s.height), image = task % blocks * block;
+    const std::int64_t top = task / blocks * rows, bottom = std::min(top + rows, s.height),
+                       image = task % blocks * block;
     const std::int64_t images = std::min(block, s.images - image);
     const std::int64_t first = first_row(top), last = std::max(first, last_row(bottom));
     float* const sum = scratch(floats(rows));
@@ -369,7 +370,8 @@ void weight_gradient(const Layer& layer, const float* x, const float* out_gradie
 
   const auto floats = [&](std::int64_t n) { return window.floats(s, n) + n * width * filters * block; };
   const std::int64_t rows = band_rows(height, (kBandPixels + width - 1) / width, floats);
-  const std::int64_t bands = (height + rows - 1) / rows, blocks = (s.images + block - 1) / block, pieces = bands * blocks;
+  const std::int64_t bands = (height + rows - 1) / rows, blocks = (s.images + block - 1) / block,
+                     pieces = bands * blocks;
   const std::int64_t parts = std::min(kParts, pieces);
   std::vector<float> partial(static_cast<std::size_t>(parts * filters * columns));
 
