@@ -93,7 +93,7 @@ void move(const Move& call) {
   }
 }
 
-float sum(const float* from, std::int64_t count) {
+inline float sum(const float* from, std::int64_t count) {
   Reg sums[4] = {N::set(0.0F), N::set(0.0F), N::set(0.0F), N::set(0.0F)};
   std::int64_t at = 0;
   for (; at + 4 * N::kLanes <= count; at += 4 * N::kLanes) {
@@ -114,7 +114,7 @@ ACF_INLINE void each_vector(std::int64_t count, const Body& body) {
   for (; at + N::kLanes <= count; at += N::kLanes) body(at, Constant<0>{});
 }
 
-float squares(const float* x, std::int64_t count, float middle) {
+inline float squares(const float* x, std::int64_t count, float middle) {
   const Reg minus = N::set(-middle);
   Reg sums[4] = {N::set(0.0F), N::set(0.0F), N::set(0.0F), N::set(0.0F)};
   each_vector(count, [&](std::int64_t at, auto i) {
@@ -126,7 +126,7 @@ float squares(const float* x, std::int64_t count, float middle) {
   return total;
 }
 
-void products(const float* x, const float* g, std::int64_t count, float middle, float (&sums)[2]) {
+inline void products(const float* x, const float* g, std::int64_t count, float middle, float (&sums)[2]) {
   const Reg minus = N::set(-middle);
   Reg plain[4] = {N::set(0.0F), N::set(0.0F), N::set(0.0F), N::set(0.0F)};
   Reg times[4] = {N::set(0.0F), N::set(0.0F), N::set(0.0F), N::set(0.0F)};
@@ -143,13 +143,13 @@ void products(const float* x, const float* g, std::int64_t count, float middle, 
   }
 }
 
-void scaled(const float* x, std::int64_t count, float a, float b, float* out) {
+inline void scaled(const float* x, std::int64_t count, float a, float b, float* out) {
   const Reg slope = N::set(a), start = N::set(b);
   each_vector(count, [&](std::int64_t at, auto /*sum*/) { N::store(out + at, N::fma(N::load(x + at), slope, start)); });
   for (std::int64_t at = count / N::kLanes * N::kLanes; at < count; ++at) out[at] = x[at] * a + b;
 }
 
-void combined(const float* x, const float* g, std::int64_t count, float a, float b, float c, float* out) {
+inline void combined(const float* x, const float* g, std::int64_t count, float a, float b, float c, float* out) {
   const Reg of_g = N::set(a), of_x = N::set(b), start = N::set(c);
   each_vector(count, [&](std::int64_t at, auto /*sum*/) {
     N::store(out + at, N::fma(N::load(g + at), of_g, N::fma(N::load(x + at), of_x, start)));
@@ -158,9 +158,9 @@ void combined(const float* x, const float* g, std::int64_t count, float a, float
 }
 
 // Plain loops, which compilers turn into vectors.
-constexpr int kRun = 64;
+inline constexpr int kRun = 64;
 
-void maximum(const Maximum& call) {
+inline void maximum(const Maximum& call) {
   for (std::int64_t from = 0; from < call.images; from += kRun) {
     const int images = static_cast<int>(call.images - from < kRun ? call.images - from : kRun);
     float largest[kRun];
@@ -184,7 +184,7 @@ void maximum(const Maximum& call) {
   }
 }
 
-void scattered(const Scattered& call) {
+inline void scattered(const Scattered& call) {
   for (std::int64_t i = 0; i < call.images; ++i) call.to[i] = 0.0F;
   for (int window = 0; window < call.count; ++window) {
     const float* const gradients = call.gradients[window];
