@@ -1047,13 +1047,26 @@ def _claimed(
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} does not say what the run in {folder} is: {error}") from error
         if found != settings:
-            differing = ", ".join(key for key in settings if found.get(key) != settings[key])
+            differing = ", ".join(
+                key + _options_between(found.get(key), value)
+                for key, value in settings.items()
+                if found.get(key) != value
+            )
             raise ValueError(f"{folder} holds a run with another {differing}; choose another work directory")
     else:
         meter.keep_latencies(folder)
         write_atomically(path, json.dumps(settings, indent=1).encode())
     remove_partial(folder)
     return folder
+
+
+def _options_between(found: Any, asked: Any) -> str:
+    """ " (seed 0 there, 5 here)", for what has options; nothing for what has none."""
+    if not (isinstance(found, dict) and isinstance(asked, dict)):
+        return ""
+    names = [name for name in {**found, **asked} if found.get(name, ...) != asked.get(name, ...)]
+    said = [f"{n} {found.get(n, 'not said')} there, {asked.get(n, 'not said')} here" for n in names]
+    return f" ({'; '.join(said)})"
 
 
 def _digest_of(data: Dataset) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -782,13 +783,14 @@ def test_other_settings_in_a_used_directory_are_refused(trained, whole):
     before = files(folder)
     other = network()
     for model, options, what in (
-        (trained, {"target": "7x"}, "target"),
-        (trained, {"recipe": variant(seed=5)}, "recipe"),
-        (trained, {"recipe": variant(rho=RhoSchedule(0.2))}, "recipe"),
-        (other, {}, "weights"),
-        (other, {"target": "7x"}, "target, weights"),
+        (trained, {"target": "7x"}, "target (params 6.0 there, 7.0 here)"),
+        (trained, {"target": "conv=6x"}, "target (params 6.0 there, not said here; conv not said there, 6.0 here)"),
+        (trained, {"recipe": variant(seed=5)}, "recipe (seed 0 there, 5 here)"),
+        (trained, {"recipe": variant(rho=RhoSchedule(0.2))}, "recipe (rho {"),
+        (other, {}, "weights; choose another work directory"),
+        (other, {"target": "7x"}, "target (params 6.0 there, 7.0 here), weights; choose another work directory"),
     ):
-        with pytest.raises(ValueError, match=f"holds a run with another {what}; choose another work directory"):
+        with pytest.raises(ValueError, match=re.escape(f"holds a run with another {what}")):
             run(model, workdir=folder, **options)
     with pytest.raises(ValueError, match="holds a run with another data; choose"):
         run(trained, workdir=folder, data=dataclasses.replace(SPLITS, train=SPLITS.train.subset(slice(1, None))))
