@@ -134,7 +134,8 @@ def table(results: dict[str, list[dict[str, object]]], options: argparse.Namespa
     shown = argparse.Namespace(**{**vars(options), "data": "DIR", "runs": pathlib.Path("runs")})
     lines += ["", "Commands (seed 0):", "", "```"]
     lines += [" ".join(command(row, 0, shown)) for row in results]
-    lines += ["```", "", "All of them, and this table: `python bench/tables/lenet5_mnist.py --data DIR`.", ""]
+    chosen = "" if set(results) == set(ROWS) else f" --rows {' '.join(results)} --name {options.name}"
+    lines += ["```", "", f"All of them, and this table: `python bench/tables/lenet5_mnist.py --data DIR{chosen}`.", ""]
     return "\n".join(lines)
 
 
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/lenet5-mnist"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--name", default="lenet5-mnist", help="of the table's files, beside this one")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run")
     parser.add_argument("--machine", default=platform.processor() or platform.machine())
@@ -152,8 +154,8 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         running = {row: [pool.submit(run, row, seed, options) for seed in options.seeds] for row in options.rows}
         results = {row: [future.result() for future in futures] for row, futures in running.items()}
-    (HERE / "lenet5-mnist.json").write_text(json.dumps(results, indent=1) + "\n")
-    (HERE / "lenet5-mnist.md").write_text(table(results, options))
+    (HERE / f"{options.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / f"{options.name}.md").write_text(table(results, options))
 
 
 if __name__ == "__main__":
