@@ -1061,7 +1061,7 @@ def _claimed(
 
 
 def _options_between(found: Any, asked: Any) -> str:
-    """ " (seed 0 there, 5 here)", for what has options; nothing for what has none."""
+    """What differs, as in " (seed 0 there, 5 here)", for what has options; nothing for what has none."""
     if not (isinstance(found, dict) and isinstance(asked, dict)):
         return ""
     names = [name for name in {**found, **asked} if found.get(name, ...) != asked.get(name, ...)]

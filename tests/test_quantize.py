@@ -237,13 +237,13 @@ def test_steps_on_levels_are_those_of_the_formulas(kind, bits, per_filter):
 def test_training_on_levels_is_better_than_setting_weights_to_them():
     model, batches = problem()
     constraints = {"0": LevelConstraint(1), "2": LevelConstraint(1)}
-    Trainer(model, batches, TrainingConfig(30, "adam", lr=0.01)).run()
+    Trainer(model, batches, TrainingConfig(12, "adam", lr=0.01)).run()
     at_once = copy.deepcopy(model)
     with torch.no_grad():
         for name, constraint in constraints.items():
             layer = at_once.get_submodule(name)
             layer.weight.copy_(constraint.project(layer.weight.detach()))
-    Trainer(model, batches, TrainingConfig(30, "adam", lr=0.01), levels=constraints).run()
+    Trainer(model, batches, TrainingConfig(12, "adam", lr=0.01), levels=constraints).run()
     for name in constraints:
         assert len(model.get_submodule(name).weight.unique()) == 2
     assert evaluate(model, batches).accuracy > evaluate(at_once, batches).accuracy + 5
