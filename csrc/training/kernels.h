@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/isa.h"
+
 namespace acf::training {
 
 // Rows of the largest tile of any ISA.
@@ -88,6 +90,8 @@ struct Kernels {
   void (*maximum)(const Maximum&);
   void (*scattered)(const Scattered&);
 };
+
+const Kernels& kernels(Isa isa);
 
 extern const Kernels generic_kernels, avx2_kernels, avx512_kernels, neon_kernels;
 
