@@ -142,7 +142,7 @@ class LevelParameters(Hooks):
             those of the model.
 
     Raises:
-        ValueError: a state of other layers or shapes; nothing is changed then.
+        ValueError: a name that is no layer with a weight, a state of other layers or shapes; nothing is changed then.
         LevelError: a weight is NaN or infinite; nothing is changed then.
 
     Example:
@@ -170,7 +170,12 @@ class LevelParameters(Hooks):
         *,
         state: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        self._layers = {n: _OnLevels(model.get_submodule(n).weight, c) for n, c in constraints.items()}
+        parameters = dict(model.named_parameters())
+        for name in constraints:
+            if f"{name}.weight" not in parameters:
+                weighted = ", ".join(n.removesuffix(".weight") for n in parameters if n.endswith(".weight"))
+                raise ValueError(f"levels are given for {name!r}, which is no layer with a weight; layers: {weighted}")
+        self._layers = {n: _OnLevels(parameters[f"{n}.weight"], c) for n, c in constraints.items()}
         if state is None:
             for layer in self._layers.values():
                 layer.project()

@@ -280,6 +280,8 @@ def test_what_cannot_be_trained_on_levels_is_refused():
     model, constraints = _levelled("binary", 1, False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="given for '1', which is no layer with a weight; layers: 0, 2"):
+        LevelParameters(model, {"0": LevelConstraint(1), "1": LevelConstraint(1)}, optimizer)
     with pytest.raises(ValueError, match=r"the state must have the shapes .*0\.latent.*, got \{\}"):
         LevelParameters(model, constraints, optimizer, state={})
     for name, parameter in model.named_parameters():
