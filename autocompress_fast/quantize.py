@@ -170,7 +170,7 @@ class LevelParameters(Hooks):
         *,
         state: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in constraints:
             if f"{name}.weight" not in parameters:
                 weighted = ", ".join(n.removesuffix(".weight") for n in parameters if n.endswith(".weight"))
