@@ -127,12 +127,12 @@ class _Convolution(torch.autograd.Function):
     ) -> torch.Tensor:
         """(N, C, H, W), (P, C, KH, KW) -> (N, P, H', W')."""
         inner, weight = _images_inside(x), weight.contiguous()
-        out = x.new_empty(weight.shape[0], *layer.out_sizes(x.shape[2:], weight.shape[2:]), x.shape[0])
+        out = _empty(x.shape[0], weight.shape[0], *layer.out_sizes(x.shape[2:], weight.shape[2:]))
         start = None if bias is None else bias.contiguous()
-        _core.conv_forward(inner, weight, start, out, **layer.arguments())
+        _core.conv_forward(inner, weight, start, _images_inside(out), **layer.arguments())
         ctx.save_for_backward(inner, weight)
         ctx.bias, ctx.layer = bias is not None, layer
-        return _images_first(out)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -191,10 +191,10 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, window: _Window) -> torch.Tensor:
         """(N, C, H, W) -> (N, C, H', W')."""
         inner = _images_inside(x)
-        out = x.new_empty(x.shape[1], *window.out_sizes(x.shape[2:]), x.shape[0])
-        ctx.at = _core.max_pool_forward(inner, out, **window.arguments())
+        out = _empty(*x.shape[:2], *window.out_sizes(x.shape[2:]))
+        ctx.at = _core.max_pool_forward(inner, _images_inside(out), **window.arguments())
         ctx.window, ctx.shape = window, inner.shape
-        return _images_first(out)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -238,12 +238,12 @@ class _BatchNorm(torch.autograd.Function):
         """(N, C, H, W) -> the same, mean and variance of (C,)."""
         inner = _images_inside(x)
         weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-        out, mean, variance = torch.empty_like(inner), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-        _core.batch_norm_forward(inner, weight, bias, eps, out, mean, variance, torch.get_num_threads())
+        out, mean, variance = _empty(*x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+        _core.batch_norm_forward(inner, weight, bias, eps, _images_inside(out), mean, variance, torch.get_num_threads())
         ctx.save_for_backward(inner, weight, mean, variance)
         ctx.eps, ctx.affine = eps, (weight is not None, bias is not None)
         ctx.mark_non_differentiable(mean, variance)
-        return _images_first(out), mean, variance
+        return out, mean, variance
 
     @staticmethod
     @once_differentiable
@@ -265,6 +265,12 @@ def _ours(*tensors: torch.Tensor) -> bool:
         t.ndim == 4 and t.dtype == torch.float32 and t.device.type == "cpu" and 0 < t.numel() <= _MOST_VALUES
         for t in tensors
     )
+
+
+def _empty(images: int, channels: int, height: int, width: int) -> torch.Tensor:
+    """(N, C, H, W) with the images inside. Not a view: what a function returns may be changed in place."""
+    strides = (1, height * width * images, width * images, images)
+    return torch.empty_strided((images, channels, height, width), strides, dtype=torch.float32)
 
 
 def _lies_inside(x: torch.Tensor) -> bool:

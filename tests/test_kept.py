@@ -128,6 +128,32 @@ def test_pooling_and_normalisation_follow_the_layout(affine: bool, called: list[
         assert relative(model.state_dict()[name], value) < 1e-5, name
 
 
+def test_what_they_return_may_be_changed_in_place(called: list[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU6(inplace=True)),
+        *(nn.Conv2d(6, 4, 1), nn.MaxPool2d(2), nn.Hardtanh(inplace=True), nn.Flatten(), nn.Linear(36, 2)),
+    )
+    exact, x = copy.deepcopy(model).double(), torch.randn(40, 3, 10, 10)
+    with KeptKernels(model, None):
+        out = model(x)
+    ours = gradients(model, (out**2).sum())
+    theirs = gradients(exact, (exact(x.double()) ** 2).sum())
+    assert {"conv_input_gradient", "batch_norm_gradient", "max_pool_gradient"} <= set(called)
+    for name, gradient in theirs.items():
+        assert relative(ours[name], gradient) < 1e-3 or float(gradient.norm()) < 1e-9, name
+
+
+def test_what_a_step_needs_again_may_not_be_changed_in_place() -> None:
+    conv = nn.Conv2d(3, 6, 3)
+    x = torch.randn(3, 5, 5, 4).permute(3, 0, 1, 2)
+    with KeptKernels(conv, None):
+        out = conv(x)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("name", ["lenet5", "resnet20", "mobilenet_v2"])
 def test_networks_have_the_loss_and_gradients_of_torch(name: str, called: list[str]) -> None:
     torch.manual_seed(0)
