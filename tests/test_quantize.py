@@ -234,6 +234,15 @@ def test_steps_on_levels_are_those_of_the_formulas(kind, bits, per_filter):
     assert (seen[0] != seen[-1]).any()  # some went to other levels
 
 
+class StopBatches(UserBatches):
+    """Ends the training in its third epoch, as Ctrl-C does."""
+
+    def epoch(self, index):
+        if index == 2:
+            raise KeyboardInterrupt
+        return super().epoch(index)
+
+
 def test_training_on_levels_is_better_than_setting_weights_to_them():
     model, batches = problem()
     constraints = {"0": LevelConstraint(1), "2": LevelConstraint(1)}
@@ -255,16 +264,10 @@ def test_a_training_on_levels_goes_on_after_a_stop(tmp_path):
     def trained(stop: bool) -> nn.Module:
         model, batches = problem()
 
-        class Stop(UserBatches):
-            def epoch(self, index):
-                if index == 2:
-                    raise KeyboardInterrupt
-                return super().epoch(index)
-
         if stop:
             with pytest.raises(KeyboardInterrupt):
                 Trainer(
-                    model, Stop(list(batches.epoch(0))), config, levels=constraints, checkpoint=tmp_path / "c"
+                    model, StopBatches(list(batches.epoch(0))), config, levels=constraints, checkpoint=tmp_path / "c"
                 ).run()
             model, _ = problem()
             with pytest.raises(ValueError, match="is of a run with another levels"):
@@ -336,14 +339,8 @@ def test_a_training_with_fixed_values_goes_on_after_a_stop(tmp_path):
         model, batches = problem()
         fixed = {"0.weight": snap(model[0].weight.detach(), LevelConstraint(1).project(model[0].weight.detach()), 0.5)}
 
-        class Stop(UserBatches):
-            def epoch(self, index):
-                if index == 2:
-                    raise KeyboardInterrupt
-                return super().epoch(index)
-
         if stop:
-            stopping = Stop(list(batches.epoch(0)))
+            stopping = StopBatches(list(batches.epoch(0)))
             with pytest.raises(KeyboardInterrupt):
                 Trainer(model, stopping, config, fixed=fixed, checkpoint=tmp_path / "c").run()
             with pytest.raises(ValueError, match="is of a run with another fixed"):
