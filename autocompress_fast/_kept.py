@@ -1,8 +1,8 @@
 """Convolutions and poolings of a training step by the native kernels, which compute what is kept and nothing else.
 
-Their tensors lie with the images innermost: strides (1, H * W * N, W * N, N) for (N, C, H, W). What torch computes of
-such a tensor element by element keeps the layout, so that a network of convolutions, activations and poolings changes
-it at its ends alone.
+Their tensors lie with the images innermost, and the channels of a pixel side by side: strides (1, N, W * C * N, C * N)
+for (N, C, H, W). What torch computes of such a tensor element by element keeps the layout, so that a network of
+convolutions, activations and poolings changes it at its ends alone.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ _Pair = tuple[int, int]
 
 # Measured by bench/bench_training.py: with more than this share of a weight kept, torch is as fast or faster, but for
 # layers of at most so many channels or filters.
-_MOST_KEPT = 0.4
+_MOST_KEPT = 0.6
 _THIN = 8
-_MOST_VALUES = 2**31 - 1  # of a tensor; the kernels count in 32 bits
+_FEWEST_IMAGES = 16  # of a batch; they are rounded up to two registers
+_MOST_VALUES = 2**30  # of a tensor; the kernels count in 32 bits, of images rounded up
 
 
 class KeptKernels(TorchFunctionMode):
@@ -95,11 +96,13 @@ class KeptKernels(TorchFunctionMode):
     ) -> torch.Tensor | None:
         if groups != 1 or isinstance(padding, str) or not _ours(x, weight) or not self._suits(weight):
             return None
+        if x.shape[0] < _FEWEST_IMAGES:
+            return None
         layer = _Layer(*self._of(weight), _pair(stride), _pair(padding), _pair(dilation))
         sizes = layer.out_sizes(x.shape[2:], weight.shape[2:])
         if x.shape[1] != weight.shape[1] or min(sizes) < 1:
             return None  # torch says what is wrong
-        if weight.shape[0] * math.prod(sizes) * x.shape[0] > _MOST_VALUES:
+        if max(x.numel(), weight.shape[0] * math.prod(sizes) * x.shape[0]) > _MOST_VALUES:
             return None
         return _Convolution.apply(x, weight, bias, layer)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -269,23 +272,23 @@ def _ours(*tensors: torch.Tensor) -> bool:
 
 def _empty(images: int, channels: int, height: int, width: int) -> torch.Tensor:
     """(N, C, H, W) with the images inside. Not a view: what a function returns may be changed in place."""
-    strides = (1, height * width * images, width * images, images)
+    strides = (1, images, width * channels * images, channels * images)
     return torch.empty_strided((images, channels, height, width), strides, dtype=torch.float32)
 
 
 def _lies_inside(x: torch.Tensor) -> bool:
     """As these kernels leave a tensor; those of torch are quicker for others."""
-    return x.permute(1, 2, 3, 0).is_contiguous()
+    return x.permute(2, 3, 1, 0).is_contiguous()
 
 
 def _images_inside(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) -> (C, H, W, N), contiguous."""
-    return x.detach().permute(1, 2, 3, 0).contiguous()
+    """(N, C, H, W) -> (H, W, C, N), contiguous."""
+    return x.detach().permute(2, 3, 1, 0).contiguous()
 
 
 def _images_first(x: torch.Tensor) -> torch.Tensor:
-    """(C, H, W, N) -> (N, C, H, W), the same memory."""
-    return x.permute(3, 0, 1, 2)
+    """(H, W, C, N) -> (N, C, H, W), the same memory."""
+    return x.permute(3, 2, 0, 1)
 
 
 def _pair(value: Any) -> _Pair:

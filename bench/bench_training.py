@@ -125,7 +125,7 @@ def main() -> None:
             f"Medians of {options.rounds} steps in milliseconds, taken in turns: forward, loss, backward, an update by",
             f"SGD of {_IMAGES} images in float32, every convolution with a random share of its columns. *kept*: what",
             '`TrainingConfig(kernels="kept")` does, the default: convolutions over the columns that are kept, poolings',
-            "and normalisations by kernels of the package; where most layers keep more than 40% of their weights, all",
+            "and normalisations by kernels of the package; where most layers keep more than 60% of their weights, all",
             "is left to torch.",
             "",
             report(options.rounds, options.threads),

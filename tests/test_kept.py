@@ -75,7 +75,7 @@ WINDOWS = [
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("images", [1, 7, 32, 65])
+@pytest.mark.parametrize("images", [16, 31, 32, 65])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_convolution_has_the_values_and_gradients_of_torch(
     window: dict[str, Any], images: int, bias: bool, called: list[str]
@@ -129,7 +129,7 @@ def test_pooling_and_normalisation_follow_the_layout(affine: bool, called: list[
 
 
 def test_what_they_return_may_be_changed_in_place(called: list[str]) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # which leaves no value next to a kink
     model = nn.Sequential(
         *(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU6(inplace=True)),
         *(nn.Conv2d(6, 4, 1), nn.MaxPool2d(2), nn.Hardtanh(inplace=True), nn.Flatten(), nn.Linear(36, 2)),
@@ -141,12 +141,12 @@ def test_what_they_return_may_be_changed_in_place(called: list[str]) -> None:
     theirs = gradients(exact, (exact(x.double()) ** 2).sum())
     assert {"conv_input_gradient", "batch_norm_gradient", "max_pool_gradient"} <= set(called)
     for name, gradient in theirs.items():
-        assert relative(ours[name], gradient) < 1e-3 or float(gradient.norm()) < 1e-9, name
+        assert relative(ours[name], gradient) < 1e-5 or float(gradient.norm()) < 1e-9, name
 
 
 def test_what_a_step_needs_again_may_not_be_changed_in_place() -> None:
     conv = nn.Conv2d(3, 6, 3)
-    x = torch.randn(3, 5, 5, 4).permute(3, 0, 1, 2)
+    x = torch.randn(5, 5, 3, 16).permute(3, 2, 0, 1)
     with KeptKernels(conv, None):
         out = conv(x)
     x.zero_()
@@ -159,8 +159,8 @@ def test_networks_have_the_loss_and_gradients_of_torch(name: str, called: list[s
     torch.manual_seed(0)
     model = models.create(name)
     plan = random_plan(model, 0.2)
-    other, x = copy.deepcopy(model), torch.randn(8, *models.input_shape(name))
-    y = torch.randint(0, 10, (8,))
+    other, x = copy.deepcopy(model), torch.randn(16, *models.input_shape(name))
+    y = torch.randint(0, 10, (16,))
     torch.manual_seed(1)  # of dropout
     with KeptKernels(model, plan):
         loss = F.cross_entropy(model(x), y)
@@ -184,7 +184,7 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 def test_inputs_lie_in_memory_as_they_like(layout: Any) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 3, 3)
-    x = layout(torch.randn(5, 4, 12, 12))
+    x = layout(torch.randn(20, 4, 12, 12))
     with KeptKernels(conv, None):
         out = conv(x)
     assert relative(out, conv(x)) < 1e-6
@@ -197,17 +197,18 @@ def test_inputs_lie_in_memory_as_they_like(layout: Any) -> None:
 @pytest.mark.parametrize(
     ("function", "x"),
     [
-        (lambda x: F.conv2d(x, torch.ones(4, 2, 3, 3), groups=2), torch.randn(2, 4, 6, 6)),
-        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3), padding="same"), torch.randn(2, 4, 6, 6)),
+        (lambda x: F.conv2d(x, torch.ones(4, 2, 3, 3), groups=2), torch.randn(16, 4, 6, 6)),
+        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3), padding="same"), torch.randn(16, 4, 6, 6)),
         (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3)), torch.randn(4, 6, 6)),
-        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3).double()), torch.randn(2, 4, 6, 6).double()),
-        (lambda x: F.conv2d(x, torch.ones(30, 30, 3, 3)), torch.randn(2, 30, 6, 6)),
-        (lambda x: F.max_pool2d(x, 2, ceil_mode=True), torch.randn(2, 5, 5, 3).permute(3, 0, 1, 2)),
-        (lambda x: F.max_pool2d(x, 2, dilation=2), torch.randn(2, 5, 5, 3).permute(3, 0, 1, 2)),
-        (lambda x: F.max_pool2d(x, 2, return_indices=True)[1], torch.randn(2, 5, 5, 3).permute(3, 0, 1, 2)),
-        (lambda x: F.batch_norm(x, torch.zeros(2), torch.ones(2)), torch.randn(2, 5, 5, 3).permute(3, 0, 1, 2)),
+        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3).double()), torch.randn(16, 4, 6, 6).double()),
+        (lambda x: F.conv2d(x, torch.ones(30, 30, 3, 3)), torch.randn(16, 30, 6, 6)),
+        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3)), torch.randn(15, 4, 6, 6)),
+        (lambda x: F.max_pool2d(x, 2, ceil_mode=True), torch.randn(5, 5, 2, 3).permute(3, 2, 0, 1)),
+        (lambda x: F.max_pool2d(x, 2, dilation=2), torch.randn(5, 5, 2, 3).permute(3, 2, 0, 1)),
+        (lambda x: F.max_pool2d(x, 2, return_indices=True)[1], torch.randn(5, 5, 2, 3).permute(3, 2, 0, 1)),
+        (lambda x: F.batch_norm(x, torch.zeros(2), torch.ones(2)), torch.randn(5, 5, 2, 3).permute(3, 2, 0, 1)),
     ],
-    ids=["grouped", "same", "one image", "float64", "dense", "ceil", "dilated", "indices", "eval"],
+    ids=["grouped", "same", "one image", "float64", "dense", "few images", "ceil", "dilated", "indices", "eval"],
 )
 def test_what_the_kernels_cannot_do_is_left_to_torch(function: Any, x: torch.Tensor, called: list[str]) -> None:
     with KeptKernels(nn.Conv2d(1, 1, 1), None):
@@ -219,23 +220,23 @@ def test_what_the_kernels_cannot_do_is_left_to_torch(function: Any, x: torch.Ten
 def test_errors_are_those_of_torch() -> None:
     with KeptKernels(nn.Conv2d(1, 1, 1), None):
         with pytest.raises(RuntimeError, match="channels"):
-            F.conv2d(torch.ones(1, 3, 5, 5), torch.ones(2, 4, 3, 3))
+            F.conv2d(torch.ones(16, 3, 5, 5), torch.ones(2, 4, 3, 3))
         with pytest.raises(RuntimeError, match="Kernel size"):
-            F.conv2d(torch.ones(1, 3, 2, 2), torch.ones(2, 3, 3, 3))
+            F.conv2d(torch.ones(16, 3, 2, 2), torch.ones(2, 3, 3, 3))
         with pytest.raises(RuntimeError, match="pad"):
-            F.max_pool2d(torch.ones(2, 5, 5, 3).permute(3, 0, 1, 2), 2, padding=2)
+            F.max_pool2d(torch.ones(5, 5, 2, 3).permute(3, 2, 0, 1), 2, padding=2)
 
 
 def test_autocast_is_left_to_torch(called: list[str]) -> None:
     conv = nn.Conv2d(4, 3, 3)
     with KeptKernels(conv, None), torch.autocast("cpu", torch.bfloat16):
-        assert conv(torch.randn(2, 4, 6, 6)).dtype == torch.bfloat16
+        assert conv(torch.randn(16, 4, 6, 6)).dtype == torch.bfloat16
     assert called == []
 
 
 def test_networks_of_layers_that_torch_does_faster_are_left_to_it(called: list[str]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3))
-    x = torch.randn(2, 3, 9, 9)
+    x = torch.randn(16, 3, 9, 9)
     with KeptKernels(model, None):
         model(x)
     assert called == []
@@ -285,15 +286,15 @@ def test_convolutions_do_not_depend_on_the_threads() -> None:
 
 
 def test_shapes_are_checked() -> None:
-    x, weight = np.zeros((2, 5, 5, 3), np.float32), np.zeros((4, 2, 3, 3), np.float32)
+    x, weight = np.zeros((5, 5, 2, 3), np.float32), np.zeros((4, 2, 3, 3), np.float32)
     numbers = {"filters": np.arange(4, dtype=np.int32), "columns": np.arange(18, dtype=np.int32)}
     window = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "threads": 1}
-    out = np.zeros((4, 3, 3, 3), np.float32)
+    out = np.zeros((3, 3, 4, 3), np.float32)
     _core.conv_forward(x, weight, None, out, **numbers, **window)
-    with pytest.raises(ValueError, match=r"out must have the shape \(4, 3, 3, 3\), got \(4, 3, 3, 2\)"):
+    with pytest.raises(ValueError, match=r"out must have the shape \(3, 3, 4, 3\), got \(3, 3, 4, 2\)"):
         _core.conv_forward(x, weight, None, out[..., :2].copy(), **numbers, **window)
     with pytest.raises(ValueError, match="x must have the 2 channels of the weight, got 3"):
-        _core.conv_forward(np.zeros((3, 5, 5, 3), np.float32), weight, None, out, **numbers, **window)
+        _core.conv_forward(np.zeros((5, 5, 3, 3), np.float32), weight, None, out, **numbers, **window)
     with pytest.raises(ValueError, match="kept columns must rise and be from 0 to 17, got 18 at place 0"):
         _core.conv_forward(x, weight, None, out, numbers["filters"], np.array([18], np.int32), **window)
     with pytest.raises(TypeError, match="x must be float32"):

@@ -54,12 +54,11 @@ class Setting:
     seeds: tuple[int, ...] = (0,)
 
 
-_SHARED = {"precision": "bfloat16", "channels_last": True}
+_SHARED = {"channels_last": True}
 _RECIPE = {
     "optimizer": "sgd",
     "weight_decay": 2e-4,
     "distillation": 0.7,
-    "search_steps": 0,  # as what the table has was measured
     "rho": RhoSchedule(1e-2, 1.7, maximum=1.0),
     **_SHARED,
 }
@@ -82,10 +81,10 @@ SETTINGS = {
         recipe=_RECIPE
         | {
             "rounds": 2,
-            "search": 100,
-            "admm_epochs": 8,
-            "retrain_epochs": 3,
-            "final_epochs": 45,
+            "search": 64,
+            "admm_epochs": 4,
+            "retrain_epochs": 2,
+            "final_epochs": 100,
             "admm_lr": 0.02,
             "retrain_lr": 0.05,
             "final_lr": 0.1,

@@ -49,11 +49,11 @@ struct Window {
 
 training::Layer layer_of(const std::vector<std::int64_t>& x, const std::vector<std::int64_t>& weight,
                          const Numbers& filters, const Numbers& columns, const Window& window) {
-  ACF_CHECK(x[0] == weight[1], "x must have the ", weight[1], " channels of the weight, got ", x[0]);
+  ACF_CHECK(x[2] == weight[1], "x must have the ", weight[1], " channels of the weight, got ", x[2]);
   training::Shape shape;
-  shape.channels = x[0];
-  shape.height = x[1];
-  shape.width = x[2];
+  shape.height = x[0];
+  shape.width = x[1];
+  shape.channels = x[2];
   shape.images = x[3];
   shape.filters = weight[0];
   shape.kernel_h = weight[2];
@@ -68,7 +68,7 @@ training::Layer layer_of(const std::vector<std::int64_t>& x, const std::vector<s
 }
 
 std::vector<std::int64_t> out_shape(const training::Shape& shape) {
-  return {shape.filters, shape.out_height(), shape.out_width(), shape.images};
+  return {shape.out_height(), shape.out_width(), shape.filters, shape.images};
 }
 
 // The ISA of a call; the threads are checked by parallel_for.
@@ -116,7 +116,7 @@ void conv_weight_gradient(const py::object& x, const py::object& out_gradient, c
   run([&](Isa isa) {
     training::weight_gradient(layer, from.as<float>(), gradient, to.as<float>(), threads, isa);
     if (sums != nullptr) {
-      training::row_sums(gradient, s.out_height() * s.out_width() * s.images, s.filters, sums, threads, isa);
+      training::channel_sums({s.out_height() * s.out_width(), s.filters, s.images}, gradient, sums, threads, isa);
     }
   });
 }
@@ -124,9 +124,9 @@ void conv_weight_gradient(const py::object& x, const py::object& out_gradient, c
 training::Pooling pooling_of(const std::vector<std::int64_t>& x, const Pair& kernel, const Pair& stride,
                              const Pair& padding) {
   training::Pooling pooling;
-  pooling.channels = x[0];
-  pooling.height = x[1];
-  pooling.width = x[2];
+  pooling.height = x[0];
+  pooling.width = x[1];
+  pooling.channels = x[2];
   pooling.images = x[3];
   pooling.kernel_h = kernel[0];
   pooling.kernel_w = kernel[1];
@@ -139,7 +139,7 @@ training::Pooling pooling_of(const std::vector<std::int64_t>& x, const Pair& ker
 }
 
 std::vector<std::int64_t> out_shape(const training::Pooling& pooling) {
-  return {pooling.channels, pooling.out_height(), pooling.out_width(), pooling.images};
+  return {pooling.out_height(), pooling.out_width(), pooling.channels, pooling.images};
 }
 
 py::array_t<std::uint8_t> max_pool_forward(const py::object& x, const py::object& out, const Pair& kernel,
@@ -167,14 +167,13 @@ void max_pool_gradient(const py::object& out_gradient, const py::array_t<std::ui
   run([&](Isa isa) { training::maxima_gradient(pooling, from, numbers_at, to.as<float>(), threads, isa); });
 }
 
-// x as (channels, height, width, images), weight and bias as (channels) or None.
+// x as (height, width, channels, images), weight and bias as (channels) or None.
 training::Normalisation normalisation_of(const Array& x, const py::object& weight, const py::object& bias) {
   training::Normalisation n;
-  n.channels = x.shape[0];
-  n.count = x.shape[1] * x.shape[2] * x.shape[3];
-  ACF_CHECK(n.count > 0, "x must have values, got the shape ", shape_text(x.shape));
-  if (!weight.is_none()) n.weight = expect(floats(weight, "weight", false), "weight", {n.channels});
-  if (!bias.is_none()) n.bias = expect(floats(bias, "bias", false), "bias", {n.channels});
+  n.of = {x.shape[0] * x.shape[1], x.shape[2], x.shape[3]};
+  ACF_CHECK(n.of.values() > 0, "x must have values, got the shape ", shape_text(x.shape));
+  if (!weight.is_none()) n.weight = expect(floats(weight, "weight", false), "weight", {n.of.channels});
+  if (!bias.is_none()) n.bias = expect(floats(bias, "bias", false), "bias", {n.of.channels});
   return n;
 }
 
@@ -183,8 +182,8 @@ void batch_norm_forward(const py::object& x, const py::object& weight, const py:
   const Array from = rank_4(x, "x");
   const training::Normalisation n = normalisation_of(from, weight, bias);
   float* const to = expect(floats(out, "out", true), "out", from.shape);
-  float* const middle = expect(floats(mean, "mean", true), "mean", {n.channels});
-  float* const spread = expect(floats(variance, "variance", true), "variance", {n.channels});
+  float* const middle = expect(floats(mean, "mean", true), "mean", {n.of.channels});
+  float* const spread = expect(floats(variance, "variance", true), "variance", {n.of.channels});
   run([&](Isa isa) { training::normalise(n, from.as<float>(), eps, to, middle, spread, threads, isa); });
 }
 
@@ -194,11 +193,11 @@ void batch_norm_gradient(const py::object& x, const py::object& out_gradient, co
   const Array from = rank_4(x, "x");
   const training::Normalisation n = normalisation_of(from, weight, py::none());
   const float* const g = expect(floats(out_gradient, "out_gradient", false), "out_gradient", from.shape);
-  const float* const middle = expect(floats(mean, "mean", false), "mean", {n.channels});
-  const float* const spread = expect(floats(variance, "variance", false), "variance", {n.channels});
+  const float* const middle = expect(floats(mean, "mean", false), "mean", {n.of.channels});
+  const float* const spread = expect(floats(variance, "variance", false), "variance", {n.of.channels});
   float* const to = expect(floats(x_gradient, "x_gradient", true), "x_gradient", from.shape);
-  float* const of_weight = expect(floats(weight_gradient, "weight_gradient", true), "weight_gradient", {n.channels});
-  float* const of_bias = expect(floats(bias_gradient, "bias_gradient", true), "bias_gradient", {n.channels});
+  float* const of_weight = expect(floats(weight_gradient, "weight_gradient", true), "weight_gradient", {n.of.channels});
+  float* const of_bias = expect(floats(bias_gradient, "bias_gradient", true), "bias_gradient", {n.of.channels});
   run([&](Isa isa) {
     training::normalise_gradient(n, from.as<float>(), g, middle, spread, eps, to, of_weight, of_bias, threads, isa);
   });

@@ -22,10 +22,11 @@ Layer random_layer(Random& random) {
   for (;;) {
     Shape s;
     s.images = between(random, 1, 5) == 1 ? between(random, 100, 200) : between(random, 1, 40);
-    s.channels = between(random, 1, 9);
+    const bool deep = between(random, 1, 8) == 1;  // more terms than are multiplied at a time
+    s.channels = deep ? between(random, 60, 90) : between(random, 1, 9);
     s.filters = between(random, 1, 34);
-    s.height = between(random, 1, 12);
-    s.width = between(random, 1, 12);
+    s.height = between(random, 1, deep ? 4 : 12);
+    s.width = between(random, 1, deep ? 4 : 12);
     s.kernel_h = between(random, 1, 5);
     s.kernel_w = between(random, 1, 5);
     s.stride_h = between(random, 1, 3);
@@ -81,12 +82,14 @@ ACF_TEST(all_three_are_the_reference) {
         EXPECT(close(b, x_gradient, s.filters * s.taps()));
         weight_gradient(layer, x.data(), g.data(), c.data(), threads, isa);
         EXPECT(close(c, w_gradient, pixels));
-        row_sums(g.data(), pixels, s.filters, d.data(), threads, isa);
-        for (std::int64_t f = 0; f < s.filters; ++f) {
-          double sum = 0;
-          for (std::int64_t i = 0; i < pixels; ++i)
-            sum += static_cast<double>(g[static_cast<std::size_t>(f * pixels + i)]);
-          EXPECT(std::abs(sum - static_cast<double>(d[static_cast<std::size_t>(f)])) <= 1e-5 * (1 + std::sqrt(pixels)));
+        const Pixels of = {s.out_height() * s.out_width(), s.filters, s.images};
+        channel_sums(of, g.data(), d.data(), threads, isa);
+        std::vector<double> totals(bias.size());
+        for (std::size_t i = 0; i < g.size(); ++i) {
+          totals[i / static_cast<std::size_t>(s.images) % totals.size()] += static_cast<double>(g[i]);
+        }
+        for (std::size_t f = 0; f < totals.size(); ++f) {
+          EXPECT(std::abs(totals[f] - static_cast<double>(d[f])) <= 1e-5 * (1 + std::sqrt(pixels)));
         }
         for (const auto* part : {&a, &b, &c, &d})
           sums[threads / 2].insert(sums[threads / 2].end(), part->begin(), part->end());
@@ -141,17 +144,17 @@ ACF_TEST(normalisation_is_the_reference) {
   Random random(7);
   for (int problem = 0; problem < 60; ++problem) {
     Normalisation n;
-    n.channels = between(random, 1, 6);
-    n.count = between(random, 1, problem % 5 == 0 ? 5000 : 150);
-    std::vector<float> x = gaussian(random, n.channels * n.count);
+    n.of = {between(random, 1, problem % 5 == 0 ? 300 : 10), between(random, 1, 6), between(random, 1, 140)};
+    const std::int64_t count = n.of.pixels * n.of.images;
+    std::vector<float> x = gaussian(random, n.of.values());
     for (float& value : x) value = value * 3 + 5;
-    const std::vector<float> g = gaussian(random, n.channels * n.count), weight = gaussian(random, n.channels),
-                             bias = gaussian(random, n.channels);
+    const std::vector<float> g = gaussian(random, n.of.values()), weight = gaussian(random, n.of.channels),
+                             bias = gaussian(random, n.of.channels);
     if (problem % 3 != 0) {
       n.weight = weight.data();
       n.bias = bias.data();
     }
-    const auto channels = static_cast<std::size_t>(n.channels);
+    const auto channels = static_cast<std::size_t>(n.of.channels);
     std::vector<float> out(x.size()), mean(channels), variance(channels), x_gradient(x.size()), w_gradient(channels),
         b_gradient(channels);
     reference::normalise(n, x.data(), 1e-2, out.data(), mean.data(), variance.data());
@@ -164,7 +167,7 @@ ACF_TEST(normalisation_is_the_reference) {
         EXPECT(close(m, mean, 16) && close(v, variance, 1000) && close(a, out, 1000));
         normalise_gradient(n, x.data(), g.data(), mean.data(), variance.data(), 1e-2, b.data(), c.data(), d.data(),
                            threads, isa);
-        EXPECT(close(b, x_gradient, 4000) && close(c, w_gradient, 10 * n.count) && close(d, b_gradient, n.count));
+        EXPECT(close(b, x_gradient, 4000) && close(c, w_gradient, 10 * count) && close(d, b_gradient, count));
       }
     }
   }
@@ -204,6 +207,14 @@ ACF_TEST(wrong_layers_are_refused) {
   s.padding_h = 0;
   s.images = std::int64_t{1} << 30;
   EXPECT_THROWS(check(s), std::invalid_argument, "tensors must have less than 2^31 values");
+
+  s = {};
+  s.images = s.channels = s.filters = s.height = s.width = s.kernel_w = 1;
+  s.kernel_h = 3;
+  s.padding_h = s.dilation_h = std::int64_t{1} << 30;
+  float value = 0;
+  EXPECT_THROWS(forward({s, {0}, {0}}, &value, &value, nullptr, &value, 1, Isa::generic), std::invalid_argument,
+                "a kernel must reach over less than 2^31 values, got 2147483649 pixels of 1 channels of 8 images");
 }
 
 }  // namespace

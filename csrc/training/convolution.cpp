@@ -12,124 +12,168 @@
 namespace acf::training {
 namespace {
 
-// What a thread works on at a time, images of a block side by side, should stay in its second-level cache ...
-constexpr std::int64_t kBandFloats = 96 << 10;
-// ... but sums of products over fewer pixels than these would not be worth the sums over lanes that follow.
-constexpr std::int64_t kBandPixels = 32;
-// The weight gradient is a sum of so many partial sums, whatever the threads.
+// The weight gradient is a sum of so many partial sums, whatever the threads; planes of fewer rows are cut into blocks
+// of images, too.
 constexpr std::int64_t kParts = 8;
+// Weights of a pixel that take more than this part of the first-level cache are read once for all images.
+constexpr std::int64_t kManyWeights = 4 << 10;
+// Products of so many terms at a time: values of that many channels and taps stay in the second-level cache for all
+// tiles.
+constexpr std::int64_t kMostTerms = 512;
 
-std::int64_t size(const std::vector<std::int32_t>& numbers) { return static_cast<std::int64_t>(numbers.size()); }
-
-// [0, count) in ranges of nearly the same size, at most `most`.
-std::vector<std::pair<std::int64_t, std::int64_t>> even_ranges(std::int64_t count, std::int64_t most) {
-  const std::int64_t ranges = (count + most - 1) / most;
-  std::vector<std::pair<std::int64_t, std::int64_t>> result;
-  for (std::int64_t i = 0; i < ranges; ++i) result.emplace_back(count * i / ranges, count * (i + 1) / ranges);
-  return result;
+template <class T>
+std::int64_t size(const std::vector<T>& values) {
+  return static_cast<std::int64_t>(values.size());
 }
 
-// A tile of weights, (terms, rows).
+// [0, count) in ranges of nearly the same size, at most `most`: body(begin, end).
+template <class Body>
+void each_range(std::int64_t count, std::int64_t most, const Body& body) {
+  const std::int64_t ranges = (count + most - 1) / most;
+  for (std::int64_t i = 0; i < ranges; ++i) body(count * i / ranges, count * (i + 1) / ranges);
+}
+
+// A tile of weights, (terms, rows), and where the sums of its rows go.
 struct Tile {
   std::vector<float> weights, start;
   std::vector<std::int64_t> to;
-  std::int64_t rows() const { return static_cast<std::int64_t>(to.size()); }
+  std::int64_t rows() const { return size(to); }
 };
 
-// Channels that are read, as numbers, and the place of every channel among them (-1: not read).
-struct Read {
-  std::vector<std::int32_t> channels, place;
+std::int64_t weights_of(const std::vector<Tile>& tiles) {
+  std::int64_t count = 0;
+  for (const Tile& tile : tiles) count += size(tile.weights);
+  return count;
+}
 
-  Read(const Shape& s, const std::vector<std::int32_t>& columns) : place(static_cast<std::size_t>(s.channels), -1) {
-    for (const std::int32_t column : columns) {
-      const auto channel = static_cast<std::size_t>(column / s.taps());
-      if (place[channel] >= 0) continue;
-      place[channel] = static_cast<std::int32_t>(channels.size());
-      channels.push_back(static_cast<std::int32_t>(channel));
+// How images are cut into blocks of kVectors[wide] vectors: wide ones where tiles are not wider than high then, so that
+// they read few values for their products.
+struct Blocks {
+  int wide;
+  std::int64_t block, count;
+
+  // `images` are whole narrow blocks.
+  Blocks(const Kernels& table, std::int64_t images)
+      : wide(table.most[1] > kVectors[1] && images % (std::int64_t{kVectors[1]} * table.lanes) == 0 ? 1 : 0),
+        block(std::int64_t{kVectors[wide]} * table.lanes),
+        count(images / block) {}
+};
+
+// Every tile with every block in [first, last): what is read again and again, few weights or the values of a block,
+// stays in the first-level cache.
+template <class Body>
+void each_tile(const std::vector<Tile>& tiles, bool many_weights, std::int64_t first, std::int64_t last,
+               const Body& body) {
+  if (many_weights) {
+    for (const Tile& tile : tiles) {
+      for (std::int64_t block = first; block < last; ++block) body(tile, block);
     }
-  }
-};
-
-// Some of a tensor (channels, height, width, images) as (rows, columns, chosen channels, images of a block): channels
-// of a pixel side by side. In the tensor itself they lie a plane apart, often a power of two, and would meet in few
-// sets of a cache. Outside the tensor are zeros.
-struct Source {
-  const float* data;
-  std::int64_t height, width, images;
-  const std::vector<std::int32_t>& chosen;
-};
-
-void pack(const Kernels& table, int wide, const Source& source, std::int64_t top, std::int64_t bottom,
-          std::int64_t left, std::int64_t right, std::int64_t image, float* to) {
-  const std::int64_t block = std::int64_t{kVectors[wide]} * table.lanes, pixel = size(source.chosen) * block;
-  const std::int64_t first = std::max<std::int64_t>(left, 0), last = std::min(right, source.width);
-  Move call = {};
-  call.from_step = source.images;
-  call.to_step = pixel;
-  call.images = static_cast<int>(std::min(block, source.images - image));
-  for (std::int64_t row = top; row < bottom; ++row, to += (right - left) * pixel) {
-    if (row < 0 || row >= source.height || first >= last) {
-      std::fill_n(to, (right - left) * pixel, 0.0F);
-      continue;
-    }
-    std::fill_n(to, (first - left) * pixel, 0.0F);
-    std::fill_n(to + (last - left) * pixel, (right - last) * pixel, 0.0F);
-    call.to = to + (first - left) * pixel;
-    call.pixels = last - first;
-    for (const std::int32_t channel : source.chosen) {
-      call.from = source.data + ((channel * source.height + row) * source.width + first) * source.images + image;
-      table.pack[wide](call);
-      call.to += block;
+  } else {
+    for (std::int64_t block = first; block < last; ++block) {
+      for (const Tile& tile : tiles) body(tile, block);
     }
   }
 }
 
-// Memory of a thread, kept from call to call; not initialised.
-float* scratch(std::int64_t floats) {
-  thread_local std::vector<float> memory;
-  if (static_cast<std::int64_t>(memory.size()) < floats) memory.resize(static_cast<std::size_t>(floats));
-  return memory.data();
+// body(row, first block, end) for all rows of a plane, by threads.
+template <class Body>
+void each_row(std::int64_t rows, const Blocks& blocks, int threads, const Body& body) {
+  const std::int64_t parts = rows < kParts ? blocks.count : 1;
+  parallel_for(rows * parts, threads, [&](std::int64_t task) {
+    const std::int64_t part = task % parts;
+    body(task / parts, blocks.count * part / parts, blocks.count * (part + 1) / parts);
+  });
 }
 
-// The input under a band of output rows, packed, and where in it the kept columns begin.
-struct Window {
-  std::int64_t width, pixel;  // columns of a row, floats of a pixel
-  std::vector<std::int32_t> offsets;
+// The images of `shape` rounded up to whole narrow blocks.
+std::int64_t whole_images(const Shape& shape, const Kernels& table) {
+  const std::int64_t block = std::int64_t{kVectors[0]} * table.lanes;
+  return (shape.images + block - 1) / block * block;
+}
 
-  Window(const Layer& layer, const Read& read, std::int64_t block)
-      : width((layer.shape.out_width() - 1) * layer.shape.stride_w + reach_w(layer.shape) + 1),
-        pixel(size(read.channels) * block) {
-    const Shape& s = layer.shape;
-    ACF_CHECK(floats(s, 1) <= std::numeric_limits<std::int32_t>::max(), "rows of ", s.width, " pixels with ",
-              read.channels.size(), " channels are too large for a kernel of ", s.kernel_h, " rows");
-    for (const std::int32_t column : layer.columns) {
-      const std::int64_t channel = column / s.taps(), tap = column % s.taps();
-      const std::int64_t at = tap / s.kernel_w * s.dilation_h * width + tap % s.kernel_w * s.dilation_w;
-      offsets.push_back(static_cast<std::int32_t>(at * pixel + read.place[static_cast<std::size_t>(channel)] * block));
+Layer with_images(const Layer& layer, std::int64_t images) {
+  Layer result = layer;
+  result.shape.images = images;
+  check(result.shape);
+  return result;
+}
+
+// Rows of `from` images as rows of `to` images, of which those that do not exist are zero.
+std::vector<float> resized(const float* x, std::int64_t rows, std::int64_t from, std::int64_t to) {
+  std::vector<float> result(static_cast<std::size_t>(rows * to));
+  for (std::int64_t row = 0; row < rows; ++row) std::copy_n(x + row * from, from, result.data() + row * to);
+  return result;
+}
+
+// The other way round.
+void restore(const std::vector<float>& x, std::int64_t from, float* to, std::int64_t images) {
+  for (std::int64_t row = 0; row < size(x) / from; ++row) {
+    std::copy_n(x.data() + row * from, images, to + row * images);
+  }
+}
+
+std::int64_t in_runs(const Shape& s) { return s.height * s.width * s.channels; }
+std::int64_t out_runs(const Shape& s) { return s.out_height() * s.out_width() * s.filters; }
+
+// Which of `taps` meet the input at a pixel of the output, whose first one is at `start` of `size`.
+Terms valid_taps(std::int64_t start, std::int64_t taps, std::int64_t dilation, std::int64_t size) {
+  const std::int64_t begin = start >= 0 ? 0 : (-start + dilation - 1) / dilation;
+  const std::int64_t end = start >= size ? 0 : std::min(taps, (size - 1 - start) / dilation + 1);
+  return {static_cast<std::int32_t>(begin), static_cast<std::int32_t>(std::max(begin, end))};
+}
+
+// The columns that are kept, by tap and then by channel: those that a pixel of the output finds inside of the input
+// are then a range for every row of the kernel, and one for all in the middle of the plane.
+struct Columns {
+  std::vector<std::int32_t> numbers, offsets, ends;  // ends[t]: of the columns of tap t
+  const Shape& shape;
+
+  explicit Columns(const Layer& layer) : numbers(layer.columns), shape(layer.shape) {
+    const Shape& s = shape;
+    const std::int64_t reach = s.dilation_h * (s.kernel_h - 1) * s.width + s.dilation_w * (s.kernel_w - 1) + 1;
+    ACF_CHECK(reach <= std::numeric_limits<std::int32_t>::max() / (s.channels * s.images),
+              "a kernel must reach over less than 2^31 values, got ", reach, " pixels of ", s.channels, " channels of ",
+              s.images, " images");
+    const auto order = [&](std::int32_t column) { return std::pair(column % s.taps(), column / s.taps()); };
+    std::sort(numbers.begin(), numbers.end(), [&](std::int32_t a, std::int32_t b) { return order(a) < order(b); });
+    ends.resize(static_cast<std::size_t>(s.taps()));
+    for (const std::int32_t column : numbers) {
+      const auto [tap, channel] = order(column);
+      const std::int64_t row = tap / s.kernel_w * s.dilation_h, right = tap % s.kernel_w * s.dilation_w;
+      offsets.push_back(static_cast<std::int32_t>(((row * s.width + right) * s.channels + channel) * s.images));
+      ++ends[static_cast<std::size_t>(tap)];
+    }
+    for (std::size_t tap = 1; tap < ends.size(); ++tap) ends[tap] += ends[tap - 1];
+  }
+
+  Terms all() const { return {0, static_cast<std::int32_t>(numbers.size())}; }
+  std::int32_t begin(std::int64_t tap) const { return tap == 0 ? 0 : ends[static_cast<std::size_t>(tap) - 1]; }
+
+  // Where the first tap of a pixel of the output is in the input, maybe outside.
+  std::int64_t origin(std::int64_t y, std::int64_t x) const {
+    const Shape& s = shape;
+    return ((y * s.stride_h - s.padding_h) * s.width + x * s.stride_w - s.padding_w) * s.channels * s.images;
+  }
+
+  // The terms of that pixel among `some`, in at most as many ranges as the kernel has rows.
+  void ranges(std::int64_t y, std::int64_t x, Terms some, std::vector<Terms>& to) const {
+    const Shape& s = shape;
+    const Terms down = valid_taps(y * s.stride_h - s.padding_h, s.kernel_h, s.dilation_h, s.height),
+                right = valid_taps(x * s.stride_w - s.padding_w, s.kernel_w, s.dilation_w, s.width);
+    to.clear();
+    if (right.begin == right.end) return;
+    for (std::int64_t row = down.begin; row < down.end; ++row) {
+      const Terms terms = {std::max(some.begin, begin(row * s.kernel_w + right.begin)),
+                           std::min(some.end, begin(row * s.kernel_w + right.end))};
+      if (terms.begin >= terms.end) continue;
+      if (!to.empty() && to.back().end == terms.begin) {
+        to.back().end = terms.end;
+      } else {
+        to.push_back(terms);
+      }
     }
   }
-
-  static std::int64_t reach_h(const Shape& s) { return s.dilation_h * (s.kernel_h - 1); }
-  static std::int64_t reach_w(const Shape& s) { return s.dilation_w * (s.kernel_w - 1); }
-  std::int64_t rows(const Shape& s, std::int64_t out_rows) const {
-    return (out_rows - 1) * s.stride_h + reach_h(s) + 1;
-  }
-  std::int64_t floats(const Shape& s, std::int64_t out_rows) const { return rows(s, out_rows) * width * pixel; }
-
-  void read(const Kernels& table, int wide, const Shape& s, const Source& source, std::int64_t top, std::int64_t bottom,
-            std::int64_t image, float* to) const {
-    const std::int64_t first = top * s.stride_h - s.padding_h;
-    pack(table, wide, source, first, first + rows(s, bottom - top), -s.padding_w, width - s.padding_w, image, to);
-  }
 };
-
-// The most rows of a band, of `rows`, for which floats(rows) is no more than kBandFloats, and at least `least`.
-template <class Floats>
-std::int64_t band_rows(std::int64_t rows, std::int64_t least, const Floats& floats) {
-  std::int64_t band = std::min(rows, least);
-  while (band < rows && floats(band + 1) <= kBandFloats) ++band;
-  return band;
-}
 
 }  // namespace
 
@@ -187,55 +231,56 @@ void forward(const Layer& layer, const float* x, const float* weight, const floa
              Isa isa) {
   const Shape& s = layer.shape;
   const Kernels& table = kernels(isa);
-  const std::int64_t height = s.out_height(), width = s.out_width(), plane = height * width * s.images;
-
-  std::vector<std::uint8_t> kept(static_cast<std::size_t>(s.filters));
-  for (const std::int32_t filter : layer.filters) kept[static_cast<std::size_t>(filter)] = 1;
-  for (std::int64_t filter = 0; filter < s.filters; ++filter) {
-    if (kept[static_cast<std::size_t>(filter)] == 0) {
-      std::fill_n(out + filter * plane, plane, bias == nullptr ? 0.0F : bias[filter]);
-    }
+  if (const std::int64_t whole = whole_images(s, table); whole != s.images) {
+    const std::vector<float> larger = resized(x, in_runs(s), s.images, whole);
+    std::vector<float> result(static_cast<std::size_t>(out_runs(s) * whole));
+    forward(with_images(layer, whole), larger.data(), weight, bias, result.data(), threads, isa);
+    return restore(result, whole, out, s.images);
   }
 
-  const int wide = size(layer.filters) <= table.most[1] && s.images > kVectors[0] * table.lanes ? 1 : 0;
-  const std::int64_t block = std::int64_t{kVectors[wide]} * table.lanes;
+  const Columns columns(layer);
+  const Blocks blocks(table, s.images);
   std::vector<Tile> tiles;
-  for (const auto& [first, last] : even_ranges(size(layer.filters), table.most[wide])) {
+  each_range(size(layer.filters), table.most[blocks.wide], [&](std::int64_t first, std::int64_t last) {
     Tile& tile = tiles.emplace_back();
     const auto chosen = [&](std::int64_t i) { return std::int64_t{layer.filters[static_cast<std::size_t>(i)]}; };
     for (std::int64_t i = first; i < last; ++i) {
-      tile.to.push_back(chosen(i) * plane);
+      tile.to.push_back(chosen(i) * s.images);
       tile.start.push_back(bias == nullptr ? 0.0F : bias[chosen(i)]);
     }
-    for (const std::int32_t column : layer.columns) {
+    for (const std::int32_t column : columns.numbers) {
       for (std::int64_t i = first; i < last; ++i) tile.weights.push_back(weight[chosen(i) * s.columns() + column]);
     }
+  });
+  std::vector<std::int32_t> gone;  // filters
+  for (std::int32_t filter = 0; filter < s.filters; ++filter) {
+    if (!std::binary_search(layer.filters.begin(), layer.filters.end(), filter)) gone.push_back(filter);
   }
 
-  const Read read(s, layer.columns);
-  const Source source = {x, s.height, s.width, s.images, read.channels};
-  const Window window(layer, read, block);
-  const std::int64_t rows = band_rows(height, 1, [&](std::int64_t n) { return window.floats(s, n); });
-  const std::int64_t bands = (height + rows - 1) / rows, blocks = (s.images + block - 1) / block;
+  std::vector<Terms> passes;
+  each_range(std::max<std::int64_t>(1, size(columns.numbers)), kMostTerms, [&](std::int64_t begin, std::int64_t end) {
+    passes.push_back({static_cast<std::int32_t>(begin), static_cast<std::int32_t>(end)});
+  });
 
-  parallel_for(bands * blocks, threads, [&](std::int64_t task) {
-    const std::int64_t top = task / blocks * rows, bottom = std::min(top + rows, height), image = task % blocks * block;
-    float* const packed = scratch(window.floats(s, rows));
-    window.read(table, wide, s, source, top, bottom, image, packed);
-    Product call = {};
-    call.offsets = window.offsets.data();
-    call.terms = size(window.offsets);
-    call.images = static_cast<int>(std::min(block, s.images - image));
-    for (std::int64_t y = top; y < bottom; ++y) {
-      for (std::int64_t column = 0; column < width; ++column) {
-        call.x = packed + ((y - top) * s.stride_h * window.width + column * s.stride_w) * window.pixel;
-        call.out = out + (y * width + column) * s.images + image;
-        for (const Tile& tile : tiles) {
-          call.weights = tile.weights.data();
-          call.start = tile.start.data();
-          call.to = tile.to.data();
-          table.product[wide][tile.rows() - 1](call);
-        }
+  const std::int64_t width = s.out_width();
+  const bool many_weights = weights_of(tiles) > kManyWeights;
+  each_row(s.out_height(), blocks, threads, [&](std::int64_t y, std::int64_t first, std::int64_t last) {
+    std::vector<Terms> ranges;
+    for (std::int64_t column = 0; column < width; ++column) {
+      float* const pixel = out + (y * width + column) * s.filters * s.images;
+      for (const std::int32_t filter : gone) {
+        std::fill(pixel + filter * s.images + first * blocks.block, pixel + filter * s.images + last * blocks.block,
+                  bias == nullptr ? 0.0F : bias[filter]);
+      }
+      for (std::size_t i = 0; i < passes.size(); ++i) {
+        columns.ranges(y, column, passes[i], ranges);
+        if (i > 0 && ranges.empty()) continue;
+        each_tile(tiles, many_weights, first, last, [&](const Tile& tile, std::int64_t block) {
+          const std::int64_t image = block * blocks.block;
+          table.product[blocks.wide][tile.rows() - 1](
+              {x, columns.origin(y, column) + image, columns.offsets.data(), ranges.data(), size(ranges),
+               tile.weights.data(), i == 0 ? tile.start.data() : nullptr, pixel + image, tile.to.data(), i > 0});
+        });
       }
     }
   });
@@ -247,160 +292,136 @@ void input_gradient(const Layer& layer, const float* out_gradient, const float* 
                     Isa isa) {
   const Shape& s = layer.shape;
   const Kernels& table = kernels(isa);
-  const std::int64_t height = s.out_height(), width = s.out_width(), in_plane = s.height * s.width * s.images;
-  const Read read(s, layer.columns);
+  if (const std::int64_t whole = whole_images(s, table); whole != s.images) {
+    const std::vector<float> larger = resized(out_gradient, out_runs(s), s.images, whole);
+    std::vector<float> result(static_cast<std::size_t>(in_runs(s) * whole));
+    input_gradient(with_images(layer, whole), larger.data(), weight, result.data(), threads, isa);
+    return restore(result, whole, x_gradient, s.images);
+  }
 
+  const Columns columns(layer);
+  const Blocks blocks(table, s.images);
   struct Tap {
     std::int64_t row, column;
-    std::vector<std::int32_t> columns;
     std::vector<Tile> tiles;
+    bool many_weights;
   };
-  std::vector<Tap> taps(static_cast<std::size_t>(s.taps()));
-  for (const std::int32_t column : layer.columns)
-    taps[static_cast<std::size_t>(column % s.taps())].columns.push_back(column);
-  std::int64_t largest = 0;
-  for (const Tap& tap : taps) largest = std::max(largest, size(tap.columns));
-  const int wide = largest <= table.most[1] && s.images > kVectors[0] * table.lanes ? 1 : 0;
-  const std::int64_t block = std::int64_t{kVectors[wide]} * table.lanes;
-  for (std::size_t number = 0; number < taps.size(); ++number) {
-    Tap& tap = taps[number];
-    tap.row = static_cast<std::int64_t>(number) / s.kernel_w * s.dilation_h;
-    tap.column = static_cast<std::int64_t>(number) % s.kernel_w * s.dilation_w;
-    for (const auto& [first, last] : even_ranges(size(tap.columns), table.most[wide])) {
+  std::vector<Tap> taps;
+  for (std::int64_t number = 0; number < s.taps(); ++number) {
+    const std::int64_t begin = columns.begin(number), end = columns.begin(number + 1);
+    if (begin == end) continue;
+    Tap& tap = taps.emplace_back();
+    tap.row = number / s.kernel_w * s.dilation_h;
+    tap.column = number % s.kernel_w * s.dilation_w;
+    each_range(end - begin, table.most[blocks.wide], [&](std::int64_t first, std::int64_t last) {
+      const std::int32_t* const from = columns.numbers.data() + begin + first;
+      const std::int32_t* const to = columns.numbers.data() + begin + last;
       Tile& tile = tap.tiles.emplace_back();
-      for (std::int64_t i = first; i < last; ++i) {
-        const auto channel = static_cast<std::size_t>(tap.columns[static_cast<std::size_t>(i)] / s.taps());
-        tile.to.push_back(read.place[channel] * block);
-      }
+      for (const std::int32_t* column = from; column != to; ++column) tile.to.push_back(*column / s.taps() * s.images);
       for (const std::int64_t filter : layer.filters) {
-        const float* const from = weight + filter * s.columns();
-        for (std::int64_t i = first; i < last; ++i) {
-          tile.weights.push_back(from[tap.columns[static_cast<std::size_t>(i)]]);
+        for (const std::int32_t* column = from; column != to; ++column) {
+          tile.weights.push_back(weight[filter * s.columns() + *column]);
         }
       }
-    }
+    });
+    tap.many_weights = weights_of(tap.tiles) > kManyWeights;
   }
-  std::vector<std::int32_t> offsets;  // of the filters in a packed pixel
-  for (std::int64_t i = 0; i < size(layer.filters); ++i) offsets.push_back(static_cast<std::int32_t>(i * block));
+  std::vector<std::int32_t> offsets;  // of the filters in a pixel
+  for (const std::int32_t filter : layer.filters) offsets.push_back(static_cast<std::int32_t>(filter * s.images));
+  const Terms all = {0, static_cast<std::int32_t>(offsets.size())};
 
-  const Source source = {out_gradient, height, width, s.images, layer.filters};
-  const std::int64_t pixel = size(layer.filters) * block, sums = size(read.channels) * block;
-  // The output rows that rows [top, bottom) of the input meet, at most.
-  const auto first_row = [&](std::int64_t top) {
-    return std::max<std::int64_t>(0, top + s.padding_h - Window::reach_h(s)) / s.stride_h;
-  };
-  const auto last_row = [&](std::int64_t bottom) {
-    return std::min(height, (bottom - 1 + s.padding_h) / s.stride_h + 1);
-  };
-  const auto floats = [&](std::int64_t rows) {
-    return sums * s.width + ((rows + Window::reach_h(s)) / s.stride_h + 2) * width * pixel;
-  };
-  const std::int64_t rows = band_rows(s.height, 1, floats);
-  const std::int64_t bands = (s.height + rows - 1) / rows, blocks = (s.images + block - 1) / block;
-
-  parallel_for(bands * blocks, threads, [&](std::int64_t task) {
-    const std::int64_t top = task / blocks * rows, bottom = std::min(top + rows, s.height),
-                       image = task % blocks * block;
-    const std::int64_t images = std::min(block, s.images - image);
-    const std::int64_t first = first_row(top), last = std::max(first, last_row(bottom));
-    float* const sum = scratch(floats(rows));
-    float* const packed = sum + sums * s.width;
-    pack(table, wide, source, first, last, 0, width, image, packed);
-    Product call = {};
-    call.offsets = offsets.data();
-    call.terms = size(offsets);
-    call.adds = true;
-    for (std::int64_t y = top; y < bottom; ++y) {
-      for (std::int64_t column = 0; column < s.width; ++column) {
-        call.out = sum + column * sums;
-        std::fill_n(call.out, sums, 0.0F);
-        for (const Tap& tap : taps) {
-          const std::int64_t down = y + s.padding_h - tap.row, right = column + s.padding_w - tap.column;
-          if (down < 0 || right < 0 || down % s.stride_h != 0 || right % s.stride_w != 0) continue;
-          if (down / s.stride_h >= height || right / s.stride_w >= width) continue;
-          call.x = packed + ((down / s.stride_h - first) * width + right / s.stride_w) * pixel;
-          for (const Tile& tile : tap.tiles) {
-            call.weights = tile.weights.data();
-            call.to = tile.to.data();
-            table.product[wide][tile.rows() - 1](call);
-          }
-        }
-      }
+  const std::int64_t height = s.out_height(), width = s.out_width();
+  each_row(s.height, blocks, threads, [&](std::int64_t y, std::int64_t first, std::int64_t last) {
+    for (std::int64_t column = 0; column < s.width; ++column) {
+      float* const pixel = x_gradient + (y * s.width + column) * s.channels * s.images;
       for (std::int64_t channel = 0; channel < s.channels; ++channel) {
-        float* const to = x_gradient + channel * in_plane + y * s.width * s.images + image;
-        const std::int32_t place = read.place[static_cast<std::size_t>(channel)];
-        if (place < 0) {
-          for (std::int64_t column = 0; column < s.width; ++column) std::fill_n(to + column * s.images, images, 0.0F);
-        } else {
-          table.unpack[wide]({sum + place * block, to, sums, s.images, s.width, static_cast<int>(images)});
-        }
+        std::fill(pixel + channel * s.images + first * blocks.block, pixel + channel * s.images + last * blocks.block,
+                  0.0F);
+      }
+      for (const Tap& tap : taps) {
+        const std::int64_t down = y + s.padding_h - tap.row, right = column + s.padding_w - tap.column;
+        if (down < 0 || right < 0 || down % s.stride_h != 0 || right % s.stride_w != 0) continue;
+        if (down / s.stride_h >= height || right / s.stride_w >= width) continue;
+        const std::int64_t from = (down / s.stride_h * width + right / s.stride_w) * s.filters * s.images;
+        each_tile(tap.tiles, tap.many_weights, first, last, [&](const Tile& tile, std::int64_t block) {
+          const std::int64_t image = block * blocks.block;
+          table.product[blocks.wide][tile.rows() - 1]({out_gradient, from + image, offsets.data(), &all, 1,
+                                                       tile.weights.data(), nullptr, pixel + image, tile.to.data(),
+                                                       true});
+        });
       }
     }
   });
 }
 
+// Registers hold filters here: gradients of a pixel are turned, so that the filters of an image lie side by side, and
+// meet every value of the input under the kernel. So sums are few and need no adding up of lanes.
 void weight_gradient(const Layer& layer, const float* x, const float* out_gradient, float* weight_gradient, int threads,
                      Isa isa) {
   const Shape& s = layer.shape;
   const Kernels& table = kernels(isa);
-  const std::int64_t height = s.out_height(), width = s.out_width();
-  const std::int64_t filters = size(layer.filters), columns = size(layer.columns);
+  if (const std::int64_t whole = whole_images(s, table); whole != s.images) {
+    const std::vector<float> larger = resized(x, in_runs(s), s.images, whole),
+                             gradient = resized(out_gradient, out_runs(s), s.images, whole);
+    return training::weight_gradient(with_images(layer, whole), larger.data(), gradient.data(), weight_gradient,
+                                     threads, isa);
+  }
   std::fill_n(weight_gradient, s.filters * s.columns(), 0.0F);
-  if (filters == 0 || columns == 0) return;
+  if (layer.filters.empty() || layer.columns.empty()) return;
 
-  const std::int64_t block = std::int64_t{kVectors[0]} * table.lanes;
-  const Read read(s, layer.columns);
-  const Source in = {x, s.height, s.width, s.images, read.channels},
-               gradient = {out_gradient, height, width, s.images, layer.filters};
-  const Window window(layer, read, block);
-  std::vector<std::int32_t> from_filter;
-  for (std::int64_t i = 0; i < filters; ++i) from_filter.push_back(static_cast<std::int32_t>(i * block));
-  const auto filter_tiles = even_ranges(filters, table.most_a), column_tiles = even_ranges(columns, table.most_b);
+  const Columns columns(layer);
+  std::vector<std::int32_t> offsets;  // of the filters in a pixel
+  for (const std::int32_t filter : layer.filters) offsets.push_back(static_cast<std::int32_t>(filter * s.images));
+  struct Group {
+    std::int64_t first;  // filter
+    int filters, vectors, width;
+  };
+  std::vector<Group> groups;
+  for (std::int64_t first = 0; first < size(offsets); first += 2 * table.lanes) {
+    const int filters = static_cast<int>(std::min<std::int64_t>(2 * table.lanes, size(offsets) - first));
+    const int vectors = filters > table.lanes ? 2 : 1;
+    groups.push_back({first, filters, vectors, vectors * table.lanes});
+  }
 
-  const auto floats = [&](std::int64_t n) { return window.floats(s, n) + n * width * filters * block; };
-  const std::int64_t rows = band_rows(height, (kBandPixels + width - 1) / width, floats);
-  const std::int64_t bands = (height + rows - 1) / rows, blocks = (s.images + block - 1) / block,
-                     pieces = bands * blocks;
-  const std::int64_t parts = std::min(kParts, pieces);
-  std::vector<float> partial(static_cast<std::size_t>(parts * filters * columns));
-
+  // Sums of a part: of every group, (columns, width).
+  const std::int64_t width = s.out_width(), pixels = s.out_height() * width, parts = std::min(kParts, pixels);
+  const std::int64_t sums = size(columns.numbers) * (groups.back().first + groups.back().width);
+  std::vector<float> partial(static_cast<std::size_t>(parts * sums));
   parallel_for(parts, threads, [&](std::int64_t part) {
-    float* const packed = scratch(floats(rows));
-    float* const gradients = packed + window.floats(s, rows);
-    Dots call = {};
-    call.a = gradients;
-    call.b = packed;
-    call.runs = width;
-    call.a_run = filters * block;
-    call.a_row = width * call.a_run;
-    call.b_run = s.stride_w * window.pixel;
-    call.b_row = s.stride_h * window.width * window.pixel;
-    call.pitch = columns;
-    for (std::int64_t piece = pieces * part / parts; piece < pieces * (part + 1) / parts; ++piece) {
-      const std::int64_t top = piece / blocks * rows, bottom = std::min(top + rows, height),
-                         image = piece % blocks * block;
-      window.read(table, 0, s, in, top, bottom, image, packed);
-      pack(table, 0, gradient, top, bottom, 0, width, image, gradients);
-      call.rows = bottom - top;
-      for (const auto& [begin, end] : column_tiles) {
-        for (const auto& [first, last] : filter_tiles) {
-          call.from_a = from_filter.data() + first;
-          call.from_b = window.offsets.data() + begin;
-          call.sums = partial.data() + (part * filters + first) * columns + begin;
-          table.dots[last - first - 1][end - begin - 1](call);
+    std::vector<float> turned(static_cast<std::size_t>(2 * table.lanes * s.images));
+    std::vector<Terms> ranges;
+    for (std::int64_t pixel = pixels * part / parts; pixel < pixels * (part + 1) / parts; ++pixel) {
+      const std::int64_t y = pixel / width, column = pixel % width;
+      columns.ranges(y, column, columns.all(), ranges);
+      if (ranges.empty()) continue;
+      for (const Group& group : groups) {
+        table.turn({out_gradient + pixel * s.filters * s.images, offsets.data() + group.first, group.filters,
+                    group.width, s.images, turned.data()});
+        float* const to = partial.data() + part * sums + group.first * size(columns.numbers);
+        for (const Terms& range : ranges) {
+          each_range(range.end - range.begin, table.most_outer[group.vectors - 1],
+                     [&](std::int64_t first, std::int64_t last) {
+                       first += range.begin;
+                       last += range.begin;
+                       table.outer[group.vectors - 1][last - first - 1]({x, columns.origin(y, column),
+                                                                         columns.offsets.data() + first, turned.data(),
+                                                                         s.images, to + first * group.width});
+                     });
         }
       }
     }
   });
 
-  for (std::int64_t i = 0; i < filters; ++i) {
-    float* const to = weight_gradient + layer.filters[static_cast<std::size_t>(i)] * s.columns();
-    for (std::int64_t j = 0; j < columns; ++j) {
-      float sum = 0;
-      for (std::int64_t part = 0; part < parts; ++part) {
-        sum += partial[static_cast<std::size_t>((part * filters + i) * columns + j)];
+  for (const Group& group : groups) {
+    for (std::size_t i = 0; i < columns.numbers.size(); ++i) {
+      const float* const from =
+          partial.data() + group.first * size(columns.numbers) + static_cast<std::int64_t>(i) * group.width;
+      for (int f = 0; f < group.filters; ++f) {
+        float sum = 0;
+        for (std::int64_t part = 0; part < parts; ++part) sum += from[part * sums + f];
+        const std::int64_t filter = layer.filters[static_cast<std::size_t>(group.first + f)];
+        weight_gradient[filter * s.columns() + columns.numbers[i]] = sum;
       }
-      to[layer.columns[static_cast<std::size_t>(j)]] = sum;
     }
   }
 }

@@ -1,60 +1,63 @@
-// What every ISA provides. Registers hold images; a tile is `filters` x `vectors of images` of one pixel.
+// What every ISA provides. Registers hold images.
 #pragma once
 
 #include <cstdint>
 
 #include "core/isa.h"
+#include "training/training.h"
 
 namespace acf::training {
 
-// Rows of the largest tile of any ISA.
-inline constexpr int kMaxRows = 14;
-
-// A block holds so many vectors of images: two, or four for layers of few filters, whose tiles would not fill the
-// registers otherwise.
+// Products work on blocks of so many vectors of images: the fewer, the more rows fit into the registers.
 inline constexpr int kVectors[2] = {2, 4};
 
-// sums[t] = start[t] + sum over i < terms of weights[i * rows + t] * x[offsets[i]], for the images of a block; the
-// first `images` are stored at out + to[t], or, where `adds`, all added to what is there.
+struct Terms {
+  std::int32_t begin, end;
+};
+
+// sums[t] = start[t] + sum over the terms i of all ranges of weights[i * rows + t] * x[origin + offsets[i]], for the
+// images of a block, stored at out + to[t], or, where `adds`, added to what is there.
 struct Product {
   const float* x;
+  std::int64_t origin;
   const std::int32_t* offsets;
-  std::int64_t terms;
+  const Terms* ranges;
+  std::int64_t count;  // of ranges
   const float* weights;
   const float* start;  // null: zeros
   float* out;
   const std::int64_t* to;
   bool adds;
-  int images;
 };
 
-// sums[i * pitch + j] += sum of a[from_a[i] + p] * b[from_b[j] + q] over the images of narrow blocks, with p and q
-// those of `rows` rows of `runs` blocks.
-struct Dots {
-  const float *a, *b;
-  const std::int32_t *from_a, *from_b;
-  std::int64_t rows, a_row, b_row, runs, a_run, b_run;
+// sums[t * width + f] += sum over images i of x[origin + offsets[t] + i] * gradients[i * width + f], where `width` is
+// one or two vectors of filters, and images are a multiple of kVectors[0] vectors.
+struct Outer {
+  const float* x;
+  std::int64_t origin;
+  const std::int32_t* offsets;
+  const float* gradients;
+  std::int64_t images;
   float* sums;
-  std::int64_t pitch;
 };
 
-// `pixels` pixels of one channel, `images` of them that exist: from a tensor into blocks, the rest of which becomes
-// zero, or back. Steps are those from pixel to pixel.
-struct Move {
+// to[i * width + f] = from[offsets[f] + i] for so many filters, the rest of the width zero; images as above.
+struct Turn {
   const float* from;
+  const std::int32_t* offsets;
+  int filters, width;
+  std::int64_t images;
   float* to;
-  std::int64_t from_step, to_step, pixels;
-  int images;
 };
 
-// One pixel of the output of a pooling: the largest of `taps` pixels, and its number.
+// One pixel of the output of a pooling: the largest of `count` pixels, and its number.
 struct Maximum {
   const float* const* taps;
   const std::uint8_t* numbers;
   int count;
   float* out;
   std::uint8_t* at;
-  std::int64_t images;
+  std::int64_t values;
 };
 
 // One pixel of the input: the sum of the gradients of the windows in which it is the largest.
@@ -64,29 +67,31 @@ struct Scattered {
   const std::uint8_t* numbers;
   int count;
   float* to;
-  std::int64_t images;
+  std::int64_t values;
 };
 
-using MoveKernel = void (*)(const Move&);
 using ProductKernel = void (*)(const Product&);
-using DotsKernel = void (*)(const Dots&);
+using OuterKernel = void (*)(const Outer&);
 
-inline constexpr int kMaxDotsA = 4, kMaxDotsB = 6;
+inline constexpr int kMaxRows = 14, kMaxOuterRows = 24;
 
 struct Kernels {
-  int lanes;                           // of a vector
-  int most[2];                         // rows of a product with blocks of kVectors[0], kVectors[1]
-  ProductKernel product[2][kMaxRows];  // [.][rows - 1]
-  MoveKernel pack[2], unpack[2];
-  int most_a, most_b;                        // of Dots
-  DotsKernel dots[kMaxDotsA][kMaxDotsB];     // [a - 1][b - 1]
-  float (*sum)(const float*, std::int64_t);  // of so many floats
-  // Sums over `count` values: of (x - middle)^2; of g and of g * (x - middle).
-  float (*squares)(const float* x, std::int64_t count, float middle);
-  void (*products)(const float* x, const float* g, std::int64_t count, float middle, float (&sums)[2]);
-  // out = a * x + b;  out = a * g + b * x + c.
-  void (*scaled)(const float* x, std::int64_t count, float a, float b, float* out);
-  void (*combined)(const float* x, const float* g, std::int64_t count, float a, float b, float c, float* out);
+  int lanes;                            // of a vector
+  int most[2];                          // rows of a product with blocks of kVectors[0], kVectors[1]
+  ProductKernel product[2][kMaxRows];   // [.][rows - 1]
+  int most_outer[2];                    // rows of an outer product with one, two vectors of filters
+  OuterKernel outer[2][kMaxOuterRows];  // [vectors - 1][rows - 1]
+  void (*turn)(const Turn&);
+  // Sums over a channel: of x; of (x - middle)^2; of g and of g * (x - middle). `memory` has room for two vectors of
+  // every channel.
+  void (*sums)(const Pixels&, const float* x, float* memory, float* sums);
+  void (*squares)(const Pixels&, const float* x, const float* middle, float* memory, float* sums);
+  void (*products)(const Pixels&, const float* x, const float* g, const float* middle, float* memory, float* plain,
+                   float* times);
+  // With numbers of every channel: out = a * x + b;  out = a * g + b * x + c.
+  void (*scaled)(const Pixels&, const float* x, const float* a, const float* b, float* out);
+  void (*combined)(const Pixels&, const float* x, const float* g, const float* a, const float* b, const float* c,
+                   float* out);
   void (*maximum)(const Maximum&);
   void (*scattered)(const Scattered&);
 };

@@ -23,15 +23,31 @@ struct N {
     const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
   }
+  // Rows become columns.
+  static void transpose(Reg (&r)[kLanes]) {
+    Reg quads[kLanes];  // [4 * i + k]: of rows 4 * i to 4 * i + 3, columns k and 4 + k
+    for (int i = 0; i < kLanes; i += 4) {
+      const Reg a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]),
+                c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+      quads[i] = _mm256_shuffle_ps(a, c, 0x44);
+      quads[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+      quads[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      quads[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    for (int k = 0; k < 4; ++k) {
+      r[k] = _mm256_permute2f128_ps(quads[k], quads[4 + k], 0x20);
+      r[4 + k] = _mm256_permute2f128_ps(quads[k], quads[4 + k], 0x31);
+    }
+  }
 };
 
 // 16 registers.
-constexpr int kSums = 12, kDotsA = 3, kDotsB = 4;
+constexpr int kSums = 12;
 
 #include "training/kernels-inl.h"
 
 }  // namespace
 
-const Kernels avx2_kernels = table_of(IndicesOf<kMaxRows>::type{}, IndicesOf<kMaxDotsB>::type{});
+const Kernels avx2_kernels = table_of(IndicesOf<kMaxRows>::type{}, IndicesOf<kMaxOuterRows>::type{});
 
 }  // namespace acf::training

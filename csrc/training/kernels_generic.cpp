@@ -27,14 +27,24 @@ struct N {
   static Reg add(Reg a, Reg b) { return a + b; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static float total(Reg r) { return (r[0] + r[1]) + (r[2] + r[3]); }
+  // Rows become columns.
+  static void transpose(Reg (&r)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float kept = r[i][j];
+        r[i][j] = r[j][i];
+        r[j][i] = kept;
+      }
+    }
+  }
 };
 
-constexpr int kSums = 8, kDotsA = 2, kDotsB = 3;
+constexpr int kSums = 8;
 
 #include "training/kernels-inl.h"
 
 }  // namespace
 
-const Kernels generic_kernels = table_of(IndicesOf<kMaxRows>::type{}, IndicesOf<kMaxDotsB>::type{});
+const Kernels generic_kernels = table_of(IndicesOf<kMaxRows>::type{}, IndicesOf<kMaxOuterRows>::type{});
 
 }  // namespace acf::training

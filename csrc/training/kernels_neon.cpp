@@ -24,15 +24,23 @@ struct N {
   static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   static float total(Reg r) { return vaddvq_f32(r); }
+  // Rows become columns.
+  static void transpose(Reg (&r)[kLanes]) {
+    const float32x4x2_t a = vtrnq_f32(r[0], r[1]), b = vtrnq_f32(r[2], r[3]);
+    r[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+    r[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+    r[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+    r[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+  }
 };
 
 // 32 registers, but gcc 12 spills beyond about 21 sums.
-constexpr int kSums = 20, kDotsA = 4, kDotsB = 5;
+constexpr int kSums = 20;
 
 #include "training/kernels-inl.h"
 
 }  // namespace
 
-const Kernels neon_kernels = table_of(IndicesOf<kMaxRows>::type{}, IndicesOf<kMaxDotsB>::type{});
+const Kernels neon_kernels = table_of(IndicesOf<kMaxRows>::type{}, IndicesOf<kMaxOuterRows>::type{});
 
 }  // namespace acf::training

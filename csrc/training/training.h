@@ -1,9 +1,11 @@
-// Convolutions while they train: forward, and the gradients of inputs and weights, over the filters and columns that
-// are kept, so that a step costs what is left of the network.
+// Convolutions, poolings and normalisations while they train: forward, and the gradients of inputs and weights. What a
+// convolution computes is that of the filters and columns that are kept, so that a step costs what is left of the
+// network.
 //
-// Tensors are float32 with the images innermost: (channels, height, width, images), dense. All images of a pixel lie
-// side by side, so that registers hold images: every stride, dilation, padding, plane and number of filters is as fast
-// as any other, and no input is copied into windows.
+// Tensors are float32, dense, (height, width, channels, images): all images of a channel of a pixel lie side by side,
+// all channels of a pixel follow each other. Registers hold images, so that every stride, dilation, padding, plane and
+// number of filters is as fast as any other; what a pixel needs of its neighbours is some long runs; and nothing is
+// copied into windows or borders.
 //
 // Weights are (filters, channels * kernel_h * kernel_w), as torch has them. What is not kept counts as zero, is not
 // read, and gets a gradient of zero.
@@ -54,8 +56,15 @@ void input_gradient(const Layer& layer, const float* out_gradient, const float* 
 void weight_gradient(const Layer& layer, const float* x, const float* out_gradient, float* weight_gradient, int threads,
                      Isa isa);
 
-// sums[c] = the sum of the `count` values of row c.
-void row_sums(const float* rows, std::int64_t count, std::int64_t number, float* sums, int threads, Isa isa);
+// Pixels of any tensor, each with so many channels of so many images.
+struct Pixels {
+  std::int64_t pixels = 0, channels = 0, images = 0;
+
+  std::int64_t values() const { return pixels * channels * images; }
+};
+
+// sums[c] = the sum of all values of channel c.
+void channel_sums(const Pixels& of, const float* x, float* sums, int threads, Isa isa);
 
 // Maximum pooling. `at` has the number of the tap that is the largest of every window, the first of equals; a NaN is
 // larger than all.
@@ -74,11 +83,12 @@ void maxima(const Pooling& pooling, const float* x, float* out, std::uint8_t* at
 void maxima_gradient(const Pooling& pooling, const float* out_gradient, const std::uint8_t* at, float* x_gradient,
                      int threads, Isa isa);
 
-// Batch normalisation of rows of `count` values, one per channel:
-//   out = (x - mean) * scale * weight + bias   with scale = 1 / sqrt(variance + eps), variance over `count` (biased).
-// weight and bias may be null: 1 and 0.
+// Batch normalisation of every channel:
+//   out = (x - mean) * scale * weight + bias   with scale = 1 / sqrt(variance + eps), variance over all values
+//   (biased).
+// weight and bias, of a value for every channel, may be null: 1 and 0. Results do not depend on the threads.
 struct Normalisation {
-  std::int64_t channels = 0, count = 0;
+  Pixels of;
   const float *weight = nullptr, *bias = nullptr;
 };
 void normalise(const Normalisation& n, const float* x, double eps, float* out, float* mean, float* variance,
@@ -87,7 +97,7 @@ void normalise(const Normalisation& n, const float* x, double eps, float* out, f
 // Its gradients:
 //   bias_gradient = sum of g,   weight_gradient = sum of g * (x - mean) * scale
 //   x_gradient = weight * scale * (g - bias_gradient / count - (x - mean) * scale * weight_gradient / count)
-// with the mean and variance that `normalise` found.
+// with the mean and variance that `normalise` found, and the count of values of a channel.
 void normalise_gradient(const Normalisation& n, const float* x, const float* out_gradient, const float* mean,
                         const float* variance, double eps, float* x_gradient, float* weight_gradient,
                         float* bias_gradient, int threads, Isa isa);
