@@ -1,4 +1,4 @@
-"""CIFAR-10: whole automatic compressions, beside torch-pruning with as many epochs.
+"""CIFAR-10: whole automatic compressions, beside torch-pruning with as many epochs, and weights of few bits.
 
     python bench/tables/cifar10.py --data DIR --pretrained DIR      # runs what is missing, then writes the table
 
@@ -7,7 +7,8 @@ Every run has a work directory of its own with a checkpoint of each stage: inter
     base            published weights fine-tuned on the images of DIR; where there are none, trained from scratch
     ours            `acf.compress`: rates found by search, ADMM, masked retraining, in rounds; nothing is set by hand
     torch-pruning   its group-norm pruner as in its own benchmark: sparse training for as many epochs as our ADMM has,
-                    pruning step by step until the same target is met, as many epochs of the same fine-tuning as ours
+                    pruning step by step until the same target is met, as many epochs of the same fine-tuning as ours;
+                    rows of a quantized network do without
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import copy
 import dataclasses
 import datetime
+import functools
 import json
 import pathlib
 import platform
@@ -25,6 +27,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 import autocompress_fast as acf
@@ -50,6 +53,7 @@ class Setting:
     base: TrainingConfig
     weights: str | None = None  # published
     recipe: dict[str, Any] = field(default_factory=dict)
+    pruned: bool = True  # or quantized
     whole_for_torch_pruning: str = "$^"  # names of layers whose filters it cannot prune
     seeds: tuple[int, ...] = (0,)
 
@@ -72,12 +76,16 @@ _LARGE = _RECIPE | {
     "retrain_lr": 0.05,
     "final_lr": 0.1,
 }
+_RESNET20 = {
+    "model": "resnet20",
+    "base": TrainingConfig(16, lr=0.05, weight_decay=5e-4, warmup=0.05, compile=True, **_SHARED),
+    "weights": "resnet20-12fca82f.th",
+}
+# Nothing is pruned: one epoch of each, and one before every portion of the weights.
+_QUANTIZED = _SHARED | {"rounds": 1, "admm_epochs": 1, "final_epochs": 1, "quantize_epochs": 1, "compile": True}
 SETTINGS = {
     "ResNet-20": Setting(
-        "resnet20",
-        "conv=4,macs=3",
-        TrainingConfig(16, lr=0.05, weight_decay=5e-4, warmup=0.05, compile=True, **_SHARED),
-        weights="resnet20-12fca82f.th",
+        target="conv=4,macs=3",
         recipe=_RECIPE
         | {
             "rounds": 2,
@@ -92,6 +100,14 @@ SETTINGS = {
         seeds=(0, 1, 2),
         # Shortcuts pad channels by numbers in the code, which torch-pruning does not follow.
         whole_for_torch_pruning=r"conv1$|.*\.conv2$",
+        **_RESNET20,
+    ),
+    "ResNet-20, 8-bit weights and activations": Setting(
+        target="params=1", recipe=_QUANTIZED | {"activation_bits": 8}, pruned=False, **_RESNET20
+    ),
+    "ResNet-20, 4-bit weights": Setting(target="params=1", recipe=_QUANTIZED | {"bits": 4}, pruned=False, **_RESNET20),
+    "ResNet-20, binary weights": Setting(
+        target="params=1", recipe=_QUANTIZED | {"bits": 1, "levels": "binary"}, pruned=False, **_RESNET20
     ),
     "VGG-16": Setting(
         "vgg16",
@@ -113,9 +129,15 @@ class Run:
 
     def __init__(self, name: str, seed: int, options: argparse.Namespace) -> None:
         self.name, self.seed, self.setting, self.options = name, seed, SETTINGS[name], options
-        self.folder = options.runs / f"{self.setting.model}-seed{seed}"
-        self.splits = data.load(options.data, dataset="cifar10", seed=seed)
+        self.folder = options.runs / f"{self.setting.model}-seed{seed}"  # with the base, which rows share
+        self.own = self.folder / re.sub("[^a-z0-9]+", "-", name.lower())
+        self.kept = self.own / "table.json"
         self.recipe = acf.Recipe(**self.setting.recipe, seed=seed)
+
+    @functools.cached_property
+    def splits(self) -> data.Splits:
+        """The images."""
+        return data.load(self.options.data, dataset="cifar10", seed=self.seed)
 
     def base(self) -> torch.nn.Module:
         """The dense network."""
@@ -129,10 +151,8 @@ class Run:
     def ours(self, base: torch.nn.Module) -> tuple[torch.nn.Module, Counts]:
         """Compressed by this package, and written as a file."""
         unread = dataclasses.replace(self.splits, test=self.splits.validation)  # the test set is read once, for all
-        result = acf.compress(
-            base, unread, target=self.setting.target, recipe=self.recipe, workdir=self.folder / "ours"
-        )
-        result.save(self.folder / "ours.acf")
+        result = acf.compress(base, unread, target=self.setting.target, recipe=self.recipe, workdir=self.own / "ours")
+        result.save(self.own / "ours.acf")
         return result.model, result.small
 
     def torch_pruning(self, base: torch.nn.Module) -> tuple[torch.nn.Module, Counts]:
@@ -171,8 +191,8 @@ class Run:
             batches(self.splits.train, 128, shuffle=True, seed=self.seed, augmentation=moved, drop_last=True),
             config,
             validation=batches(self.splits.validation, 1000),
-            checkpoint=self.folder / f"{name}.ckpt",
-            log=self.folder / "log.jsonl",
+            checkpoint=self.own / f"{name}.ckpt",
+            log=self.own / "log.jsonl",
             name=name,
             progress=default_progress(),
             **more,
@@ -180,32 +200,42 @@ class Run:
 
     def figures(self) -> dict[str, Any]:
         """Everything, once; the test set is read at the very end."""
-        kept = self.folder / "table.json"
-        if kept.exists():
-            return dict(json.loads(kept.read_text()))
+        if self.kept.exists():
+            return dict(json.loads(self.kept.read_text()))
+        self.own.mkdir(parents=True, exist_ok=True)
         base = self.base()
         networks, sizes = {"base": base}, {"base": acf.inspect(base, torch.zeros(1, *self.splits.input_shape)).counts()}
         networks["ours"], sizes["ours"] = self.ours(base)
-        networks["torch-pruning"], sizes["torch-pruning"] = self.torch_pruning(base)
+        if self.setting.pruned:
+            networks["torch-pruning"], sizes["torch-pruning"] = self.torch_pruning(base)
         accuracy = {}
         for part in ("validation", "test"):
             found = evaluate_together(list(networks.values()), batches(getattr(self.splits, part), 1000))
             accuracy[part] = {name: value.accuracy for name, value in zip(networks, found, strict=True)}
-        log = (self.folder / "ours" / "log.jsonl").read_text().splitlines()
+        accuracy["test"]["the file"] = self.accuracy_of_file()
+        log = (self.own / "ours" / "log.jsonl").read_text().splitlines()
         minutes = sum(json.loads(line)["seconds"] for line in log) / 60
         result = {"accuracy": accuracy, "sizes": {k: asdict(v) for k, v in sizes.items()}, "minutes": minutes}
+        result["file_bytes"] = (self.own / "ours.acf").stat().st_size
         self.keep(result)
         return result
 
+    def accuracy_of_file(self) -> float:
+        """Of what was saved, in the engine, on the test set."""
+        engine, test = acf.load(self.own / "ours.acf"), self.splits.test
+        values = test.normalized()
+        classes = [engine(values[i : i + 500]).argmax(axis=1) for i in range(0, len(values), 500)]
+        return 100 * float(np.mean(np.concatenate(classes) == test.labels))
+
     def keep(self, result: dict[str, Any]) -> None:
         """In the folder of the run, for the table."""
-        (self.folder / "table.json").write_text(json.dumps(result, indent=1))
+        self.kept.write_text(json.dumps(result, indent=1))
 
     def latency(self) -> dict[str, Any]:
         """Of the compressed network in the engine, and of the dense one in its quickest runtime; seconds."""
         options = {"against": None, "samples": [1], "rounds": 100, "data": None, "dataset": None, "seed": 0}
         dense = self.setting.model
-        rows = measured(self.folder / "ours.acf", dense=dense, threads=self.options.threads, **options).rows
+        rows = measured(self.own / "ours.acf", dense=dense, threads=self.options.threads, **options).rows
         best = min((row for row in rows[1:] if row.network == "dense"), key=lambda row: row.median)
         return {"ours": rows[0].median, "dense": best.median, "runtime": best.runtime}
 
@@ -237,8 +267,9 @@ def table(results: dict[str, dict[int, dict[str, Any]]], options: argparse.Names
         "standard deviation. Weights without biases and normalisations. Latencies: one image, one thread, medians in",
         "turns; the dense network in its quickest runtime.",
         "",
-        "| network | seeds | | test accuracy, % | drop, points | CONV | all weights | MACs | latency, ms | faster |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| network | seeds | | test accuracy, % | drop, points | CONV | all weights | MACs | file, kB | latency, ms | "
+        "faster |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in results.items():
         for what in ("base", "ours", "torch-pruning"):
@@ -251,6 +282,7 @@ def table(results: dict[str, dict[int, dict[str, Any]]], options: argparse.Names
             for count in ("conv", "params", "macs"):
                 rates = [run["sizes"]["base"][count] / run["sizes"][what][count] for run in having]
                 cells.append(f"{statistics.mean(rates):.2f}x")
+            cells.append(f"{statistics.mean(run['file_bytes'] for run in having) / 1e3:.1f}" if what == "ours" else "")
             cells += _latency(having, what)
             lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Every run (test accuracy):", ""]
@@ -282,7 +314,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder that holds CIFAR-10")
     parser.add_argument("--pretrained", type=pathlib.Path, required=True, help="folder with the published weights")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/cifar10"))
-    parser.add_argument("--rows", nargs="+", choices=SETTINGS, default=["ResNet-20"])
+    parser.add_argument("--rows", nargs="+", choices=SETTINGS, default=[name for name in SETTINGS if "20" in name])
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--machine", default=platform.processor() or platform.machine())
@@ -299,9 +331,10 @@ def main() -> None:
             print(name, seed, found["accuracy"], found["sizes"], file=sys.stderr)
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for name, setting in SETTINGS.items():
-        for file in sorted(options.runs.glob(f"{setting.model}-seed*/table.json")):
-            seed = int(file.parent.name.rpartition("seed")[2])
-            results.setdefault(name, {})[seed] = json.loads(file.read_text())
+        for folder in sorted(options.runs.glob(f"{setting.model}-seed*")):
+            run = Run(name, int(folder.name.rpartition("seed")[2]), options)
+            if run.kept.exists():
+                results.setdefault(name, {})[run.seed] = run.figures()
     (HERE / "cifar10.json").write_text(json.dumps(results, indent=1) + "\n")
     (HERE / "cifar10.md").write_text(table(results, options))
 
