@@ -26,20 +26,21 @@ from autocompress_fast.plan import Plan
 _Numbers = NDArray[np.int32]
 _Pair = tuple[int, int]
 
-# Measured by bench/bench_training.py: with more than this share of a weight kept, torch is as fast or faster, but for
-# layers of at most so many channels or filters.
+# Measured by bench/bench_training.py: with more than this share of the weights of its layers kept, a network is as fast
+# or faster by torch; layers of at most so many channels or filters always are faster by the kernels.
 _MOST_KEPT = 0.6
 _THIN = 8
-_FEWEST_IMAGES = 16  # of a batch; they are rounded up to two registers
+_FEWEST_IMAGES = 32  # of a batch; they are rounded up to two registers
 _MOST_VALUES = 2**30  # of a tensor; the kernels count in 32 bits, of images rounded up
 
 
 class KeptKernels(TorchFunctionMode):
     """Inside the context, `model` is trained over what the plan keeps.
 
-    A layer for which torch is faster, or that the kernels cannot do (grouped, other types than float32, other devices),
-    stays as it is, and all do where that is most of them: what changes from one layout to the other costs time. Results
-    differ from those of torch by rounding; they do not depend on the number of threads.
+    All is left to torch where it is faster: where most is kept, and in networks with grouped convolutions, which the
+    kernels do not have, as what changes from one layout to the other costs time. So are layers of other types than
+    float32, on other devices, and small batches. Results differ from those of torch by rounding; they do not depend on
+    the number of threads.
 
     Args:
         model: its convolutions are found by their weights.
@@ -54,17 +55,20 @@ class KeptKernels(TorchFunctionMode):
             if isinstance(weight, torch.Tensor) and weight.ndim == 4 and layer.groups == 1 and not layer.transposed:
                 mask = layer.mask().reshape(len(layer.filters), -1)
                 self._kept[id(weight)] = _numbers(mask.any(axis=1)), _numbers(mask.any(axis=0))
-        suited = [self._suits(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
-        self._active = 2 * sum(suited) > len(suited)
+        layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        shares = [self._share(layer.weight) for layer in layers]
+        grouped = any(layer.groups > 1 for layer in layers)
+        self._active = bool(layers) and not grouped and sum(shares) <= _MOST_KEPT * len(shares)
 
     def _of(self, weight: torch.Tensor) -> tuple[_Numbers, _Numbers]:
         kept = self._kept.get(id(weight))
         return (_all(weight.shape[0]), _all(weight[0].numel())) if kept is None else kept
 
-    def _suits(self, weight: torch.Tensor) -> bool:
+    def _share(self, weight: torch.Tensor) -> float:
+        """Of the weights that are kept; of a thin layer, none counts."""
         filters, columns = self._of(weight)
-        share = len(filters) * len(columns) / weight.numel()
-        return share <= _MOST_KEPT or min(len(filters), weight.shape[1]) <= _THIN
+        thin = min(len(filters), weight.shape[1]) <= _THIN
+        return 0.0 if thin else len(filters) * len(columns) / weight.numel()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -94,9 +98,7 @@ class KeptKernels(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> torch.Tensor | None:
-        if groups != 1 or isinstance(padding, str) or not _ours(x, weight) or not self._suits(weight):
-            return None
-        if x.shape[0] < _FEWEST_IMAGES:
+        if groups != 1 or isinstance(padding, str) or not _ours(x, weight) or x.shape[0] < _FEWEST_IMAGES:
             return None
         layer = _Layer(*self._of(weight), _pair(stride), _pair(padding), _pair(dilation))
         sizes = layer.out_sizes(x.shape[2:], weight.shape[2:])

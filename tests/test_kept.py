@@ -75,7 +75,7 @@ WINDOWS = [
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("images", [16, 31, 32, 65])
+@pytest.mark.parametrize("images", [32, 40, 64, 65])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_convolution_has_the_values_and_gradients_of_torch(
     window: dict[str, Any], images: int, bias: bool, called: list[str]
@@ -146,7 +146,7 @@ def test_what_they_return_may_be_changed_in_place(called: list[str]) -> None:
 
 def test_what_a_step_needs_again_may_not_be_changed_in_place() -> None:
     conv = nn.Conv2d(3, 6, 3)
-    x = torch.randn(5, 5, 3, 16).permute(3, 2, 0, 1)
+    x = torch.randn(5, 5, 3, 32).permute(3, 2, 0, 1)
     with KeptKernels(conv, None):
         out = conv(x)
     x.zero_()
@@ -154,13 +154,13 @@ def test_what_a_step_needs_again_may_not_be_changed_in_place() -> None:
         out.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["lenet5", "resnet20", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["lenet5", "resnet20"])
 def test_networks_have_the_loss_and_gradients_of_torch(name: str, called: list[str]) -> None:
     torch.manual_seed(0)
     model = models.create(name)
     plan = random_plan(model, 0.2)
-    other, x = copy.deepcopy(model), torch.randn(16, *models.input_shape(name))
-    y = torch.randint(0, 10, (16,))
+    other, x = copy.deepcopy(model), torch.randn(32, *models.input_shape(name))
+    y = torch.randint(0, 10, (32,))
     torch.manual_seed(1)  # of dropout
     with KeptKernels(model, plan):
         loss = F.cross_entropy(model(x), y)
@@ -184,7 +184,7 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 def test_inputs_lie_in_memory_as_they_like(layout: Any) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 3, 3)
-    x = layout(torch.randn(20, 4, 12, 12))
+    x = layout(torch.randn(36, 4, 12, 12))
     with KeptKernels(conv, None):
         out = conv(x)
     assert relative(out, conv(x)) < 1e-6
@@ -197,18 +197,17 @@ def test_inputs_lie_in_memory_as_they_like(layout: Any) -> None:
 @pytest.mark.parametrize(
     ("function", "x"),
     [
-        (lambda x: F.conv2d(x, torch.ones(4, 2, 3, 3), groups=2), torch.randn(16, 4, 6, 6)),
-        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3), padding="same"), torch.randn(16, 4, 6, 6)),
+        (lambda x: F.conv2d(x, torch.ones(4, 2, 3, 3), groups=2), torch.randn(32, 4, 6, 6)),
+        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3), padding="same"), torch.randn(32, 4, 6, 6)),
         (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3)), torch.randn(4, 6, 6)),
-        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3).double()), torch.randn(16, 4, 6, 6).double()),
-        (lambda x: F.conv2d(x, torch.ones(30, 30, 3, 3)), torch.randn(16, 30, 6, 6)),
-        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3)), torch.randn(15, 4, 6, 6)),
+        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3).double()), torch.randn(32, 4, 6, 6).double()),
+        (lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3)), torch.randn(31, 4, 6, 6)),
         (lambda x: F.max_pool2d(x, 2, ceil_mode=True), torch.randn(5, 5, 2, 3).permute(3, 2, 0, 1)),
         (lambda x: F.max_pool2d(x, 2, dilation=2), torch.randn(5, 5, 2, 3).permute(3, 2, 0, 1)),
         (lambda x: F.max_pool2d(x, 2, return_indices=True)[1], torch.randn(5, 5, 2, 3).permute(3, 2, 0, 1)),
         (lambda x: F.batch_norm(x, torch.zeros(2), torch.ones(2)), torch.randn(5, 5, 2, 3).permute(3, 2, 0, 1)),
     ],
-    ids=["grouped", "same", "one image", "float64", "dense", "few images", "ceil", "dilated", "indices", "eval"],
+    ids=["grouped", "same", "one image", "float64", "few images", "ceil", "dilated", "indices", "eval"],
 )
 def test_what_the_kernels_cannot_do_is_left_to_torch(function: Any, x: torch.Tensor, called: list[str]) -> None:
     with KeptKernels(nn.Conv2d(1, 1, 1), None):
@@ -220,9 +219,9 @@ def test_what_the_kernels_cannot_do_is_left_to_torch(function: Any, x: torch.Ten
 def test_errors_are_those_of_torch() -> None:
     with KeptKernels(nn.Conv2d(1, 1, 1), None):
         with pytest.raises(RuntimeError, match="channels"):
-            F.conv2d(torch.ones(16, 3, 5, 5), torch.ones(2, 4, 3, 3))
+            F.conv2d(torch.ones(32, 3, 5, 5), torch.ones(2, 4, 3, 3))
         with pytest.raises(RuntimeError, match="Kernel size"):
-            F.conv2d(torch.ones(16, 3, 2, 2), torch.ones(2, 3, 3, 3))
+            F.conv2d(torch.ones(32, 3, 2, 2), torch.ones(2, 3, 3, 3))
         with pytest.raises(RuntimeError, match="pad"):
             F.max_pool2d(torch.ones(5, 5, 2, 3).permute(3, 2, 0, 1), 2, padding=2)
 
@@ -230,19 +229,24 @@ def test_errors_are_those_of_torch() -> None:
 def test_autocast_is_left_to_torch(called: list[str]) -> None:
     conv = nn.Conv2d(4, 3, 3)
     with KeptKernels(conv, None), torch.autocast("cpu", torch.bfloat16):
-        assert conv(torch.randn(16, 4, 6, 6)).dtype == torch.bfloat16
+        assert conv(torch.randn(32, 4, 6, 6)).dtype == torch.bfloat16
     assert called == []
 
 
 def test_networks_of_layers_that_torch_does_faster_are_left_to_it(called: list[str]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3))
-    x = torch.randn(16, 3, 9, 9)
+    x = torch.randn(32, 3, 9, 9)
     with KeptKernels(model, None):
         model(x)
     assert called == []
     with KeptKernels(model, random_plan(model, 0.2)):
         model(x)
     assert called == ["conv_forward"] * 3
+    called.clear()
+    model.insert(1, nn.Conv2d(32, 32, 3, groups=32))
+    with KeptKernels(model, random_plan(model, 0.2)):
+        model(x)
+    assert called == []
 
 
 def _trained(kernels: str, threads: int) -> dict[str, torch.Tensor]:
