@@ -931,8 +931,8 @@ def test_a_profile_has_every_step_and_the_totals():
 
 
 def test_the_workspace_is_that_of_what_is_alive_at_once():
-    chain = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(20)))
+    chain = nn.Sequential(*(nn.Conv2d(8, 8, 5, padding=2) for _ in range(20)))  # 3x3 may take Winograd's transforms
     engine = acf.compile(chain, torch.zeros(1, 8, 30, 30))
-    value = 4 * 8 * 31 * 31  # with the zeros around every image, which neighbours share
+    value = 4 * 8 * 32 * 32  # with the zeros around every image, which neighbours share
     assert 2 * value <= engine.workspace_bytes() < 2.2 * value
     assert engine.workspace_bytes(4) > 3 * engine.workspace_bytes()

@@ -132,8 +132,9 @@ def test_a_constant_ratio_is_found_at_every_size(filters: int) -> None:
 def test_less_takes_less() -> None:
     report = acf.inspect(models.create("resnet20"), torch.zeros(1, 3, 32, 32))
     model = LatencyModel.of(report, directory=None)
-    for structure in ("filters", "columns"):
-        seconds = [model.seconds(Plan.uniform(report, **{structure: share})) for share in (0.0, 0.5, 0.75, 0.9)]
+    # All columns may take no longer than half of them: Winograd's transforms.
+    for structure, shares in {"filters": (0.0, 0.5, 0.75, 0.9), "columns": (0.0, 0.75, 0.9)}.items():
+        seconds = [model.seconds(Plan.uniform(report, **{structure: share})) for share in shares]
         assert seconds == sorted(seconds, reverse=True)
     assert model.seconds() == model.seconds(Plan.dense(report))
 

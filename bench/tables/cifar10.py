@@ -78,7 +78,7 @@ _LARGE = _RECIPE | {
 }
 _RESNET20 = {
     "model": "resnet20",
-    "base": TrainingConfig(16, lr=0.05, weight_decay=5e-4, warmup=0.05, compile=True, **_SHARED),
+    "base": TrainingConfig(8, lr=0.02, weight_decay=5e-4, warmup=0.05, compile=True, precision="bfloat16", **_SHARED),
     "weights": "resnet20-12fca82f.th",
 }
 # Nothing is pruned: one epoch of each, and one before every portion of the weights.
@@ -90,9 +90,9 @@ SETTINGS = {
         | {
             "rounds": 2,
             "search": 64,
-            "admm_epochs": 4,
-            "retrain_epochs": 2,
-            "final_epochs": 100,
+            "admm_epochs": 3,
+            "retrain_epochs": 1,
+            "final_epochs": 40,
             "admm_lr": 0.02,
             "retrain_lr": 0.05,
             "final_lr": 0.1,
@@ -206,7 +206,7 @@ class Run:
         base = self.base()
         networks, sizes = {"base": base}, {"base": acf.inspect(base, torch.zeros(1, *self.splits.input_shape)).counts()}
         networks["ours"], sizes["ours"] = self.ours(base)
-        if self.setting.pruned:
+        if self.setting.pruned and not self.options.ours_only:
             networks["torch-pruning"], sizes["torch-pruning"] = self.torch_pruning(base)
         accuracy = {}
         for part in ("validation", "test"):
@@ -308,6 +308,13 @@ def _latency(runs: list[dict[str, Any]], what: str) -> list[str]:
     return [f"{1e3 * ours:.3f}", f"{dense / ours:.2f}x"]
 
 
+def recorded() -> dict[str, dict[int, dict[str, Any]]]:
+    """What the table has so far, of runs on other machines too."""
+    page = HERE / "cifar10.json"
+    kept = json.loads(page.read_text()) if page.exists() else {}
+    return {name: {int(seed): run for seed, run in runs.items()} for name, runs in kept.items()}
+
+
 def main() -> None:
     """Run, and write the table of all that has been run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -318,6 +325,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--machine", default=platform.processor() or platform.machine())
+    parser.add_argument("--ours-only", action="store_true", help="leave out torch-pruning, which takes as long again")
     parser.add_argument("--latency", action="store_true", help="measure latencies, of runs that have finished")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -329,12 +337,13 @@ def main() -> None:
                 found["latency"] = run.latency()
                 run.keep(found)
             print(name, seed, found["accuracy"], found["sizes"], file=sys.stderr)
-    results: dict[str, dict[int, dict[str, Any]]] = {}
+    results = recorded()
     for name, setting in SETTINGS.items():
         for folder in sorted(options.runs.glob(f"{setting.model}-seed*")):
             run = Run(name, int(folder.name.rpartition("seed")[2]), options)
             if run.kept.exists():
                 results.setdefault(name, {})[run.seed] = run.figures()
+    results = {name: dict(sorted(results[name].items())) for name in SETTINGS if name in results}
     (HERE / "cifar10.json").write_text(json.dumps(results, indent=1) + "\n")
     (HERE / "cifar10.md").write_text(table(results, options))
 

@@ -8,10 +8,11 @@
 
 namespace acf::conv {
 
-// Multiply-adds and loads (of pixels, weights, an offset, and prefetches) overlap, two of each a cycle; a chain of
+// Multiply-adds and loads (of pixels, weights, an offset, and prefetches) overlap, so many of each a cycle; a chain of
 // multiply-adds takes four cycles a link.
-inline double step_cycles(double sums, double loads, double shuffles) {
-  return std::max({(sums + shuffles) / 2, loads / 2, sums < 8 ? 4.0 : 0.0});
+inline double step_cycles(Isa isa, double sums, double loads, double shuffles) {
+  constexpr double kLink = 4;
+  return std::max({sums + shuffles, loads, kLink * registers_per_cycle(isa)}) / registers_per_cycle(isa);
 }
 
 // Weights of a network come from far away: caches hold those of some layers. This is what memory gives a core.

@@ -70,7 +70,7 @@ double pixels_cycles(const Plan& plan, const Kernels& table) {
   const double group = over_parts(plan.shape.filters / plan.shape.groups, plan.filter_tiles, [&](std::int64_t filters) {
     return over_parts(windows, pixel_tiles, [&](std::int64_t vectors) {
       const auto f = static_cast<double>(filters), v = static_cast<double>(vectors);
-      const double step = step_cycles(f * v, 2 + f + v * loads_per_vector(load, table.lanes), shuffles * v);
+      const double step = step_cycles(plan.isa, f * v, 2 + f + v * loads_per_vector(load, table.lanes), shuffles * v);
       // Loads across cache lines cost a little even where there is room for them: measured.
       return 100 + columns * (step + 0.3 * v) + f * v * 4;
     });
@@ -104,7 +104,7 @@ double filters_cycles(const Plan& plan, const Kernels& table, double row_share) 
       const auto pixel = static_cast<double>(m), vectors = static_cast<double>(b * parts);
       // Sums that are put aside between the pieces of the weights, and whatever else measurements show.
       const double rest = table.lanes == kBlock ? 1.13 : 1.25;
-      return 100 + rest * columns * step_cycles(pixel * vectors, 4 + pixel + vectors, 0) +
+      return 100 + rest * columns * step_cycles(plan.isa, pixel * vectors, 4 + pixel + vectors, 0) +
              (table.lanes == kBlock ? 80 : 160) * static_cast<double>(b);
     });
   });

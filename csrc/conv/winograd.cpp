@@ -132,7 +132,8 @@ double output_cycles(const Plan& plan, const Kernels& table, std::int64_t vector
       return over_parts(tiles, ceil_div(tiles, plan.tile_pixels), [&](std::int64_t m) {
         const auto t = static_cast<double>(m), b = static_cast<double>(blocks_of_part);
         const double vectors_of_part = b * vectors_per_block;
-        return 70 + channels * step_cycles(t * vectors_of_part, t + vectors_of_part + b, 0) + t * vectors_of_part * 2;
+        return 70 + channels * step_cycles(plan.isa, t * vectors_of_part, t + vectors_of_part + b, 0) +
+               t * vectors_of_part * 2;
       });
     });
     return kTileElements * product + static_cast<double>(tiles * blocks * vectors_per_block) * kFewOutputCycles;
@@ -140,7 +141,7 @@ double output_cycles(const Plan& plan, const Kernels& table, std::int64_t vector
   product = over_parts(plan.shape.filters, plan.filter_tiles, [&](std::int64_t filters_of_part) {
     return over_parts(vectors, ceil_div(vectors, plan.tile_vectors), [&](std::int64_t vectors_of_tile) {
       const auto f = static_cast<double>(filters_of_part), v = static_cast<double>(vectors_of_tile);
-      return 70 + channels * step_cycles(f * v, 2 + f + v, 0) + f * v * 3;
+      return 70 + channels * step_cycles(plan.isa, f * v, 2 + f + v, 0) + f * v * 3;
     });
   });
   return kTileElements * product + static_cast<double>(vectors * plan.shape.filters) * kOutputCycles;

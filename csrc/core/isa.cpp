@@ -1,6 +1,7 @@
 #include "core/isa.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -47,6 +48,19 @@ std::vector<Isa> detect() {
   return found;
 }
 
+bool has_narrow_avx512() {
+  std::uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr std::uint32_t kGenuineIntel = 0x756e6547, kAuthenticAmd = 0x68747541;  // the first four letters
+  const std::uint32_t vendor = ebx;
+  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+  const std::uint32_t family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff), model = (eax >> 4 & 0xf) | (eax >> 12 & 0xf0);
+  if (vendor == kAuthenticAmd) return family == 0x19;
+  // Cannon Lake, Ice Lake, Tiger Lake, Rocket Lake; their servers have other numbers.
+  constexpr std::array<std::uint32_t, 6> kClients = {0x66, 0x7d, 0x7e, 0x8c, 0x8d, 0xa7};
+  return vendor == kGenuineIntel && family == 6 && std::find(kClients.begin(), kClients.end(), model) != kClients.end();
+}
+
 #elif defined(__aarch64__)
 
 std::vector<Isa> detect() {
@@ -60,6 +74,10 @@ std::vector<Isa> detect() {
 
 std::vector<Isa> detect() { return {Isa::generic}; }
 
+#endif
+
+#if !defined(__x86_64__)
+bool has_narrow_avx512() { return false; }
 #endif
 
 constexpr int kUndecided = -1;
@@ -120,6 +138,11 @@ Isa reload_isa() {
   const Isa isa = choose();
   decided.store(static_cast<int>(isa), std::memory_order_relaxed);
   return isa;
+}
+
+int registers_per_cycle(Isa isa) {
+  static const bool narrow = has_narrow_avx512();
+  return isa == Isa::avx512 && narrow ? 1 : 2;
 }
 
 }  // namespace acf

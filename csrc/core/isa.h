@@ -24,4 +24,8 @@ Isa active_isa();
 // active_isa() throws until the variable is right.
 Isa reload_isa();
 
+// How many registers of its vectors this processor multiplies and adds, or loads, in a cycle: two as a rule. AVX-512 of
+// AMD's Zen 4 goes through units of half its width, and Intel's client processors have one unit of the whole.
+int registers_per_cycle(Isa isa);
+
 }  // namespace acf

@@ -83,6 +83,13 @@ ACF_TEST(forced_isa_is_the_active_one) {
   }
 }
 
+ACF_TEST(only_avx512_may_be_of_half_speed) {
+  for (Isa isa : supported_isas()) {
+    const int most = registers_per_cycle(isa);
+    EXPECT(isa == Isa::avx512 ? most == 1 || most == 2 : most == 2);
+  }
+}
+
 ACF_TEST(empty_force_means_the_fastest) {
   const ForcedIsa forced{""};
   EXPECT(reload_isa() == supported_isas().back());
