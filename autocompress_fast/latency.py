@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from autocompress_fast.engine import Engine
-from autocompress_fast.engine.latency import Costs, Outline, cache_directory, call_work, timed
+from autocompress_fast.engine.latency import Costs, Outline, call_work, timed
+from autocompress_fast.engine.machine import cache_directory
 from autocompress_fast.engine.program import Program, Shape, validate
 from autocompress_fast.progress import Progress, default_progress
 

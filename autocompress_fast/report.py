@@ -694,7 +694,7 @@ def _plain(value: Any) -> str:
 
 
 def _processor() -> str:
-    from autocompress_fast.engine.latency import processor
+    from autocompress_fast.engine.machine import processor
 
     return processor()
 

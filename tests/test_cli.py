@@ -694,6 +694,13 @@ def test_bench_beside_the_dense_network(finished):
     assert "1 sample a call, 1 thread, float32, 2 calls each in turns" in text
 
 
+def test_bench_tuned(finished, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = run("bench", finished[0] / "model.acf", "--rounds", "2", "--threads", "1", "--tune").stdout
+    assert "1 sample a call, 1 thread, float32, tuned, 2 calls each in turns" in text
+    assert len(list((tmp_path / "autocompress_fast").glob("tuned-*.json"))) == 1
+
+
 def test_bench_in_bfloat16(finished):
     result = run("bench", finished[0] / "model.acf", "--precision", "bfloat16", "--rounds", "2", "--json")
     assert result.exit_code == 0, result.output

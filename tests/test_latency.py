@@ -11,7 +11,7 @@ from torch import nn
 
 import autocompress_fast as acf
 from autocompress_fast import models
-from autocompress_fast.engine import latency
+from autocompress_fast.engine import latency, machine
 from autocompress_fast.engine.latency import Costs, Outline, Timing, Work, _estimate
 from autocompress_fast.engine.lower import lower, lower_trace
 from autocompress_fast.engine.program import Program, validate
@@ -209,10 +209,10 @@ def test_a_place_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
 
 def test_the_file_lies_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert latency.cache_directory() == tmp_path / "autocompress_fast"
+    assert machine.cache_directory() == tmp_path / "autocompress_fast"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert latency.cache_directory() == tmp_path / ".cache" / "autocompress_fast"
+    assert machine.cache_directory() == tmp_path / ".cache" / "autocompress_fast"
 
 
 @pytest.mark.usefixtures("clock")

@@ -43,6 +43,7 @@ class Benchmark(Document):
     file: Path
     threads: int
     precision: str
+    tuned: bool
     rounds: int
     rows: tuple[Latency, ...]
     accuracy: Accuracy | None
@@ -54,7 +55,8 @@ class Benchmark(Document):
             ours = rows[0].median
             yield Table(
                 f"{samples} sample{'s' if samples > 1 else ''} a call, {self.threads} "
-                f"thread{'s' if self.threads > 1 else ''}, {self.precision}, {self.rounds} calls each in turns",
+                f"thread{'s' if self.threads > 1 else ''}, {self.precision}{', tuned' * self.tuned}, "
+                f"{self.rounds} calls each in turns",
                 ("network", "runtime", "median", "half of the calls", "samples a second", "of ours"),
                 [
                     (
@@ -78,6 +80,7 @@ class Benchmark(Document):
             "file": str(self.file),
             "threads": self.threads,
             "precision": self.precision,
+            "tuned": self.tuned,
             "rounds": self.rounds,
             "latencies": [
                 {"network": r.network, "runtime": r.runtime, "samples": r.samples}
@@ -100,6 +103,7 @@ def measured(
     seed: int,
     threads: int | None,
     precision: str = "float32",
+    tune: bool = False,
 ) -> Benchmark:
     """Time the saved network, and the dense one if it is named, in our engine and in other runtimes.
 
@@ -112,6 +116,7 @@ def measured(
         data, dataset, seed: a data set whose test part gives the accuracy, if wanted.
         threads: of all runtimes.
         precision: of ours, as for `load`, and of OpenVINO; onnxruntime and torch compute in float32.
+        tune: measure first in which way every layer is quickest in ours (`Engine.tune`).
 
     Raises:
         ValueError: an unknown runtime, or one that is not installed; the dense network takes other inputs.
@@ -136,6 +141,8 @@ def measured(
         inputs = [rng.standard_normal((count, *given.shape), np.float32) for given in engine.inputs]
         calls: dict[tuple[str, str], Call] = {}
         for network, one in engines.items():
+            if tune:
+                one.tune(count)
             calls[network, "autocompress_fast"] = partial(_ours, one, inputs)
             calls |= {(network, name): _other(name, one, inputs) for name in chosen}
         if model is not None:
@@ -145,7 +152,7 @@ def measured(
             Latency(network, runtime, count, spread.median, spread.low, spread.high)
             for (network, runtime), spread in in_turns(calls, rounds).items()
         ]
-    return Benchmark(file, engine.threads, precision, rounds, tuple(rows), accuracy)
+    return Benchmark(file, engine.threads, precision, tune, rounds, tuple(rows), accuracy)
 
 
 def _ours(engine: Engine, inputs: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:

@@ -353,6 +353,7 @@ def bench(
     precision: Annotated[
         str, typer.Option(help="float32, or bfloat16: of ours where that is quicker, and of OpenVINO.")
     ] = "float32",
+    tune: Annotated[bool, typer.Option("--tune", help="Measure first in which way every layer is quickest.")] = False,
 ) -> None:
     """Measure how fast a compressed network runs, beside the dense one and other runtimes."""
     from autocompress_fast.cli.benchmark import measured
@@ -369,6 +370,7 @@ def bench(
             seed=seed,
             threads=threads,
             precision=precision,
+            tune=tune,
         ),
         as_json,
     )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -27,13 +27,14 @@ from autocompress_fast.engine.program import (
     is_narrow,
     validate,
 )
-from autocompress_fast.engine.tables import Profile, StepSummary, StepTime, Summary, WeightCounts
+from autocompress_fast.engine.tables import Choice, Profile, StepSummary, StepTime, Summary, Tuning, WeightCounts
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "FORMAT_VERSION",
+    "Choice",
     "Engine",
     "FileFormatError",
     "Profile",
@@ -42,6 +43,7 @@ __all__ = [
     "StepSummary",
     "StepTime",
     "Summary",
+    "Tuning",
     "UnsupportedError",
     "VerificationError",
     "WeightCounts",
@@ -85,6 +87,7 @@ class Engine:
         self.threads = _thread_count(threads)
         self.precision = _precision(precision)
         self.info = {} if info is None else info
+        self._ways: dict[int, Mapping[tuple[int, int], str]] = {}  # of calls with so many samples
         self._executor = NativeExecutor(program, self._infos, self.threads, precision)
         self._usual = program.inputs[0].shape if len(program.inputs) == 1 and program.batch is None else None
 
@@ -241,6 +244,46 @@ class Engine:
             for made, time in zip(executor.steps, seconds, strict=True)
         )
         return Profile(steps, count, threads, peak)
+
+    def tune(self, samples: int = 1, *, seconds: float = 2.0, directory: str | Path | None = "") -> Tuning:
+        """Measure in which way every layer is quickest on this machine, and compute it so from now on.
+
+        Convolutions and linear layers can be computed in several ways, of which an engine takes those that it estimates
+        to be quickest; results are then the same in every process. What is measured may be quicker, the more so the
+        less this processor is like those that the estimate was made for. It holds for calls with so many samples;
+        results may change by rounding. Winograd's algorithm is one of the ways. Another call with the same network on
+        the same machine finds what was measured.
+
+        Args:
+            samples: in a call.
+            seconds: that measuring takes, roughly; a large network takes longer, as every way is run some times.
+            directory: where what was found is kept; "" for the user's cache directory, None to keep nothing.
+
+        Raises:
+            ValueError: no samples, or another number than the program's; seconds are negative or not finite.
+
+        >>> import torch
+        >>> engine = compile(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 16, 16), threads=1)
+        >>> tuning = engine.tune(seconds=0.01, directory=None)
+        >>> {"filters_in_lanes", "pixels_in_lanes", "winograd_tiles_in_lanes"} <= set(tuning.choices[0].seconds)
+        True
+        >>> tuning.after <= tuning.before
+        True
+        """
+        from autocompress_fast.engine.machine import cache_directory
+        from autocompress_fast.engine.tuning import Network, tuned
+
+        if type(samples) is not int or samples < 1 or self.program.batch not in (None, samples):
+            allowed = "1 or more" if self.program.batch is None else f"{self.program.batch}, as the program has it"
+            raise ValueError(f"samples must be {allowed}, not {samples!r}")
+        if not 0 <= seconds < float("inf"):
+            raise ValueError(f"seconds must be 0 or more, and finite, not {seconds!r}")
+        place = None if directory is None else Path(directory) if directory else cache_directory()
+        found = tuned(Network(self.program, self._infos, self.threads, self.precision, samples), seconds, place)
+        self._ways[samples] = found.ways
+        ways = {place: way for some in self._ways.values() for place, way in some.items()}
+        self._executor = NativeExecutor(self.program, self._infos, self.threads, self.precision, ways)
+        return found
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{given.name}: {given.shape}" for given in self.inputs)

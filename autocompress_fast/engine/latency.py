@@ -12,12 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +22,7 @@ import numpy as np
 
 from autocompress_fast import _core
 from autocompress_fast._files import write_atomically
+from autocompress_fast.engine.machine import processor, second_level_cache
 from autocompress_fast.engine.native import NativeExecutor, fused_steps
 from autocompress_fast.engine.program import (
     Input,
@@ -38,7 +36,7 @@ from autocompress_fast.engine.program import (
 )
 from autocompress_fast.progress import Progress
 
-__all__ = ["Costs", "Kind", "Outline", "Work", "cache_directory", "processor", "timed"]
+__all__ = ["Costs", "Kind", "Outline", "Work", "timed"]
 
 Array = np.ndarray[Any, Any]
 Size = tuple[int, ...]
@@ -482,34 +480,6 @@ def _together(works: Sequence[tuple[Work, Size]], *, evict: int) -> tuple[Progra
 
 
 # --- what is known ---------------------------------------------------------------------------------------------------
-
-
-@cache
-def second_level_cache() -> int:
-    """Bytes of the second-level cache of a processor; 1 MiB where the system does not say."""
-    try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
-        return int(text.removesuffix("K")) * 1024
-    except (OSError, ValueError):
-        return 2**20
-
-
-@cache
-def processor() -> str:
-    """What the operating system calls the processor."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def cache_directory() -> Path:
-    """Where measurements are kept: $XDG_CACHE_HOME/autocompress_fast, or ~/.cache/autocompress_fast."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "autocompress_fast"
 
 
 class Costs:

@@ -83,16 +83,27 @@ class NativeExecutor:
         infos: what `validate` returned for it.
         threads: how many processors a run may use. Results do not depend on it.
         precision: "bfloat16" multiplies numbers of that kind where it is quicker.
+        ways: of computing layers, for (operation, samples at once), or 0 samples for all other numbers; those that are
+            not named, and those that cannot be, are chosen by estimate.
 
     Attributes:
         part: how many samples are computed at once, if they are few (`stages` says so for others).
         steps: of the program, what each operation of the network stands for: one, or a convolution and an addition.
     """
 
-    def __init__(self, program: Program, infos: Sequence[StepInfo], threads: int, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        program: Program,
+        infos: Sequence[StepInfo],
+        threads: int,
+        precision: str = "float32",
+        ways: Mapping[tuple[int, int], str] | None = None,
+    ) -> None:
         self.program, self.threads = program, threads
         builder = _Builder(program, infos, precision)
         self.network, self.steps = builder.build(), tuple(builder.made)
+        for (operation, samples), way in (ways or {}).items():
+            self.network.prefer(operation, samples, way)
         self._outputs = [builder.numbers[value] for value in program.outputs]
         self._costs = builder.costs()
         self._stages: dict[int, tuple[Stage, ...]] = {}
@@ -130,6 +141,16 @@ class NativeExecutor:
             seconds.append(stage.network.profile(given, self.threads, stage.part, rounds))
             values |= self._run_stage(stage, values)
         return np.hstack(seconds)
+
+    def ways(self, samples: int) -> list[tuple[tuple[int, ...], str | None]]:
+        """Of every operation, how many samples it computes at once when there are so many, and in what way."""
+        found: list[tuple[tuple[int, ...], str | None]] = []
+        for stage in self.stages(samples):
+            parts = -(-samples // min(samples, stage.part))
+            size = -(-samples // parts)
+            sizes = tuple(sorted({size, samples - (-(-samples // size) - 1) * size}, reverse=True))
+            found += [(sizes, way) for way in stage.network.ways(size)]
+        return found
 
     def workspace_bytes(self, samples: int) -> int:
         """Memory of the values of so many samples, at the stage that takes most; threads have parts of their own.

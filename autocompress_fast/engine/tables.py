@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Profile", "StepSummary", "StepTime", "Summary", "WeightCounts"]
+__all__ = ["Choice", "Profile", "StepSummary", "StepTime", "Summary", "Tuning", "WeightCounts"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,51 @@ class Profile:
         macs = sum(step.macs for step in self.steps)
         speed = (f"{2e-9 * macs / self.seconds:.1f}", f"{2 * macs / self.seconds / self.peak:.0%}")
         rows.append(("total", "", f"{self.samples} samples", f"{1e6 * self.seconds:.1f}", "", *speed))
+        return _aligned(rows, left=3)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a layer is computed.
+
+    Attributes:
+        name: of its module.
+        estimated: the way that the engine takes when nothing was measured.
+        chosen: the one that it takes now.
+        seconds: measured, of every way in which it can be computed.
+    """
+
+    name: str
+    estimated: str
+    chosen: str
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `Engine.tune` found; `str` makes a table of it.
+
+    Attributes:
+        choices: of the layers that can be computed in several ways, in order.
+        samples, threads: of every run.
+        before, after: seconds of a run, as estimated and as chosen.
+        ways: (operation, samples at once) -> way, of layers that are not computed as estimated.
+    """
+
+    choices: tuple[Choice, ...]
+    samples: int
+    threads: int
+    before: float
+    after: float
+    ways: Mapping[tuple[int, int], str]
+
+    def __str__(self) -> str:
+        rows = [("layer", "estimated", "chosen", "microseconds", "before")]
+        for c in self.choices:
+            chosen = "" if c.chosen == c.estimated else c.chosen
+            after, before = (f"{1e6 * c.seconds[way]:.1f}" for way in (c.chosen, c.estimated))
+            rows.append((c.name, c.estimated, chosen, after, before))
+        rows.append(("all steps", "", "", f"{1e6 * self.after:.1f}", f"{1e6 * self.before:.1f}"))
         return _aligned(rows, left=3)
 
 

@@ -92,6 +92,36 @@ conv::Combine combine_named(const std::string& name) {
   return {};
 }
 
+using engine::Way;
+
+constexpr std::pair<const char*, Way> kWays[] = {
+    {"pixels_in_lanes", Way::pixels_in_lanes},
+    {"filters_in_lanes", Way::filters_in_lanes},
+    {"winograd_tiles_in_lanes", Way::winograd_tiles_in_lanes},
+    {"winograd_filters_in_lanes", Way::winograd_filters_in_lanes},
+    {"narrow", Way::narrow},
+};
+
+std::optional<Way> way_named(const std::optional<std::string>& name) {
+  if (!name) return {};
+  for (const auto& [known, way] : kWays) {
+    if (*name == known) return way;
+  }
+  ACF_CHECK(false, "unknown way '", *name, "'");
+  return {};
+}
+
+std::vector<std::optional<std::string>> ways(Network& network, std::int64_t images) {
+  std::vector<std::optional<std::string>> names;
+  for (const std::optional<Way> way : network.ways(images)) {
+    names.emplace_back();
+    for (const auto& [name, known] : kWays) {
+      if (way == known) names.back() = name;
+    }
+  }
+  return names;
+}
+
 // The arrays of one run, checked and made.
 struct Arrays {
   Arrays(const Network& network, const std::vector<Floats>& inputs) {
@@ -367,6 +397,13 @@ void register_engine(py::module_& module) {
           py::arg("begin"), py::arg("end"))
       .def("run", &run, py::arg("inputs"), py::arg("threads"), py::arg("part"))
       .def("profile", &profile, py::arg("inputs"), py::arg("threads"), py::arg("part"), py::arg("rounds"))
+      .def(
+          "prefer",
+          [](Network& network, std::size_t step, std::int64_t samples, const std::optional<std::string>& way) {
+            network.prefer(step, samples, way_named(way));
+          },
+          py::arg("step"), py::arg("samples"), py::arg("way"), py::call_guard<py::gil_scoped_release>())
+      .def("ways", &ways, py::arg("samples"))
       .def("is_bytes", &Network::is_bytes, py::arg("value"), py::call_guard<py::gil_scoped_release>())
       .def("workspace_bytes", &Network::workspace_bytes, py::arg("samples"), py::call_guard<py::gil_scoped_release>());
 }

@@ -38,6 +38,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "core/isa.h"
 
@@ -117,7 +118,10 @@ struct Plan {
 Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa);
 Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa, Method method);
 
-// Of the cycles of a plan() of all methods: those in which its weights come from beyond the second-level cache.
+// The methods that can compute it.
+std::vector<Method> methods(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa);
+
+// Of the cycles of a plan: those in which its weights come from beyond the second-level cache.
 double arrival_cycles(const Plan& plan);
 
 // Weights and the place of every column, as the kernels read them. `packed` has packed_size() bytes and begins at a

@@ -136,7 +136,6 @@ Plan best_pixels(Plan plan) {
       consider(best, plan);
     }
   }
-  ACF_CHECK(best.cycles > 0, "pixels_in_lanes needs a horizontal stride of 1 or 2, got ", plan.shape.stride_w);
   return best;
 }
 
@@ -290,24 +289,52 @@ std::int64_t pixel_tiles(const Plan& plan, std::int64_t images) {
   return ceil_div(images * plan.shape.out_height() * plan.shape.out_width(), plan.tile_pixels);
 }
 
+namespace {
+
+bool fits(const Plan& plan, Method method) {
+  switch (method) {
+    case Method::filters_in_lanes: return true;
+    case Method::pixels_in_lanes: return plan.shape.stride_w <= 2;
+    case Method::winograd_tiles_in_lanes: return winograd_fits(plan);
+    case Method::winograd_filters_in_lanes: return winograd_fits(plan) && winograd_is_few(plan);
+  }
+  return false;
+}
+
+Plan best_of(const Plan& empty, Method method) {
+  if (method == Method::winograd_tiles_in_lanes) return best_winograd_tiles(empty);
+  if (method == Method::winograd_filters_in_lanes) return best_winograd_filters(empty);
+  Plan best = method == Method::pixels_in_lanes ? best_pixels(empty) : best_filters(empty);
+  best.cycles += arrival_cycles(best);
+  return best;
+}
+
+}  // namespace
+
+std::vector<Method> methods(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa) {
+  const Plan empty = start(shape, in, images, columns, isa);
+  std::vector<Method> found;
+  for (const Method method : {Method::filters_in_lanes, Method::pixels_in_lanes, Method::winograd_tiles_in_lanes,
+                              Method::winograd_filters_in_lanes}) {
+    if (fits(empty, method)) found.push_back(method);
+  }
+  return found;
+}
+
 Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa, Method method) {
   const Plan empty = start(shape, in, images, columns, isa);
-  if (is_winograd(method)) {
-    ACF_CHECK(winograd_fits(empty), "winograd needs a 3x3 kernel of stride 1 without groups, and a column");
-    if (method == Method::winograd_tiles_in_lanes) return best_winograd_tiles(empty);
-    ACF_CHECK(winograd_is_few(empty), "winograd with filters in lanes needs fewer tiles of 4x4 outputs than lanes");
-    return best_winograd_filters(empty);
-  }
-  return method == Method::pixels_in_lanes ? best_pixels(empty) : best_filters(empty);
+  ACF_CHECK(method != Method::pixels_in_lanes || fits(empty, method),
+            "pixels_in_lanes needs a horizontal stride of 1 or 2, got ", shape.stride_w);
+  ACF_CHECK(!is_winograd(method) || winograd_fits(empty),
+            "winograd needs a 3x3 kernel of stride 1 without groups, and a column");
+  ACF_CHECK(fits(empty, method), "winograd with filters in lanes needs fewer tiles of 4x4 outputs than lanes");
+  return best_of(empty, method);
 }
 
 Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa) {
   const Plan empty = start(shape, in, images, columns, isa);
-  Plan best = best_filters(empty);
-  if (shape.stride_w <= 2) consider(best, best_pixels(empty));
-  best.cycles += arrival_cycles(best);
-  if (winograd_fits(empty)) consider(best, best_winograd_tiles(empty));
-  if (winograd_fits(empty) && winograd_is_few(empty)) consider(best, best_winograd_filters(empty));
+  Plan best = empty;
+  for (const Method method : methods(shape, in, images, columns, isa)) consider(best, best_of(empty, method));
   return best;
 }
 

@@ -12,6 +12,11 @@ namespace {
 
 using Packed = const void*;
 
+static_assert(static_cast<Way>(conv::Method::pixels_in_lanes) == Way::pixels_in_lanes &&
+              static_cast<Way>(conv::Method::filters_in_lanes) == Way::filters_in_lanes &&
+              static_cast<Way>(conv::Method::winograd_tiles_in_lanes) == Way::winograd_tiles_in_lanes &&
+              static_cast<Way>(conv::Method::winograd_filters_in_lanes) == Way::winograd_filters_in_lanes);
+
 // A convolution as it will be computed, with its weights.
 class Planned {
  public:
@@ -20,6 +25,7 @@ class Planned {
       : is_narrow_(true), narrow_(plan), packed_(packed), residual_(residual) {}
 
   std::int64_t scratch() const { return is_narrow_ ? narrow::scratch_size(narrow_) : conv::scratch_size(wide_); }
+  Way way() const { return is_narrow_ ? Way::narrow : static_cast<Way>(wide_.method); }
   void run(std::int64_t images, const float* in, float* out, const conv::Pitch& out_pitch,
            const conv::Epilogue& epilogue, float* scratch, int threads) const {
     if (is_narrow_) {
@@ -57,16 +63,17 @@ class PackedWeights {
     }
   }
 
-  // In the way that is quickest, or the only one.
-  Planned plan(const conv::Shape& shape, const conv::Pitch& pitch, std::int64_t images, const Machine& machine) {
+  // In the way that is preferred, if it can be, or else in the one that is estimated to be quickest.
+  Planned plan(const conv::Shape& shape, const conv::Pitch& pitch, std::int64_t images, const Machine& machine,
+               std::optional<Way> preferred) {
     const auto narrow_plan = [&](narrow::Number number) {
       return narrow::plan(shape, pitch, images, count(), weights_.columns.data(), number, unit(number, machine));
     };
     if (arithmetic_.precision == Precision::int8) return with_weights(narrow_plan(narrow::Number::int8), machine);
-    const conv::Plan wide = conv::plan(shape, pitch, images, count(), machine.isa);
+    const conv::Plan wide = wide_plan(shape, pitch, images, machine, preferred);
     if (arithmetic_.precision == Precision::bfloat16 && !narrow::units(machine.isa, narrow::Number::bfloat16).empty()) {
       const narrow::Plan plan = narrow_plan(narrow::Number::bfloat16);
-      if (plan.cycles < wide.cycles) return with_weights(plan, machine);
+      if (preferred ? *preferred == Way::narrow : plan.cycles < wide.cycles) return with_weights(plan, machine);
     }
     return {wide, of(wide, machine.weights)};
   }
@@ -116,6 +123,17 @@ class PackedWeights {
     return narrow::units(machine.isa, number).back();
   }
   const float* bias() const { return weights_.bias.empty() ? nullptr : weights_.bias.data(); }
+
+  conv::Plan wide_plan(const conv::Shape& shape, const conv::Pitch& pitch, std::int64_t images, const Machine& machine,
+                       std::optional<Way> preferred) const {
+    if (preferred) {
+      for (const conv::Method method : conv::methods(shape, pitch, images, count(), machine.isa)) {
+        if (static_cast<Way>(method) == *preferred)
+          return conv::plan(shape, pitch, images, count(), machine.isa, method);
+      }
+    }
+    return conv::plan(shape, pitch, images, count(), machine.isa);
+  }
 
   Planned with_weights(const narrow::Plan& plan, const Machine& machine) {
     for (const auto& [other, packed] : narrow_) {
@@ -213,6 +231,7 @@ class ConvolutionTask : public Task {
     if (residual_) epilogue.residual = operands[1];
     planned_.run(images_, operands[0], operands[residual_ ? 2 : 1], out_, epilogue, memory, threads);
   }
+  std::optional<Way> way() const override { return planned_.way(); }
 
  private:
   Planned planned_;
@@ -363,8 +382,9 @@ class Convolution : public Operation {
       return std::make_unique<ByteConvolutionTask>(plan, packed, source, residual, inputs.size() == 2, output,
                                                    epilogue);
     }
-    return std::make_unique<ConvolutionTask>(weights_.plan(shape, inputs[0]->pitch(), output.images, machine),
-                                             output.images, output.pitch(), epilogue, inputs.size() == 2);
+    return std::make_unique<ConvolutionTask>(
+        weights_.plan(shape, inputs[0]->pitch(), output.images, machine, preferred(output.images)), output.images,
+        output.pitch(), epilogue, inputs.size() == 2);
   }
 
  private:
@@ -651,6 +671,7 @@ class LinearTask : public RowsTask {
       : RowsTask(input, output), planned_(planned), epilogue_(epilogue) {
     scratch += planned_.scratch();
   }
+  std::optional<Way> way() const override { return planned_.way(); }
 
  private:
   void multiply(const float* x, float* y, float* memory, int threads) const override {
@@ -687,8 +708,9 @@ class Linear : public Operation {
     shape.channels = features_;
     shape.filters = weights_.weights().filters;
     const std::int64_t images = output.images * elements(output.shape) / shape.filters;
-    return std::make_unique<LinearTask>(*inputs[0], output, weights_.plan(shape, {1, 1, features_}, images, machine),
-                                        epilogue_of(activated_));
+    return std::make_unique<LinearTask>(
+        *inputs[0], output, weights_.plan(shape, {1, 1, features_}, images, machine, preferred(output.images)),
+        epilogue_of(activated_));
   }
 
  private:

@@ -81,6 +81,11 @@ class Session {
   }
 
   bool is_bytes(int value) const { return layout(value).bytes.has_value(); }
+  std::vector<std::optional<Way>> ways() const {
+    std::vector<std::optional<Way>> found;
+    for (const auto& task : tasks_) found.push_back(task == nullptr ? std::nullopt : task->way());
+    return found;
+  }
 
   const std::int64_t images;
   std::int64_t size = 0;  // of a workspace, in floats
@@ -393,6 +398,17 @@ void Network::run(std::int64_t images, std::int64_t part, const float* const* in
   parallel_for(apart, threads, [&](std::int64_t p) { run_part(p, 1); });
   for (std::int64_t p = apart; p < count; ++p) run_part(p, threads);
 }
+
+void Network::prefer(std::size_t step, std::int64_t images, std::optional<Way> way) {
+  ACF_CHECK(step < steps_.size(), "steps are numbered from 0 to ", steps_.size(), ", got ", step);
+  ACF_CHECK(images >= 0, "the number of samples must be at least 0, got ", images);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> preparing(shared_->preparing);
+  steps_[step].operation->prefer(images, way);
+  sessions_.clear();
+}
+
+std::vector<std::optional<Way>> Network::ways(std::int64_t images) { return session(images)->ways(); }
 
 bool Network::is_bytes(int value) {
   ACF_CHECK(value >= 0 && static_cast<std::size_t>(value) < shapes_.size(), "there is no value ", value);

@@ -54,6 +54,11 @@ class Network {
   // Of the values of so many samples at once, halos included.
   std::int64_t workspace_bytes(std::int64_t images);
 
+  // In what way a step of layers is to be computed for so many samples at once, or 0 for any other number, where it
+  // can; of networks and stages that are prepared from now on. And in what ways the steps are.
+  void prefer(std::size_t step, std::int64_t images, std::optional<Way> way);
+  std::vector<std::optional<Way>> ways(std::int64_t images);
+
   // Whether a value has 8 bits between the steps, not 32.
   bool is_bytes(int value);
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -16,11 +17,22 @@
 
 namespace acf::engine {
 
+// How the products of a layer are computed, where there are several ways: conv::Method, or in numbers of fewer bits.
+enum class Way {
+  pixels_in_lanes,
+  filters_in_lanes,
+  winograd_tiles_in_lanes,
+  winograd_filters_in_lanes,
+  narrow,
+};
+
 class Task {
  public:
   virtual ~Task() = default;
   // operands: the first elements of the inputs and, last, of the output. scratch: of the size below.
   virtual void run(float* const* operands, float* scratch, int threads) const = 0;
+
+  virtual std::optional<Way> way() const { return {}; }  // of layers
 
   std::int64_t scratch = 0;  // floats
 };
@@ -52,6 +64,20 @@ class Operation {
   virtual Shape infer(const std::vector<Shape>& inputs) const = 0;  // throws std::invalid_argument
   virtual std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,
                                         const Layout& output) = 0;
+
+  // Layers: to be computed in this way when it is prepared for so many samples, where that can be, and not as
+  // estimated. 0 stands for every number that has no preference of its own.
+  void prefer(std::int64_t samples, std::optional<Way> way) { preferred_[samples] = way; }
+
+ protected:
+  std::optional<Way> preferred(std::int64_t samples) const {
+    auto found = preferred_.find(samples);
+    if (found == preferred_.end()) found = preferred_.find(0);
+    return found == preferred_.end() ? std::nullopt : found->second;
+  }
+
+ private:
+  std::map<std::int64_t, std::optional<Way>> preferred_;
 };
 
 struct Activated {

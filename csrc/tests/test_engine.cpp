@@ -136,6 +136,35 @@ ACF_TEST(a_network_gives_the_same_again_and_for_every_isa) {
 }
 
 // One plane with a halo above and below alone has no gaps, but does not begin where its memory does.
+ACF_TEST(layers_are_computed_in_the_way_that_is_preferred) {
+  for (const Isa isa : supported_isas()) {
+    Network network(isa);
+    int value = network.add_input({5, 12, 12});
+    value = network.add(convolution(window(3, 1, 1), 1, dense(7, 45, 1), {conv::Activation::relu}), {value});
+    value = network.add(pool({window(2, 2, 0)}), {value});
+    network.finish({value});
+    const Values x = numbers(3 * 5 * 144, 5), estimated = run(network, 3, x);
+    for (const Way way : {Way::filters_in_lanes, Way::pixels_in_lanes, Way::winograd_tiles_in_lanes}) {
+      network.prefer(0, 3, way);
+      EXPECT(network.ways(3)[0] == way);
+      EXPECT(!network.ways(3)[1]);
+      EXPECT(close(run(network, 3, x), estimated));
+      const Network::Stage stage = network.stage(0, 1);
+      EXPECT(stage.network->ways(3)[0] == way);
+    }
+    const std::optional<Way> free = network.ways(2)[0];
+    network.prefer(0, 3, Way::narrow);  // which float32 has not
+    EXPECT(network.ways(3)[0] != Way::narrow);
+    network.prefer(0, 0, Way::pixels_in_lanes);
+    EXPECT(network.ways(2)[0] == Way::pixels_in_lanes);
+    EXPECT(network.ways(3)[0] != Way::narrow);
+    network.prefer(0, 0, {});
+    EXPECT(network.ways(2)[0] == free);
+    EXPECT_THROWS(network.prefer(2, 1, {}), std::invalid_argument, "steps are numbered from 0 to 2, got 2");
+    EXPECT_THROWS(network.prefer(0, -1, {}), std::invalid_argument, "at least 0, got -1");
+  }
+}
+
 ACF_TEST(what_is_reshaped_may_have_a_halo) {
   Network network(active_isa());
   const int x = network.add_input({1, 4, 14});
