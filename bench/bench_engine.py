@@ -9,9 +9,10 @@ All compute in float32; OpenVINO is told so, as its default on some CPUs is bflo
 OpenVINO and torch (weights and values in bfloat16) use that; the others have float32 alone. With --precision int8
 weights and activations have 8 bits: onnxruntime and OpenVINO run what onnxruntime's own quantize_static makes of the
 network (QDQ, a scale for every filter, U8S8), the others float32; all are calibrated with the same images. torch is
-taken at its best of eager, channels_last and frozen (torch.jit, oneDNN). The runtimes that are installed take part
-(`pip install onnx onnxruntime openvino litert-torch`); LiteRT, which is XNNPACK here, is given images as NHWC. Every
-result is compared with torch's.
+taken at its best of eager, channels_last, frozen (torch.jit, oneDNN) and, with --compile, torch.compile with constants
+frozen, which takes a while for every network. The runtimes that are installed take part (`pip install onnx onnxruntime
+openvino litert-torch ncnn pnnx`); LiteRT, which is XNNPACK here, is given images as NHWC; ncnn, with Winograd and in
+float32, takes one image at a time. Every result is compared with torch's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import itertools
 import sys
 import tempfile
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -144,6 +146,16 @@ def torch_frozen(model: nn.Module, x: torch.Tensor, _threads: int) -> Run:
     return lambda: frozen(x).numpy()
 
 
+def torch_compiled(model: nn.Module, x: torch.Tensor, _threads: int) -> Run:
+    """By TorchInductor, with weights as constants."""
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(freezing=True):
+        compiled = torch.compile(copy.deepcopy(model))
+        with torch.no_grad():
+            compiled(x)
+    return lambda: compiled(x).numpy()
+
+
 def as_onnx(model: nn.Module, x: torch.Tensor) -> bytes:
     """For the runtimes that read it."""
     buffer = io.BytesIO()
@@ -214,6 +226,29 @@ def litert(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
     return run
 
 
+def ncnn(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
+    """Converted by pnnx."""
+    import ncnn
+    import pnnx
+
+    network, image = ncnn.Net(), np.ascontiguousarray(x[0].numpy())
+    network.opt.num_threads = threads
+    for half in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage"):
+        setattr(network.opt, f"use_{half}", False)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        named = nn.Sequential(OrderedDict(model=model))  # what it writes needs names that are not numbers
+        pnnx.export(named, f"{folder}/model.pt", (x,))
+        if network.load_param(f"{folder}/model.ncnn.param") or network.load_model(f"{folder}/model.ncnn.bin"):
+            raise NotImplementedError("ncnn does not have all operators")
+
+    def run() -> np.ndarray:
+        extractor = network.create_extractor()
+        extractor.input("in0", ncnn.Mat(image))
+        return np.array(extractor.extract("out0")[1])[None]
+
+    return run
+
+
 TORCH = {"torch eager": torch_eager, "torch channels_last": torch_channels_last, "torch frozen": torch_frozen}
 
 
@@ -234,26 +269,35 @@ def in_bfloat16(run: Callable[[nn.Module, torch.Tensor, int], Run]) -> Callable[
     return make
 
 
-def runtimes(precision: str) -> dict[str, Callable[[nn.Module, torch.Tensor, int], Run]]:
+def runtimes(precision: str, batch: int, compiled: bool) -> dict[str, Callable[[nn.Module, torch.Tensor, int], Run]]:
     """Ours and those that are installed."""
     more = {"litert": litert} if all(map(importlib.util.find_spec, ("litert_torch", "ai_edge_litert"))) else {}
-    own = {title: in_bfloat16(run) for title, run in TORCH.items()} if precision == "bfloat16" else TORCH
+    if batch == 1 and all(map(importlib.util.find_spec, ("ncnn", "pnnx"))):
+        more["ncnn"] = ncnn
+    own = TORCH | ({"torch compiled": torch_compiled} if compiled else {})
+    if precision == "bfloat16":
+        own = {title: in_bfloat16(run) for title, run in own.items()}
     others = {name: functools.partial(other, name, precision) for name in installed()}
     return {"ours": functools.partial(ours, precision=precision), **own, **others, **more}
 
 
-def prepared(name: str, batch: int, threads: int, precision: str) -> dict[str, Run]:
+def prepared(name: str, batch: int, threads: int, precision: str, compiled: bool) -> dict[str, Run]:
     """Every runtime, ready to run, its result checked."""
     model, shape = network(name)
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(x).numpy()
     ready = {}
-    for title, make in runtimes(precision).items():
-        run = make(model, x, threads)
+    for title, make in runtimes(precision, batch, compiled).items():
+        try:
+            run = make(model, x, threads)
+        except NotImplementedError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
         with torch.no_grad():
             error = float(np.abs(run() - expected).max() / np.abs(expected).max())
-        assert error <= TOLERANCE[precision], f"{title} is off by {error:.2g} of the largest output on {name}"
+        allowed = TOLERANCE[precision] * (10 if title == "ncnn" else 1)  # its Winograd takes larger tiles
+        assert error <= allowed, f"{title} is off by {error:.2g} of the largest output on {name}"
         ready[title] = run
     return ready
 
@@ -278,13 +322,20 @@ def test_whole_network(benchmark: Callable[[Run], np.ndarray], name: str, runtim
 
 ELSEWHERE = {
     "float32": "",
-    "bfloat16": " (onnxruntime and litert: float32)",
-    "int8": " (torch and litert: float32; onnxruntime and openvino: by onnxruntime's quantize_static, QDQ)",
+    "bfloat16": " (onnxruntime, litert and ncnn: float32)",
+    "int8": " (torch, litert and ncnn: float32; onnxruntime and openvino: by onnxruntime's quantize_static, QDQ)",
 }
 
 
 def page(
-    chosen: list[str], batches: list[int], threads: list[int], rounds: int, command: str, precision: str, note: str
+    chosen: list[str],
+    batches: list[int],
+    threads: list[int],
+    rounds: int,
+    command: str,
+    precision: str,
+    compiled: bool,
+    note: str,
 ) -> Iterator[str]:
     """Sections by threads and batch; the best of torch, and every other runtime."""
     yield f"# Whole networks{'' if precision == 'float32' else ', in ' + precision}\n"
@@ -296,19 +347,21 @@ def page(
         "have the given share of their filters, or of the columns of every convolution, removed.\n"
     )
     yield f"```\n{command}\n```\n\n{conditions(f'Weights random. {note}')}\n"
-    others = [name for name in runtimes(precision) if name not in TORCH and name != "ours"]
     for count, batch in itertools.product(threads, batches):
         torch.set_num_threads(count)
+        titles = list(runtimes(precision, batch, compiled))
+        torchs = [title for title in titles if title.startswith("torch")]
+        others = [title for title in titles if title not in torchs and title != "ours"]
         rows, dense = [], 0.0
         for name in chosen:
             with torch.no_grad():
-                times = interleaved(prepared(name, batch, count, precision), lambda: None, rounds, TURN)
-            best_torch = min(times[title] for title in TORCH)
-            best = min(best_torch, *(times[title] for title in others))
+                times = interleaved(prepared(name, batch, count, precision, compiled), lambda: None, rounds, TURN)
+            best_torch = min(times[title] for title in torchs)
+            best = min(value for title, value in times.items() if title != "ours")
             dense = best if ", -" not in name else dense
-            shown = [times["ours"], best_torch, *(times[title] for title in others)]
-            ratios = [best / times["ours"], dense / times["ours"]]
-            rows.append([name, *(f"{1e3 * value:.3g}" for value in shown), *(f"{value:.2f}x" for value in ratios)])
+            shown = [times["ours"], best_torch, *(times.get(title) for title in others)]
+            milliseconds = ("" if value is None else f"{1e3 * value:.3g}" for value in shown)
+            rows.append([name, *milliseconds, *(f"{value / times['ours']:.2f}x" for value in (best, dense))])
             print(" ".join(rows[-1]), file=sys.stderr, flush=True)
         yield f"## {count} thread{'s' if count > 1 else ''}, batch {batch}\n"
         header = ["network", "ours", "torch, best", *others, "against the best", "against dense"]
@@ -324,12 +377,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--note", default="", help="a sentence about the conditions, for the page")
     parser.add_argument("--precision", choices=TOLERANCE, default="float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too")
     parser.add_argument("--only", nargs="+", choices=list(names()), help="networks; all if not given")
     options = parser.parse_args()
     chosen = options.only or list(names())
     command = f"python {' '.join(sys.argv)}"
     text = "\n".join(
-        page(chosen, options.batches, options.threads, options.rounds, command, options.precision, options.note)
+        page(
+            chosen,
+            options.batches,
+            options.threads,
+            options.rounds,
+            command,
+            options.precision,
+            options.compile,
+            options.note,
+        )
     )
     if options.report:
         options.report.write_text(text)
