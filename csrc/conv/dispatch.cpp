@@ -48,6 +48,7 @@ struct Cursor {
 struct RowTile : Tile {
   std::int64_t first_row, last_row, kernel_begin, kernel_end;
   int pointers, segment_count;
+  int begun;        // the first segment of the vector under way
   bool neighbours;  // in memory: the pixels of filters_in_lanes
 };
 
@@ -76,11 +77,21 @@ void step(const Run& run, Cursor& at, std::int64_t size) {
   ++at.n;
 }
 
+void begin_vector(RowTile& tile, std::int64_t number) { tile.first[number] = tile.begun = tile.segment_count; }
+
+// Rows without a halo between them are one segment of the vector.
 void add_segment(const Run& run, RowTile& tile, const Cursor& at, std::int64_t from, std::int64_t size) {
   const Pitch &out = run.out_pitch, &residual = run.residual_pitch;
-  tile.segments[tile.segment_count++] = {at.n * out.image + at.y * out.row + at.x - from,
-                                         at.n * residual.image + at.y * residual.row + at.x - from,
-                                         static_cast<int>(from), static_cast<int>(from + size)};
+  const Segment segment = {at.n * out.image + at.y * out.row + at.x - from,
+                           at.n * residual.image + at.y * residual.row + at.x - from, static_cast<int>(from),
+                           static_cast<int>(from + size)};
+  Segment* before = tile.segment_count > tile.begun ? tile.segments + tile.segment_count - 1 : nullptr;
+  if (before != nullptr && before->to == segment.from && before->out == segment.out &&
+      (run.call.residual == nullptr || before->residual == segment.residual)) {
+    before->to = segment.to;
+  } else {
+    tile.segments[tile.segment_count++] = segment;
+  }
   tile.first_row = std::min(tile.first_row, at.y);
   tile.last_row = std::max(tile.last_row, at.y);
 }
@@ -143,7 +154,7 @@ void add_window(const Run& run, RowTile& tile, Cursor& at) {
 // A pixel of filters_in_lanes; neighbours of a row make one segment of their vector of results.
 void add_pixel(const Run& run, RowTile& tile, Cursor& at) {
   const int lane = tile.pointers % run.table.lanes;
-  if (lane == 0) tile.first[tile.pointers / run.table.lanes] = tile.segment_count;
+  if (lane == 0) begin_vector(tile, tile.pointers / run.table.lanes);
   add_pointer(run, tile, at);
   tile.neighbours &= tile.x[tile.pointers - 1] - tile.x[0] == tile.pointers - 1;
   if (lane == 0 || at.x == 0) {
@@ -165,7 +176,7 @@ void fill(const Run& run, RowTile& tile, Cursor& at, std::int64_t size) {
     tile.first[ceil_div(size, run.table.lanes)] = tile.segment_count;
   } else {
     for (std::int64_t v = 0; v < size; ++v) {
-      tile.first[v] = tile.segment_count;
+      begin_vector(tile, v);
       add_window(run, tile, at);
     }
     tile.first[size] = tile.segment_count;

@@ -367,7 +367,8 @@ inline float sum(const float* p, std::int64_t count) {
 inline float peak(const float* two, std::int64_t rounds) {
   const Reg factor = N::broadcast(two), more = N::broadcast(two + 1);
   Reg chain[kPeakChains];
-  unrolled<kPeakChains>([&](auto i) { chain[i] = more; });
+  chain[0] = more;  // chains that were the same would be computed once
+  unrolled<kPeakChains - 1>([&](auto i) { chain[i + 1] = N::add(chain[i], more); });
   for (std::int64_t round = 0; round < rounds; ++round) {
     unrolled<kPeakChains>([&](auto i) { chain[i] = N::fma(chain[i], factor, more); });
   }

@@ -27,10 +27,24 @@ struct N {
     return _mm256_maskload_ps(p, _mm256_andnot_si256(before, _mm256_cmpgt_epi32(_mm256_set1_epi32(m.to), lane)));
   }
   static void store_masked(float* p, Mask m, Reg r) {
-    if (m.to - m.from == kLanes) return store(p, r);
-    alignas(32) float lane[kLanes];
-    _mm256_store_ps(lane, r);
-    for (int i = m.from; i < m.to; ++i) p[i] = lane[i];
+    const int count = m.to - m.from;
+    if (count == kLanes) return store(p, r);
+    // The lanes from `from` on in front, then four, two, one of them.
+    constexpr std::int32_t kFrom[2 * kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+    const Reg moved = _mm256_permutevar8x32_ps(r, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFrom + m.from)));
+    __m128 part = _mm256_castps256_ps128(moved);
+    p += m.from;
+    if ((count & 4) != 0) {
+      _mm_storeu_ps(p, part);
+      part = _mm256_extractf128_ps(moved, 1);
+      p += 4;
+    }
+    if ((count & 2) != 0) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+      part = _mm_movehl_ps(part, part);
+      p += 2;
+    }
+    if ((count & 1) != 0) _mm_store_ss(p, part);
   }
   static Reg load_halves(const float* a, const float* b) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
