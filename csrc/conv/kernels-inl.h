@@ -71,6 +71,13 @@ void pixels_in_lanes(const Call& call) {
   constexpr int kPointers = load == Load::stretch ? kVectors : 2 * kVectors;
   const float* x[kPointers];
   unrolled<kPointers>([&](auto i) { x[i] = call.tile->x[i]; });
+  // What a tile writes lies in more planes than the processor foresees.
+  unrolled<kVectors>([&](auto v) {
+    if (call.tile->first[v] == call.tile->first[v + 1]) return;
+    const Segment& segment = call.tile->segments[call.tile->first[v]];
+    const float* out = call.out + segment.out + segment.from;
+    unrolled<kFilters>([&](auto f) { __builtin_prefetch(out + f * call.out_plane, 1); });
+  });
   const float* ahead = call.ahead;
   each_column(call, kFilters, [&](std::int64_t offset, const float* w) {
     __builtin_prefetch(at(ahead, offset));
