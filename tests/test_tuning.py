@@ -154,6 +154,7 @@ def test_the_second_time_nothing_is_measured(engine, monkeypatch, tmp_path):
         lambda kept: kept.update(seconds=[1]),
         lambda kept: kept.update(choices=[["0", "a", "b", 3]]),
         lambda kept: kept.update(choices=[["0", "a", "b", {"a": "soon"}]]),
+        lambda kept: kept.update(choices=[["0", "a", "b", {"a": 1}]]),
     ],
 )
 def test_a_file_that_cannot_be_used_is_written_anew(engine, monkeypatch, tmp_path, change):

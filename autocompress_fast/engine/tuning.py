@@ -76,7 +76,7 @@ class Network:
         ]
         return {
             "format": _FORMAT,
-            "version": _core.__version__,
+            "kernels": f"{_core.__version__} {_core.compiler}",
             "processor": processor(),
             "isa": _core.active_isa(),
             "threads": self.threads,
@@ -187,6 +187,8 @@ def _read(path: Path, network: Network) -> Tuning | None:
             Choice(str(name), str(estimated), str(chosen), {str(way): float(s) for way, s in seconds.items()})
             for name, estimated, chosen, seconds in content["choices"]
         )
+        if any({choice.estimated, choice.chosen} - choice.seconds.keys() for choice in choices):
+            raise ValueError("a way that was not measured")
         before, after = map(float, content["seconds"])
         ways = {}
         for operation, samples, way in content["ways"]:

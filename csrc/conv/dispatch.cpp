@@ -334,7 +334,7 @@ void run_chunks(const Run& run, const Part& pixel_tiles, const Part& filter_tile
 // Planes of a depthwise convolution.
 void run_planes(const Run& run, const Part& planes) {
   const Shape& s = run.plan.shape;
-  const PlaneKernel kernel = run.table.depthwise[depthwise_index(s)][s.stride_h - 1];
+  const PlaneKernel kernel = depthwise_kernels(run.plan.isa).depthwise[depthwise_index(s)][s.stride_h - 1];
   const Pitch &in = run.plan.in, &out = run.out_pitch, &residual = run.residual_pitch;
   for (std::int64_t i = planes.begin; i < planes.begin + planes.size; ++i) {
     const std::int64_t n = i / s.channels, c = i % s.channels;
@@ -473,6 +473,12 @@ Call activation_call(Activation activation, float slope) {
   call.high = activation == Activation::relu6 ? 6 : kInfinity;
   call.clamps = activation == Activation::none || activation == Activation::relu || activation == Activation::relu6;
   return call;
+}
+
+// Where units of AVX-512 have half the width, two instructions of AVX2 take no longer, and rows seldom end with a
+// register.
+const Kernels& depthwise_kernels(Isa isa) {
+  return kernels(isa == Isa::avx512 && registers_per_cycle(isa) == 1 ? Isa::avx2 : isa);
 }
 
 const Kernels& kernels(Isa isa) {

@@ -28,6 +28,7 @@ struct Parts {
 
 bool window_fits(const Plan& plan);
 Load load_of(const Plan& plan);
+const Kernels& depthwise_kernels(Isa isa);
 int depthwise_index(const Shape& shape);                               // in kDepthwiseSizes, or -1
 std::int64_t windows_per_image(const Plan& plan, std::int64_t lanes);  // of halves: half ones
 std::int64_t window_count(const Plan& plan, std::int64_t lanes, std::int64_t images);

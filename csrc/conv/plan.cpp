@@ -45,7 +45,8 @@ double loads_per_vector(Load load, int lanes) {
   return load == Load::stretch ? crossing(lanes) : load == Load::halves ? 2 * crossing(lanes / 2) : 2 * crossing(lanes);
 }
 
-double depthwise_cycles(const Plan& plan, const Kernels& table) {
+double depthwise_cycles(const Plan& plan) {
+  const Kernels& table = depthwise_kernels(plan.isa);
   const Shape& s = plan.shape;
   const auto size = static_cast<double>(s.kernel_h), stride = static_cast<double>(s.stride_h);
   const double stretches = static_cast<double>(ceil_div(s.out_width(), table.lanes) * plan.images * s.channels);
@@ -60,7 +61,7 @@ double depthwise_cycles(const Plan& plan, const Kernels& table) {
 }
 
 double pixels_cycles(const Plan& plan, const Kernels& table) {
-  if (plan.window == Window::depthwise) return depthwise_cycles(plan, table);
+  if (plan.window == Window::depthwise) return depthwise_cycles(plan);
   const Load load = load_of(plan);
   const std::int64_t windows = window_count(plan, table.lanes, plan.images);
   const double columns = static_cast<double>(plan.columns) / static_cast<double>(plan.shape.groups);
