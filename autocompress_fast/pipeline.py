@@ -224,7 +224,9 @@ class Recipe:
         )
 
     def rounds_for(self, target: Target, dense: Counts) -> int:
-        """Number of rounds for a network of these sizes: as given, or so that each is about 4x."""
+        """Number of rounds for a network of these sizes: as given, or so that each is about 4x; 0 if it needs none."""
+        if target.met(dense, dense) and not self.keep:
+            return 0
         return self.rounds or max(1, round(target.excess(dense, dense) / math.log(_EACH_ROUND)))
 
 
@@ -234,8 +236,9 @@ class DryRun:
 
     Attributes:
         report: of the dense network.
+        target: of the run.
         rounds: the target of each round and the constraints it would set; those of later rounds are estimates, as
-            they are decided anew from the weights that the round before leaves.
+            they are decided anew from the weights that the round before leaves. None where nothing is to be pruned.
         dense, small: sizes of the network, and of what the last of these constraints would leave of it now; with the
             predicted latency and the bytes of the file (`Size`) if the target limits them.
         epochs: of all trainings.
@@ -243,6 +246,7 @@ class DryRun:
     """
 
     report: Report
+    target: Target
     rounds: tuple[tuple[Target, dict[str, Constraint]], ...]
     dense: Counts
     small: Counts
@@ -402,7 +406,8 @@ def compress(
         data: `acf.data.Splits`, or (train, validation) or (train, validation, test) of data sets or re-iterable
             batches (x, y). The validation part decides; the test part is read once, at the end.
         target: "20x" (all weights), "conv=40", "macs=4", "3x faster", "latency_ms=2.5", "bytes=100k", several with
-            commas, a number (all weights) or a `Target`. Not given: the smallest network that `max_drop` allows,
+            commas, a number (all weights) or a `Target`. "1x" prunes nothing, and what follows, such as bits, is done
+            to the whole network. Not given: the smallest network that `max_drop` allows,
             counted in all weights.
         max_drop: points of validation accuracy that may be lost. A round that loses more is taken back, the next one
             goes half as far, and after three such rounds the smallest network that held is the result, whether it meets
@@ -458,7 +463,11 @@ def compress(
         kept = {n.name: Kept(np.arange(n.shape[0]), np.arange(n.weights // n.shape[0])) for n in report.layers}
         state = _State(copy.deepcopy(model), None, kept, base.accuracy, polished=True)
         floor = -math.inf if max_drop is None else base.accuracy - max_drop
-        state = _rounds(run, state, rounds) if max_drop is None else _rounds_within(run, state, rounds, floor)
+        if rounds == 0:
+            told.note(f"{goal}: nothing needs to be pruned")
+            state = dataclasses.replace(state, masks=Plan.dense(report))
+        else:
+            state = _rounds(run, state, rounds) if max_drop is None else _rounds_within(run, state, rounds, floor)
         state, steps = _purified(run, state, floor)
         state = _quantized(run, state)
         plan = Plan.dense(report) if state.masks is None else run.whole(state)
@@ -943,19 +952,20 @@ def _dry_run(
     for number in range(rounds, 0, -1):  # what cannot be met is said of the whole target
         part = goal.part(_share(number, rounds), meter.dense)
         chosen.insert(0, (part, allocate(report, part, meter, recipe.structure, keep=recipe.keep)))
-    trainings = len(_steps(chosen[-1][1], recipe.structure))
-    epochs = rounds * trainings * recipe.admm_epochs + (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
-    epochs += recipe.purify_rounds * recipe.purify_epochs
+    epochs = recipe.purify_rounds * recipe.purify_epochs
     epochs += 0 if recipe.bits is None else 2 * (1 + len(_PORTIONS)) * recipe.quantize_epochs + recipe.level_epochs
     epochs += 0 if recipe.activation_bits is None else recipe.activation_epochs
+    if chosen:
+        epochs += rounds * len(_steps(chosen[-1][1], recipe.structure)) * recipe.admm_epochs
+        epochs += (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
     seconds = epochs * _epoch_seconds(model, loader, recipe)
-    if recipe.search:
+    if recipe.search and chosen:
         score = _search_score(model, report, loader, validation, recipe)
         begun = time.monotonic()
         score(chosen[0][1])
         seconds += rounds * recipe.search * (time.monotonic() - begun)
-    small = meter.measure(projected(report, chosen[-1][1]))
-    return DryRun(report, tuple(chosen), meter.dense, small, epochs, seconds)
+    small = meter.measure(projected(report, chosen[-1][1])) if chosen else meter.dense
+    return DryRun(report, goal, tuple(chosen), meter.dense, small, epochs, seconds)
 
 
 def _epoch_seconds(model: nn.Module, loader: Batches, recipe: Recipe) -> float:

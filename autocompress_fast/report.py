@@ -568,26 +568,30 @@ class Outlook(Document):
     def parts(self) -> Iterable[Table | str]:
         """The target, a table of the rounds, and the time."""
         run = self._dry_run
-        goal = run.rounds[-1][0]
-        yield f"{run.report.model_name}: the target {goal} can be met"
-        if text := _in_engine(run.dense, run.small, goal):
+        how = "can be met" if run.rounds else "is met already: nothing would be pruned"
+        yield f"{run.report.model_name}: the target {run.target} {how}"
+        if text := _in_engine(run.dense, run.small, run.target):
             yield f"in one shot, at the rates of the last round, {text}"
-        rows = []
+        if run.rounds:
+            yield self._kept()
+        later = ", later rounds decide anew from the weights they find" if len(run.rounds) > 1 else ""
+        before = f"after {self._base_epochs} epochs of training the dense network: " if self._base_epochs else ""
+        yield f"{before}{run.epochs} epochs of compression, at most {duration(run.seconds)}{later}"
+
+    def _kept(self) -> Table:
+        run, rows = self._dry_run, []
         for layer in run.report.layers:
             kept = (_keep_text(constraints.get(layer.name)) for _, constraints in run.rounds)
             rows.append((layer.name, f"{layer.shape[0]} x {layer.columns // layer.groups}", *kept))
         header = (f"round {number}: {part}" for number, (part, _) in enumerate(run.rounds, 1))
-        yield Table("", ("kept of layer", "filters x columns", *header), rows)
-        later = ", later rounds decide anew from the weights they find" if len(run.rounds) > 1 else ""
-        before = f"after {self._base_epochs} epochs of training the dense network: " if self._base_epochs else ""
-        yield f"{before}{run.epochs} epochs of compression, at most {duration(run.seconds)}{later}"
+        return Table("", ("kept of layer", "filters x columns", *header), rows)
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain numbers and strings."""
         run = self._dry_run
         return {
             "model": run.report.model_name,
-            "target": str(run.rounds[-1][0]),
+            "target": str(run.target),
             "can_be_met": True,
             "dense": asdict(run.dense),
             "small": asdict(run.small),

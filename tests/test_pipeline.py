@@ -1,5 +1,6 @@
 """The whole job on small data: the target is met, and a run killed anywhere ends as one that was not."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -25,6 +26,7 @@ from autocompress_fast.plan import Plan, mask
 from autocompress_fast.progress import Progress
 from autocompress_fast.quantize import LevelConstraint
 from autocompress_fast.rates import Target
+from autocompress_fast.report import Outlook
 from autocompress_fast.training import TrainingConfig, evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -417,6 +419,43 @@ def test_a_dry_run_counts_the_trainings_towards_levels(trained):
     options = {"target": "3x", "progress": Progress(), "dry_run": True}
     plain = compress(trained, SPLITS, recipe=dataclasses.replace(LEVELLED, bits=None), **options)
     assert compress(trained, SPLITS, recipe=LEVELLED, **options).epochs == plain.epochs + 10 + 2
+
+
+@pytest.mark.parametrize("max_drop", [None, 100])
+def test_what_meets_the_target_already_is_not_pruned(trained, tmp_path, max_drop):
+    recipe = dataclasses.replace(LEVELLED, purify_rounds=0, search=3)
+    options = {"target": "1x", "recipe": recipe, "max_drop": max_drop}
+    outlook = compress(trained, SPLITS, **options, progress=Progress(), dry_run=True)
+    assert outlook.rounds == ()
+    assert outlook.small == outlook.dense
+    assert "nothing would be pruned" in str(Outlook(outlook))
+    result = run(trained, **options, workdir=tmp_path)
+    assert len(result.history) == outlook.epochs
+    assert {row["stage"].partition(".")[0] for row in result.history} == {"quantize"}
+    assert result.rounds == []
+    assert result.searches == []
+    assert result.small == result.dense
+    assert set(result.bits) == {layer.name for layer in result.layers.layers}
+    result.report().save_html(tmp_path / "report.html", measure=False)
+    again = run(trained, **options, workdir=tmp_path)
+    for one, other in zip(result.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nothing_to_do_gives_the_network_back(trained):
+    result = run(trained, target="1x")
+    assert result.history == []
+    assert result.accuracy["final"] == result.accuracy["base"]
+    assert result.small == result.dense
+    assert str(result.report())
+    x = torch.from_numpy(SPLITS.test.normalized())
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(x), copy.deepcopy(trained).eval()(x))
+
+
+def test_shares_that_are_asked_for_are_pruned_for_any_target(trained):
+    result = run(trained, target="1x", recipe=variant(keep={"3": (0.1, 0.5)}))
+    assert result.small.params < result.dense.params
 
 
 def test_layers_have_the_bits_that_were_asked_for(trained):

@@ -81,8 +81,8 @@ _RESNET20 = {
     "base": TrainingConfig(8, lr=0.02, weight_decay=5e-4, warmup=0.05, compile=True, precision="bfloat16", **_SHARED),
     "weights": "resnet20-12fca82f.th",
 }
-# Nothing is pruned: one epoch of each, and one before every portion of the weights.
-_QUANTIZED = _SHARED | {"rounds": 1, "admm_epochs": 1, "final_epochs": 1, "quantize_epochs": 1, "compile": True}
+# Nothing is pruned: one epoch before every portion of the weights.
+_QUANTIZED = _SHARED | {"quantize_epochs": 1, "compile": True}
 SETTINGS = {
     "ResNet-20": Setting(
         target="conv=4,macs=3",

@@ -25,7 +25,6 @@ HERE = pathlib.Path(__file__).resolve().parent
 TINY = ["--rounds", "5", "--admm-epochs", "7", "--distillation", "0", "--final-epochs", "80", "--final-lr", "5e-3"]
 TINY += ["--dropout", "0.1", "--search", "64", "--search-steps", "200"]
 TINY_IRREGULAR = ["--structure", "element", *TINY]
-UNPRUNED = ["--rounds", "1", "--admm-epochs", "1", "--final-epochs", "1"]
 
 # name -> (what it is, target, further options)
 ROWS = {
@@ -62,7 +61,7 @@ ROWS = {
     "binary": (
         "nothing; every weight -s or +s",
         "params=1",
-        ["--bits", "1", "--levels", "binary", "--quantize-epochs", "4", "--no-augment", *UNPRUNED],
+        ["--bits", "1", "--levels", "binary", "--quantize-epochs", "4", "--no-augment"],
     ),
 }
 
@@ -91,7 +90,8 @@ def run(row: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def table(results: dict[str, list[dict[str, object]]], options: argparse.Namespace) -> str:
