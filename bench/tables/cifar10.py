@@ -217,6 +217,9 @@ class Run:
         minutes = sum(json.loads(line)["seconds"] for line in log) / 60
         result = {"accuracy": accuracy, "sizes": {k: asdict(v) for k, v in sizes.items()}, "minutes": minutes}
         result["file_bytes"] = (self.own / "ours.acf").stat().st_size
+        result["options"] = self.setting.recipe | {"target": self.setting.target}
+        result["measured"] = f"{datetime.date.today()} on {self.options.machine}, threads: {self.options.threads}"
+        result["versions"] = f"autocompress_fast {acf.__version__}, torch {torch.__version__}"
         self.keep(result)
         return result
 
@@ -229,7 +232,7 @@ class Run:
 
     def keep(self, result: dict[str, Any]) -> None:
         """In the folder of the run, for the table."""
-        self.kept.write_text(json.dumps(result, indent=1))
+        self.kept.write_text(json.dumps(result, indent=1, default=asdict))
 
     def latency(self) -> dict[str, Any]:
         """Of the compressed network in the engine, and of the dense one in its quickest runtime; seconds."""
@@ -255,17 +258,16 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def table(results: dict[str, dict[int, dict[str, Any]]], options: argparse.Namespace) -> str:
+def table(results: dict[str, dict[int, dict[str, Any]]]) -> str:
     """The page."""
     lines = [
         "# CIFAR-10: automatic compression",
         "",
-        f"Measured {datetime.date.today()} on {options.machine}, {options.threads} thread a run; autocompress_fast "
-        f"{acf.__version__}, torch {torch.__version__}, Python {platform.python_version()}.",
         "The images are a JPEG copy of CIFAR-10: accuracies lie some points below those published. 5,000 training",
-        "images decide everything; the test set is read once, at the end, for all networks of a run. Seeds: mean ±",
-        "standard deviation. Weights without biases and normalisations. Latencies: one image, one thread, medians in",
-        "turns; the dense network in its quickest runtime.",
+        "images decide everything; the test set is read once, at the end, for all networks of a run. Published weights",
+        "have seen those 5,000, too, so what a network loses of them is more than what it loses of the test set.",
+        "Seeds: mean ± standard deviation. Weights without biases and normalisations. Latencies: one image, one",
+        "thread, medians in turns; the dense network in its quickest runtime.",
         "",
         "| network | seeds | | test accuracy, % | drop, points | CONV | all weights | MACs | file, kB | latency, ms | "
         "faster |",
@@ -285,15 +287,19 @@ def table(results: dict[str, dict[int, dict[str, Any]]], options: argparse.Names
             cells.append(f"{statistics.mean(run['file_bytes'] for run in having) / 1e3:.1f}" if what == "ours" else "")
             cells += _latency(having, what)
             lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Every run (test accuracy):", ""]
+    lines += ["", "Every run, and how:", ""]
     for name, runs in results.items():
         for seed, run in runs.items():
-            test = ", ".join(f"{what} {value:.2f}" for what, value in run["accuracy"]["test"].items())
-            lines.append(f"- {name}, seed {seed}: {test}; {run['minutes']:.0f} minutes of training after the base")
-    settings = {name: (asdict(SETTINGS[name])["recipe"] | {"target": SETTINGS[name].target}) for name in results}
-    lines += ["", *(f"{name}: `{json.dumps(setting, default=asdict)}`" for name, setting in settings.items())]
-    lines += ["", "`python bench/tables/cifar10.py --data DIR --pretrained DIR`", ""]
-    return "\n".join(lines)
+            parts = {
+                part: ", ".join(f"{what} {value:.2f}" for what, value in values.items())
+                for part, values in run["accuracy"].items()
+            }
+            lines.append(
+                f"- {name}, seed {seed}: test {parts['test']}; validation {parts['validation']}; {run['minutes']:.0f} "
+                f"minutes of training after the base, {run['measured']}; {run['versions']}"
+            )
+            lines.append(f"  `{json.dumps(run['options'])}`")
+    return "\n".join([*lines, "", "`python bench/tables/cifar10.py --data DIR --pretrained DIR`", ""])
 
 
 def _latency(runs: list[dict[str, Any]], what: str) -> list[str]:
@@ -345,7 +351,7 @@ def main() -> None:
                 results.setdefault(name, {})[run.seed] = run.figures()
     results = {name: dict(sorted(results[name].items())) for name in SETTINGS if name in results}
     (HERE / "cifar10.json").write_text(json.dumps(results, indent=1) + "\n")
-    (HERE / "cifar10.md").write_text(table(results, options))
+    (HERE / "cifar10.md").write_text(table(results))
 
 
 if __name__ == "__main__":
