@@ -946,7 +946,9 @@ def test_dropout_is_of_the_final_training_and_what_follows():
 
 def test_rounds_are_about_fourfold():
     dense = Counts(1000, 1000, 1000)
-    assert [Recipe().rounds_for(Target(params=rate), dense) for rate in (1, 2, 6, 16, 230)] == [1, 1, 1, 2, 4]
+    assert [Recipe().rounds_for(Target(params=rate), dense) for rate in (1, 2, 6, 16, 230)] == [0, 1, 1, 2, 4]
+    assert Recipe(rounds=3).rounds_for(Target(params=1), dense) == 0  # there is nothing to prune
+    assert Recipe(rounds=3).rounds_for(Target(params=2), dense) == 3
     assert Recipe(rounds=5).rounds_for(Target(params=2), dense) == 5
 
 
