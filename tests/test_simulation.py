@@ -144,6 +144,20 @@ def test_engine_and_simulation_agree(make):
     assert np.array_equal(acf.compile(simulation, torch.from_numpy(unseen[:2]))(unseen), found)
 
 
+def test_sums_beyond_the_integers_of_float32_are_exact():
+    torch.manual_seed(0)
+    net = nn.Linear(3001, 4)
+    with torch.no_grad():
+        net.weight.uniform_(0.9, 1.0)
+    x = torch.rand(20, 3001) / 2 + 0.5
+    engine = acf.quantize(acf.compile(net, x), x)
+    (layer,) = acf.simulate(engine).eval().steps
+    sums = 255 * layer.integers().double().sum(dim=1)
+    assert (sums > 2**26).all()  # of which float32 has one in eight
+    (found,) = outputs(acf.simulate(engine), [x.numpy()], exact=True)
+    np.testing.assert_array_equal(found, engine(x.numpy()))
+
+
 def test_training_moves_the_integers_and_the_engine_follows():
     model, samples, _ = resnet()
     labels = torch.from_numpy(samples[:, 0].sum((1, 2)) > 0).long()

@@ -197,8 +197,11 @@ class _Layer(_Module):
         return functional.conv2d(x, weight, bias, a["stride"], around, a["dilation"], a["groups"])
 
     def exact(self, x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
-        """As the engine: integers, whose sums are exact in float64, then a product and a sum in float32."""
-        sums = self.product(_integers(x, scale, zero).double(), self.whole(self.integers()).double()).float()
+        """As the engine: integers, whose sums are exact, then a product and a sum in float32."""
+        integers = self.integers()
+        largest = _MOST_INPUT * float(integers.abs().sum(dim=1).max()) if len(integers) else 0.0
+        exact = torch.float32 if largest <= _EXACT else torch.float64  # the slower one, by much
+        sums = self.product(_integers(x, scale, zero).to(exact), self.whole(integers).to(exact)).float()
         form = (-1,) if self.step.op == "linear" else (-1, 1, 1)
         factor = self.scales * float(np.float32(scale))
         kept = self.tensor("filters")
@@ -246,6 +249,8 @@ def _integers(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
     return (torch.round(steps) + zero).clamp(0, 255) - zero
 
 
+_MOST_INPUT: Final = 255  # of 8 bits, less their zero
+_EXACT: Final = 2**24  # up to which float32 has all integers, and so all sums on the way, in any order
 _INDICES: Final = ("filters", "columns", "indices", "offsets")
 
 
