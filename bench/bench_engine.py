@@ -47,6 +47,10 @@ Shape = tuple[int, ...]
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 
 
+class CannotRunError(Exception):
+    """A runtime lacks an operator of a network."""
+
+
 def lenet_1998() -> nn.Module:
     """With 6 and 16 filters and layers of 120 and 84 features; ReLU and maximum pooling as people build it now."""
     convolutions = [nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU()]
@@ -239,7 +243,7 @@ def ncnn(model: nn.Module, x: torch.Tensor, threads: int) -> Run:
         named = nn.Sequential(OrderedDict(model=model))  # what it writes needs names that are not numbers
         pnnx.export(named, f"{folder}/model.pt", (x,))
         if network.load_param(f"{folder}/model.ncnn.param") or network.load_model(f"{folder}/model.ncnn.bin"):
-            raise NotImplementedError("ncnn does not have all operators")
+            raise CannotRunError("ncnn does not have all operators")
 
     def run() -> np.ndarray:
         extractor = network.create_extractor()
@@ -291,7 +295,7 @@ def prepared(name: str, batch: int, threads: int, precision: str, compiled: bool
     for title, make in runtimes(precision, batch, compiled).items():
         try:
             run = make(model, x, threads)
-        except NotImplementedError as error:
+        except CannotRunError as error:
             print(f"{name}: {error}", file=sys.stderr)
             continue
         with torch.no_grad():
