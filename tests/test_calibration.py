@@ -243,7 +243,7 @@ def difference(engine, other, x):
 def test_a_network_of_8_bits_computes_nearly_the_same(method, network):
     engine, x = network
     small = acf.quantize(engine, x, method=method)
-    assert sum(map(is_narrow, small.program.steps)) == 5
+    assert sum(map(is_narrow, small.program.steps)) == 6
     assert 0 < difference(small, engine, x) < 0.05
     zeros = {step.name: step.attributes["input_zero"] for step in small.program.steps if is_narrow(step)}
     assert zeros["first"] > 0
@@ -259,7 +259,7 @@ def test_readers_of_one_value_share_its_scale(network):
     steps = {step.name: step for step in acf.quantize(engine, x).program.steps}
     assert steps["strided"].attributes["input_scale"] == steps["shortcut"].attributes["input_scale"]
     assert steps["strided"].inputs == steps["shortcut"].inputs
-    assert not is_narrow(steps["depthwise"])
+    assert is_narrow(steps["depthwise"])
 
 
 def test_what_is_added_has_the_numbers_of_its_other_reader(network):
@@ -356,7 +356,7 @@ def test_no_more_samples_are_looked_at_than_wanted(network):
 
     small = acf.quantize(engine, endless(), samples=35)
     assert small.info["provenance"]["quantization"] == {
-        "method": "mse", "samples": 35, "layers": 5, "residuals": 2
+        "method": "mse", "samples": 35, "layers": 6, "residuals": 2
     }  # fmt: skip
     assert scales(small).expected == scales(acf.quantize(engine, [x[:35]]))
     spread = acf.quantize(engine, x, samples=2)
@@ -379,12 +379,20 @@ def test_layers_stay_in_float32(network):
     def narrow(skip):
         return [s.name for s in acf.quantize(engine, x, skip=skip).program.steps if is_narrow(s)]
 
-    assert narrow("first") == narrow(["first"]) == ["grouped", "strided", "shortcut", "fc"]
-    assert narrow(["f*", "grouped"]) == ["strided", "shortcut"]
+    assert narrow("first") == narrow(["first"]) == ["grouped", "strided", "shortcut", "depthwise", "fc"]
+    assert narrow(["f*", "grouped"]) == ["strided", "shortcut", "depthwise"]
     with pytest.raises(ValueError, match="skip names 'frist', which no layer matches; layers are first, grouped, "):
         narrow(["first", "frist"])
     with pytest.raises(ValueError, match="nothing to quantize: skip names all layers"):
         narrow("*")
+
+
+def test_groups_of_few_filters_stay_float32_unless_depthwise():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(16, 8, 3, groups=2))
+    x = torch.randn(40, 8, 9, 9)
+    small = acf.quantize(acf.compile(model, x), x)
+    assert [step.name for step in small.program.steps if is_narrow(step)] == ["0"]
 
 
 def test_columns_stay_columns_and_single_weights_float32():
@@ -466,7 +474,7 @@ def test_information_goes_along_but_for_the_accuracy(network, tmp_path):
     engine, x = network
     known = Engine(engine.program, info={"accuracy": 0.9, "mean": [0.5], "provenance": {"data": "none"}})
     small = acf.quantize(known, x, method="percentile")
-    done = {"method": "percentile", "samples": 200, "layers": 5, "residuals": 2, "percentile": 99.99}
+    done = {"method": "percentile", "samples": 200, "layers": 6, "residuals": 2, "percentile": 99.99}
     assert small.info == {"mean": [0.5], "provenance": {"data": "none", "quantization": done}}
     assert known.info["accuracy"] == 0.9
     small.save(tmp_path / "small.acf")

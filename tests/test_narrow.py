@@ -11,6 +11,7 @@ import safetensors.numpy
 import torch
 from test_acf_file import ONE, Builder, packed
 from test_engine_native import Drawn
+from torch import nn
 from torch.nn import functional
 
 import autocompress_fast as acf
@@ -516,7 +517,7 @@ def test_residuals_have_the_bits_of_the_reference():
 
 
 def chain(rng: np.random.Generator) -> Program:
-    """Convolutions, poolings and residuals of 8 bits one after the other, and now and then a step in float32."""
+    """Convolutions, depthwise ones, poolings and residuals of 8 bits one after the other, now and then float32."""
     b = Builder(int(rng.integers(1, 9)), int(rng.integers(9, 17)), int(rng.integers(9, 40)))
     x = 0
     for _ in range(int(rng.integers(2, 7))):
@@ -527,6 +528,19 @@ def chain(rng: np.random.Generator) -> Program:
             x = b.add("max_pool", x, **pool) if kind < 0.2 else b.add("activation", x, activation="relu")
             continue
         kernel = int(rng.choice([1, 3]))
+        if 0.25 < kind < 0.45 and channels > 1:
+            kernel = int(rng.choice([3, 3, 5]))
+            window = {
+                "kernel": (kernel, kernel),
+                "padding": (kernel // 2,) * 4,
+                "filters": channels,
+                "groups": channels,
+            }
+            window["stride"] = (int(rng.choice([1, 1, 2])),) * 2
+            arrays = {"weight": b.floats(channels, kernel**2), "bias": b.floats(channels)}
+            activation = str(rng.choice(["none", "relu", "relu6"]))
+            x = b.add("conv", x, arrays=arrays, **{**ONE, **window, "activation": activation})
+            continue
         same = kind > 0.6
         filters = channels if same else int(rng.integers(1, 100))
         window = {"kernel": (kernel, kernel), "padding": (kernel // 2,) * 4, "filters": filters}
@@ -569,7 +583,7 @@ def byte_values(engine: Engine) -> int:
 @pytest.mark.usefixtures("isa")
 def test_values_that_are_bytes_between_layers_have_the_bits_of_the_reference(part):
     rng, bytes_seen = np.random.default_rng(part), 0
-    for _ in range(25):
+    for _ in range(35):
         program = chain(rng)
         x = some(program, int(rng.choice([1, 2, 6, 17])))
         wanted = Reference(program, validate(program)).run(x)
@@ -583,6 +597,26 @@ def test_values_that_are_bytes_between_layers_have_the_bits_of_the_reference(par
         bytes_seen += byte_values(engine)
     if _core.narrow_units("int8")[-1] in ("generic", "avx512_vnni"):
         assert bytes_seen > 25
+
+
+@pytest.mark.usefixtures("isa")
+def test_separable_networks_compute_with_8_bits_wholly():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 24, 3, 2, 1), nn.ReLU6()]
+    for channels, filters, taps, stride in ((24, 40, 3, 1), (40, 40, 5, 1), (40, 72, 3, 2)):
+        layers += [nn.Conv2d(channels, channels, taps, stride, taps // 2, groups=channels), nn.ReLU6()]
+        layers += [nn.Conv2d(channels, filters, 1), nn.ReLU6()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(72, 5)).eval()
+    x = torch.randn(20, 3, 33, 29)
+    engine = acf.compile(net, x)
+    small = acf.quantize(engine, x)
+    assert {step.storage for step in small.summary().steps if step.storage} == {"dense 8-bit"}
+    wide = np.abs(engine(x.numpy())).max()
+    assert np.abs(small(x.numpy()) - engine(x.numpy())).max() < 0.05 * wide
+    with torch.no_grad():
+        np.testing.assert_array_equal(small(x.numpy()), acf.simulate(small).eval()(x).numpy())
+    if _core.narrow_units("int8")[-1] in ("generic", "avx512_vnni"):
+        assert byte_values(small) == 6  # between all of its convolutions
 
 
 @pytest.mark.usefixtures("isa")

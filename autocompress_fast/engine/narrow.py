@@ -35,6 +35,8 @@ _ELEMENTS: Final = 2**26
 
 _LEAST_FILTERS: Final = 8
 """Of a group: products are computed for 16 at once."""
+_MOST_TAPS: Final = 518
+"""Of a depthwise convolution: sums of so many products stay below 2^24, where integers are exact in float32."""
 
 
 def quantize(
@@ -52,8 +54,8 @@ def quantize(
     Convolutions and linear layers compute with integers: their inputs are rounded to 256 numbers, between which zero
     lies, and the weights of every filter to 255. What residual networks add to the result of such a convolution is
     rounded as inputs are. Other steps and biases stay float32, and so do layers whose single weights were pruned
-    (sparse storage), those with more than 65536 columns, and depthwise and grouped convolutions of less than 8 filters
-    a group, which float32 is quicker at.
+    (sparse storage), those with more than 65536 columns, and grouped convolutions of less than 8 filters a group, which
+    float32 is quicker at, but for depthwise ones.
 
     Args:
         engine: in float32; it is not changed.
@@ -152,9 +154,13 @@ def _matches(name: str, pattern: str) -> bool:
 def can_be_narrow(program: Program, step: Step) -> bool:
     """Whether `quantize` can make this layer an 8-bit one."""
     a = step.attributes
-    if a["storage"] == "sparse" or (a.get("groups", 1) > 1 and a["filters"] // a["groups"] < _LEAST_FILTERS):
+    if a["storage"] == "sparse":
         return False
-    weight = program.tensors[step.tensors["weight"]]
+    weight, groups = program.tensors[step.tensors["weight"]], a.get("groups", 1)
+    if groups > 1 and groups == a["filters"] and weight.shape[1] == math.prod(a["kernel"]):
+        return bool(weight.shape[1] <= _MOST_TAPS)
+    if groups > 1 and a["filters"] // groups < _LEAST_FILTERS:
+        return False
     return weight.size > 0 and weight.shape[1] <= NARROW_COLUMNS
 
 

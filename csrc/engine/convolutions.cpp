@@ -2,10 +2,12 @@
 #include <algorithm>
 #include <cmath>
 #include <new>
+#include <variant>
 
 #include "core/check.h"
 #include "core/parallel.h"
 #include "engine/operation.h"
+#include "narrow/depthwise.h"
 
 namespace acf::engine {
 namespace {
@@ -20,26 +22,33 @@ static_assert(static_cast<Way>(conv::Method::pixels_in_lanes) == Way::pixels_in_
 // A convolution as it will be computed, with its weights.
 class Planned {
  public:
-  Planned(const conv::Plan& plan, Packed packed) : wide_(plan), packed_(packed) {}
-  Planned(const narrow::Plan& plan, Packed packed, const std::optional<narrow::Quantization>& residual)
-      : is_narrow_(true), narrow_(plan), packed_(packed), residual_(residual) {}
+  using Plan = std::variant<conv::Plan, narrow::Plan, narrow::DepthwisePlan>;
 
-  std::int64_t scratch() const { return is_narrow_ ? narrow::scratch_size(narrow_) : conv::scratch_size(wide_); }
-  Way way() const { return is_narrow_ ? Way::narrow : static_cast<Way>(wide_.method); }
+  Planned(Plan plan, Packed packed, const std::optional<narrow::Quantization>& residual = {})
+      : plan_(std::move(plan)), packed_(packed), residual_(residual) {}
+
+  std::int64_t scratch() const {
+    return std::visit([](const auto& plan) { return scratch_size(plan); }, plan_);
+  }
+  Way way() const {
+    const auto* wide = std::get_if<conv::Plan>(&plan_);
+    return wide != nullptr ? static_cast<Way>(wide->method) : Way::narrow;
+  }
   void run(std::int64_t images, const float* in, float* out, const conv::Pitch& out_pitch,
            const conv::Epilogue& epilogue, float* scratch, int threads) const {
-    if (is_narrow_) {
-      const narrow::Quantization* residual = residual_ && epilogue.residual != nullptr ? &*residual_ : nullptr;
-      narrow::run(narrow_, packed_, images, in, out, out_pitch, epilogue, residual, scratch, threads);
-    } else {
-      conv::run(wide_, packed_, images, in, out, out_pitch, epilogue, scratch, threads);
+    if (const auto* wide = std::get_if<conv::Plan>(&plan_)) {
+      return conv::run(*wide, packed_, images, in, out, out_pitch, epilogue, scratch, threads);
     }
+    const narrow::Quantization* residual = residual_ && epilogue.residual != nullptr ? &*residual_ : nullptr;
+    const auto run_narrow = [&](const auto& plan) {
+      narrow::run(plan, packed_, images, in, out, out_pitch, epilogue, residual, scratch, threads);
+    };
+    if (const auto* plan = std::get_if<narrow::Plan>(&plan_)) return run_narrow(*plan);
+    run_narrow(std::get<narrow::DepthwisePlan>(plan_));
   }
 
  private:
-  bool is_narrow_ = false;
-  conv::Plan wide_;
-  narrow::Plan narrow_;
+  Plan plan_;
   Packed packed_;
   std::optional<narrow::Quantization> residual_;
 };
@@ -69,7 +78,10 @@ class PackedWeights {
     const auto narrow_plan = [&](narrow::Number number) {
       return narrow::plan(shape, pitch, images, count(), weights_.columns.data(), number, unit(number, machine));
     };
-    if (arithmetic_.precision == Precision::int8) return with_weights(narrow_plan(narrow::Number::int8), machine);
+    if (arithmetic_.precision == Precision::int8) {
+      if (narrow::is_depthwise(shape, count())) return depthwise(shape, pitch, machine);
+      return with_weights(narrow_plan(narrow::Number::int8), machine);
+    }
     const conv::Plan wide = wide_plan(shape, pitch, images, machine, preferred);
     if (arithmetic_.precision == Precision::bfloat16 && !narrow::units(machine.isa, narrow::Number::bfloat16).empty()) {
       const narrow::Plan plan = narrow_plan(narrow::Number::bfloat16);
@@ -84,16 +96,22 @@ class PackedWeights {
   // Whether it is computed on bytes where it can be, and of which numbers: unless most of the columns in the rows that
   // are read were pruned.
   const narrow::Quantization* bytes(const conv::Shape& shape, const Machine& machine) const {
-    if (arithmetic_.precision != Precision::int8 || !narrow::has_bytes(unit(narrow::Number::int8, machine)))
-      return nullptr;
+    if (arithmetic_.precision != Precision::int8 || !byte_unit(machine)) return nullptr;
     const std::int64_t columns = narrow::byte_columns(shape, count(), weights_.columns.data());
     return columns > 0 && 2 * columns <= 3 * (count() + 2) ? &arithmetic_.input : nullptr;
+  }
+
+  // AMX multiplies so much faster than the unit that computes on bytes there that depthwise layers alone gain by them.
+  Operation::Gain gain_of_bytes(const conv::Shape& shape, const Machine& machine) const {
+    if (bytes(shape, machine) == nullptr) return Operation::Gain::none;
+    const bool quicker = narrow::is_depthwise(shape, count()) || narrow::has_bytes(unit(narrow::Number::int8, machine));
+    return quicker ? Operation::Gain::quicker : Operation::Gain::slower;
   }
 
   std::pair<narrow::BytePlan, Packed> byte_plan(const conv::Shape& shape, const narrow::ByteLayout& in,
                                                 const Machine& machine) {
     const std::int64_t* columns = weights_.columns.data();
-    const narrow::BytePlan plan = narrow::byte_plan(shape, in, count(), columns, unit(narrow::Number::int8, machine));
+    const narrow::BytePlan plan = narrow::byte_plan(shape, in, count(), columns, *byte_unit(machine));
     for (const auto& [other, packed] : on_bytes_) {
       if (narrow::same_packed(other, plan)) return {plan, packed};
     }
@@ -122,6 +140,12 @@ class PackedWeights {
   static narrow::Unit unit(narrow::Number number, const Machine& machine) {
     return narrow::units(machine.isa, number).back();
   }
+  static std::optional<narrow::Unit> byte_unit(const Machine& machine) {
+    const std::vector<narrow::Unit> units = narrow::units(machine.isa, narrow::Number::int8);
+    if (narrow::has_bytes(units.back())) return units.back();
+    if (units.back() == narrow::Unit::amx && narrow::has_bytes(units[units.size() - 2])) return units[units.size() - 2];
+    return {};
+  }
   const float* bias() const { return weights_.bias.empty() ? nullptr : weights_.bias.data(); }
 
   conv::Plan wide_plan(const conv::Shape& shape, const conv::Pitch& pitch, std::int64_t images, const Machine& machine,
@@ -133,6 +157,18 @@ class PackedWeights {
       }
     }
     return conv::plan(shape, pitch, images, count(), machine.isa);
+  }
+
+  Planned depthwise(const conv::Shape& shape, const conv::Pitch& pitch, const Machine& machine) {
+    const narrow::DepthwisePlan plan =
+        narrow::depthwise_plan(shape, pitch, machine.isa, unit(narrow::Number::int8, machine));
+    for (const auto& [other, packed] : depthwise_) {
+      if (narrow::same_packed(other, plan)) return {plan, packed, arithmetic_.residual};
+    }
+    void* packed = machine.weights.take(narrow::packed_size(plan));
+    narrow::pack(plan, weights_.values.data(), arithmetic_.scales.data(), arithmetic_.input, bias(), packed);
+    depthwise_.emplace_back(plan, packed);
+    return {plan, packed, arithmetic_.residual};
   }
 
   Planned with_weights(const narrow::Plan& plan, const Machine& machine) {
@@ -157,6 +193,7 @@ class PackedWeights {
   Arithmetic arithmetic_;
   std::vector<std::pair<conv::Plan, Packed>> packed_;
   std::vector<std::pair<narrow::Plan, Packed>> narrow_;
+  std::vector<std::pair<narrow::DepthwisePlan, Packed>> depthwise_;
   std::vector<std::pair<narrow::BytePlan, Packed>> on_bytes_;
 };
 
@@ -352,6 +389,9 @@ class Convolution : public Operation {
   }
   bool makes_bytes(const Machine& machine, const Shape& input, std::size_t operands) const override {
     return on_bytes(machine, input) != nullptr && (operands == 1 || weights_.residual() != nullptr);
+  }
+  Gain gain_of_bytes(const Machine& machine, const Shape& input) const override {
+    return weights_.gain_of_bytes(shape_of(window_, input, weights_.weights().filters, groups_), machine);
   }
 
   Shape infer(const std::vector<Shape>& inputs) const override {

@@ -161,13 +161,39 @@ class Session {
                              : step.operation->makes_bytes(machine, input_shape(step), step.inputs.size());
       if (makes) made[out] = wanted[out];
     }
+    drop_slower(made, machine);
     while (drop_single(made)) {
     }
     return made;
   }
 
-  // Takes bytes back that only make steps between planes read or write bytes on one side: between depthwise layers, for
-  // one, which are float32. Such steps are quicker on planes. Returns whether there were any.
+  // Takes bytes back by which some step is slower, and none is quicker.
+  void drop_slower(std::vector<const narrow::Quantization*>& made, const Machine& machine) const {
+    std::vector<bool> quicker(made.size(), false), slower = quicker;
+    for (const Network::Step& step : network_.steps_) {
+      const Operation::Gain gain = step.operation->gain_of_bytes(machine, input_shape(step));
+      if (gain == Operation::Gain::none) continue;
+      std::vector<bool>& found = gain == Operation::Gain::quicker ? quicker : slower;
+      found[static_cast<std::size_t>(step.output)] = true;
+      for (const int input : step.inputs) found[static_cast<std::size_t>(input)] = true;
+    }
+    for (std::size_t value = 0; value < made.size(); ++value) {
+      if (slower[value] && !quicker[value]) made[value] = nullptr;
+    }
+    // What a step passes on is bytes on both sides or on none.
+    for (bool changed = true; changed;) {
+      changed = false;
+      for (const Network::Step& step : network_.steps_) {
+        const auto in = static_cast<std::size_t>(step.inputs[0]), out = static_cast<std::size_t>(step.output);
+        if (!step.operation->passes_bytes() || (made[in] != nullptr) == (made[out] != nullptr)) continue;
+        made[in] = made[out] = nullptr;
+        changed = true;
+      }
+    }
+  }
+
+  // Takes bytes back that only make steps between planes read or write bytes on one side: between layers that are
+  // float32, for one. Such steps are quicker on planes. Returns whether there were any.
   bool drop_single(std::vector<const narrow::Quantization*>& made) const {
     std::vector<bool> single(made.size(), true);
     for (const Network::Step& step : network_.steps_) {

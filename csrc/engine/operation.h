@@ -60,6 +60,9 @@ class Operation {
   virtual bool makes_bytes(const Machine& /*machine*/, const Shape& /*input*/, std::size_t /*operands*/) const {
     return false;
   }
+  // Whether it is quicker on bytes than on planes, slower, or neither.
+  enum class Gain { none, quicker, slower };
+  virtual Gain gain_of_bytes(const Machine& /*machine*/, const Shape& /*input*/) const { return Gain::none; }
   virtual bool passes_bytes() const { return false; }  // makes bytes of bytes of any numbers, which stay the same
   virtual Shape infer(const std::vector<Shape>& inputs) const = 0;  // throws std::invalid_argument
   virtual std::unique_ptr<Task> prepare(const Machine& machine, const std::vector<const Layout*>& inputs,

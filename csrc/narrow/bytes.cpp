@@ -4,10 +4,12 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "core/check.h"
 #include "core/parallel.h"
+#include "narrow/depthwise.h"
 #include "narrow/packed.h"
 
 namespace acf::narrow {
@@ -17,17 +19,37 @@ constexpr std::int64_t kMostBytes = std::numeric_limits<std::int32_t>::max();  /
 
 // Packed weights, one after the other, each at a multiple of kAlignment.
 struct BytePacked {
-  std::size_t offsets;  // int32 (rows,): from a pixel's first byte to those of a row of columns
+  std::size_t offsets;  // int32 (rows,): from a pixel's first byte to those of a row of columns, or of a tap
   // float, float, int32: (filters in whole tiles,). Sums begin with what takes zero from every value.
   std::size_t bias, multipliers, start;
-  std::size_t weights;  // int8, per part of the filters (rows, tiles, kTile, 4)
+  // int8, per part of the filters (rows, tiles, kTile, 4); depthwise: (taps, kTogether, kTile)
+  std::size_t weights;
+  // Depthwise, per part: bias, multipliers and start as TurnedChannels has them.
+  std::size_t turned_bias, turned_multipliers, turned_start;
+  // By phase: what DepthwiseRowsCall has.
+  std::size_t row_weights, row_bias, row_multipliers, row_start;
   std::size_t size;
 };
 
+constexpr std::int64_t kPart = kTogether * kTile;  // filters of a whole part
+
+bool is_depthwise(const BytePlan& plan) { return plan.shape.groups > 1; }
 std::int64_t tiles_of(const BytePlan& plan) { return ceil_div(plan.shape.filters, kTile); }
-std::int64_t tile_bytes(const BytePlan& plan) { return plan.rows * kRowBytes; }
+std::int64_t tile_bytes(const BytePlan& plan) { return plan.rows * (is_depthwise(plan) ? kTile : kRowBytes); }
 // Tiles of filters, in parts that meet pixels together.
 Parts filter_parts(const BytePlan& plan) { return {tiles_of(plan), ceil_div(tiles_of(plan), kTogether)}; }
+
+// Registers until the channels of a row come round again, where rows can be computed so; else 0.
+std::int64_t phases(const BytePlan& plan) {
+  const conv::Shape& s = plan.shape;
+  if (kernels(plan.unit).bytes.depthwise_rows == nullptr || s.kernel_h != 3 || s.kernel_w != 3 || s.stride_h != 1 ||
+      s.stride_w != 1 || s.dilation_h != 1 || s.dilation_w != 1) {
+    return 0;
+  }
+  constexpr std::int64_t kMostPhases = 48;  // with weights of their own, which are to stay in the cache
+  const std::int64_t count = plan.in.pitch.pixel / std::gcd(plan.in.pitch.pixel, std::int64_t{kRegisterBytes});
+  return count <= kMostPhases ? count : 0;
+}
 
 BytePacked packed_layout(const BytePlan& plan) {
   const auto filters = static_cast<std::size_t>(tiles_of(plan) * kTile);
@@ -43,7 +65,20 @@ BytePacked packed_layout(const BytePlan& plan) {
   at.bias = place(filters * sizeof(float));
   at.multipliers = place(filters * sizeof(float));
   at.start = place(filters * sizeof(std::int32_t));
-  at.weights = place(static_cast<std::size_t>(tiles_of(plan) * tile_bytes(plan)));
+  const auto parts = static_cast<std::size_t>(filter_parts(plan).count * kPart);
+  if (!is_depthwise(plan)) {
+    at.weights = place(static_cast<std::size_t>(tiles_of(plan) * tile_bytes(plan)));
+  } else {
+    at.weights = place(parts * static_cast<std::size_t>(plan.rows));
+    at.turned_bias = place(parts * sizeof(float));
+    at.turned_multipliers = place(parts * sizeof(float));
+    at.turned_start = place(parts * sizeof(std::int32_t));
+    const auto bytes = static_cast<std::size_t>(phases(plan)) * kRegisterBytes;
+    at.row_weights = place(bytes * 3 * sizeof(std::int32_t));
+    at.row_bias = place(bytes * sizeof(float));
+    at.row_multipliers = place(bytes * sizeof(float));
+    at.row_start = place(bytes * sizeof(std::int32_t));
+  }
   at.size = end;
   return at;
 }
@@ -55,7 +90,8 @@ Header header_of(const BytePlan& plan) {
   const std::int64_t numbers[] = {s.channels,    s.filters,           s.kernel_h,
                                   s.kernel_w,    s.dilation_h,        s.dilation_w,
                                   s.padding.top, s.padding.left,      plan.in.pitch.row,
-                                  plan.rows,     plan.in.pitch.pixel, static_cast<std::int64_t>(plan.unit)};
+                                  plan.rows,     plan.in.pitch.pixel, static_cast<std::int64_t>(plan.unit),
+                                  s.groups};
   std::copy(std::begin(numbers), std::end(numbers), header.numbers);
   return header;
 }
@@ -68,6 +104,56 @@ std::vector<bool> used_rows(const conv::Shape& s, std::int64_t count, const std:
     used[static_cast<std::size_t>(columns[i] % taps * fours + columns[i] / taps / 4)] = true;
   }
   return used;
+}
+
+// From a pixel's first byte to that of a tap.
+std::int64_t tap_offset(const BytePlan& plan, std::int64_t tap) {
+  const conv::Shape& s = plan.shape;
+  return (tap / s.kernel_w * s.dilation_h - s.padding.top) * plan.in.pitch.row +
+         (tap % s.kernel_w * s.dilation_w - s.padding.left) * plan.in.pitch.pixel;
+}
+
+void pack_depthwise(const BytePlan& plan, const float* weights, const float* scales, const Quantization& input,
+                    const float* bias, unsigned char* bytes) {
+  const BytePacked at = packed_layout(plan);
+  const auto floats = [bytes](std::size_t from) { return reinterpret_cast<float*>(bytes + from); };
+  const auto integers = [bytes](std::size_t from) { return reinterpret_cast<std::int32_t*>(bytes + from); };
+  for (std::int64_t tap = 0; tap < plan.rows; ++tap) {
+    integers(at.offsets)[tap] = static_cast<std::int32_t>(tap_offset(plan, tap));
+  }
+  const Parts parts = filter_parts(plan);
+  for (std::int64_t p = 0, c = 0; p < parts.count; ++p) {
+    const conv::Part tiles = parts[p];
+    for (; c < std::min(plan.shape.channels, (tiles.begin + tiles.size) * kTile); ++c, weights += plan.rows) {
+      const std::int64_t i = c - tiles.begin * kTile;
+      std::int32_t sum = 0;
+      for (std::int64_t tap = 0; tap < plan.rows; ++tap) {
+        const auto weight = static_cast<signed char>(weights[tap]);
+        bytes[at.weights + static_cast<std::size_t>((p * plan.rows + tap) * kPart + i)] =
+            static_cast<unsigned char>(weight);
+        sum += weight;
+      }
+      const std::int64_t turned = p * kPart + i % 4 * kTile + i / 4;  // in TurnedChannels
+      floats(at.bias)[c] = floats(at.turned_bias)[turned] = bias == nullptr ? 0 : bias[c];
+      floats(at.multipliers)[c] = floats(at.turned_multipliers)[turned] = input.scale * scales[c];
+      integers(at.start)[c] = integers(at.turned_start)[turned] = -input.zero * sum;
+    }
+  }
+  weights -= plan.shape.channels * plan.rows;
+  for (std::int64_t i = 0; i < phases(plan) * kRegisterBytes; ++i) {
+    const std::int64_t c = i % plan.in.pitch.pixel, phase = i / kRegisterBytes, byte = i % kRegisterBytes;
+    if (c >= plan.shape.channels) continue;
+    const std::int64_t number = byte % 16 / 4, place = number * kTile + byte / 16 * 4 + byte % 4,
+                       to = phase * kRegisterBytes + place;
+    for (std::int64_t tap = 0; tap < 9; ++tap) {
+      const std::int64_t row = (phase * 3 + tap / 3) * kRegisterBytes + place;
+      bytes[at.row_weights + static_cast<std::size_t>(row * 4 + tap % 3)] =
+          static_cast<unsigned char>(static_cast<signed char>(weights[c * 9 + tap]));
+    }
+    floats(at.row_bias)[to] = floats(at.bias)[c];
+    floats(at.row_multipliers)[to] = floats(at.multipliers)[c];
+    integers(at.row_start)[to] = integers(at.start)[c];
+  }
 }
 
 // body(n, y) for every row of some images.
@@ -111,6 +197,9 @@ class ByteRunner {
   void run(float* scratch, int threads) const {
     const std::int64_t wanted = threads == 1 ? 1 : task_count(threads);
     if (wanted == 1) threads = 1;
+    if (is_depthwise(plan_) && phases(plan_) > 0 && target_.bytes != nullptr && residual_ == nullptr && call_.clamps) {
+      return run_rows(wanted, threads);
+    }
     // Threads that take pixels all read all weights, threads that take filters all pixels.
     const std::int64_t groups = ceil_div(pixels_, kMostPixels), filters = filters_.count;
     const bool by_pixels = groups >= 2 * filters || filters < 2 * threads;
@@ -195,6 +284,10 @@ class ByteRunner {
       const conv::Part tiles = filters_[i];
       for (std::int64_t from = 0; from < count; from += kMostPixels) {
         const auto pixels = static_cast<int>(std::min<std::int64_t>(kMostPixels, count - from));
+        if (is_depthwise(plan_)) {
+          run_depthwise(i, slot, from, pixels, first);
+          continue;
+        }
         BroadcastCall call = {};
         call.in = in_;
         call.pixels = slot.read + from;
@@ -208,12 +301,73 @@ class ByteRunner {
         call.sums = slot.sums;
         all_.bytes.broadcast(call);
         if (target_.bytes != nullptr) {
-          finish_bytes(tiles, slot, from, pixels);
+          all_.bytes.finish(byte_finish(tiles, slot, from, pixels));
         } else {
           finish_planes(tiles, slot, from, pixels, first);
         }
       }
     }
+  }
+
+  // Some pixels with a part of the channels.
+  void run_depthwise(std::int64_t number, const Slot& slot, std::int64_t from, int count, std::int64_t first) const {
+    const conv::Part tiles = filters_[number];
+    const std::int64_t channel = tiles.begin * kTile;
+    DepthwiseCall call = {};
+    call.in = in_ + channel;
+    call.channels = plan_.in.pitch.pixel - channel;
+    call.pixels = slot.read + from;
+    call.count = count;
+    call.start = part<std::int32_t>(at_.start) + channel;
+    call.offsets = part<std::int32_t>(at_.offsets);
+    call.taps = plan_.rows;
+    call.weights = packed_ + at_.weights + number * kPart * plan_.rows;
+    call.filter_tiles = static_cast<int>(tiles.size);
+    call.sums = slot.sums;
+    if (target_.bytes == nullptr) {
+      all_.bytes.depthwise(call);
+      return finish_planes(tiles, slot, from, count, first);
+    }
+    const ByteFinishCall finish = byte_finish(tiles, slot, from, count);
+    if (all_.bytes.depthwise_bytes != nullptr && finish.residual == nullptr && call_.clamps) {
+      const TurnedChannels turned = {part<std::int32_t>(at_.turned_start) + number * kPart,
+                                     part<float>(at_.turned_multipliers) + number * kPart,
+                                     part<float>(at_.turned_bias) + number * kPart};
+      return all_.bytes.depthwise_bytes(call, turned, finish);
+    }
+    all_.bytes.depthwise(call);
+    all_.bytes.finish(finish);
+  }
+
+  void run_rows(std::int64_t wanted, int threads) const {
+    const std::int64_t images = pixels_ / (height_ * width_), blocks = ceil_div(height_, kRowsAtOnce);
+    const Parts tasks(images * blocks, std::min(images * blocks, wanted));
+    const conv::Shape& s = plan_.shape;
+    const BytePitch &in = plan_.in.pitch, &out = target_.byte_pitch;
+    DepthwiseRowsCall rows = {};
+    rows.in_row = in.row;
+    rows.pixel = in.pixel;
+    rows.bytes = width_ * in.pixel;
+    rows.phases = phases(plan_);
+    rows.weights = packed_ + at_.row_weights;
+    rows.start = part<std::int32_t>(at_.row_start);
+    rows.multipliers = part<float>(at_.row_multipliers);
+    rows.bias = part<float>(at_.row_bias);
+    rows.out_row = out.row;
+    ByteFinishCall finish = {};
+    finish.call = &call_;
+    finish.inverse = 1.0f / target_.numbers.scale;
+    finish.zero = target_.numbers.zero;
+    parallel_for(tasks.count, threads, [&](std::int64_t task) {
+      DepthwiseRowsCall call = rows;
+      for (std::int64_t i = tasks[task].begin; i < tasks[task].begin + tasks[task].size; ++i) {
+        const std::int64_t n = i / blocks, y = i % blocks * kRowsAtOnce;
+        call.rows = static_cast<int>(std::min<std::int64_t>(kRowsAtOnce, height_ - y));
+        call.in = in_ + n * in.image + (y - s.padding.top) * in.row - s.padding.left * in.pixel;
+        call.out = target_.bytes + n * out.image + y * out.row;
+        all_.bytes.depthwise_rows(call, finish);
+      }
+    });
   }
 
   // Where pixels lie, in bytes.
@@ -231,7 +385,7 @@ class ByteRunner {
   }
 
   // from: of the pixels of the block.
-  void finish_bytes(const conv::Part& tiles, const Slot& slot, std::int64_t from, int count) const {
+  ByteFinishCall byte_finish(const conv::Part& tiles, const Slot& slot, std::int64_t from, int count) const {
     const std::int64_t filter = tiles.begin * kTile;
     ByteFinishCall call = {};
     call.call = &call_;
@@ -251,7 +405,7 @@ class ByteRunner {
       call.residual_scale = residual_->numbers.scale;
       call.residual_zero = residual_->numbers.zero;
     }
-    all_.bytes.finish(call);
+    return call;
   }
 
   // As planes, by tiles of (filters, pixels).
@@ -383,6 +537,7 @@ void make_bytes(Unit unit, const conv::Pitch& from_pitch, const float* from, con
 bool has_bytes(Unit unit) { return kernels(unit).bytes.broadcast != nullptr; }
 
 std::int64_t byte_columns(const conv::Shape& shape, std::int64_t count, const std::int64_t* columns) {
+  if (is_depthwise(shape, count)) return count;
   if (shape.groups > 1) return 0;
   const std::vector<bool> used = used_rows(shape, count, columns);
   return 4 * std::count(used.begin(), used.end(), true);
@@ -392,14 +547,14 @@ BytePlan byte_plan(const conv::Shape& shape, const ByteLayout& in, std::int64_t 
                    Unit unit) {
   conv::check(shape);
   ACF_CHECK(has_bytes(unit), "the unit '", unit_name(unit), "' does not compute on bytes");
-  ACF_CHECK(shape.groups == 1, "a convolution on bytes has one group, got ", shape.groups);
+  ACF_CHECK(shape.groups == 1 || is_depthwise(shape, count), "a convolution on bytes has one group, or is depthwise");
   ACF_CHECK(in.size <= kMostBytes, "values of at most ", kMostBytes, " bytes can be read, got ", in.size);
   ACF_CHECK(count <= kMaxColumns, "8-bit products of at most ", kMaxColumns, " columns can be added up, got ", count);
   BytePlan plan;
   plan.shape = shape;
   plan.in = in;
   plan.unit = unit;
-  plan.rows = byte_columns(shape, count, columns) / 4;
+  plan.rows = is_depthwise(plan) ? shape.kernel_h * shape.kernel_w : byte_columns(shape, count, columns) / 4;
   return plan;
 }
 
@@ -424,7 +579,7 @@ void pack(const BytePlan& plan, std::int64_t count, const std::int64_t* columns,
   auto* multipliers = reinterpret_cast<float*>(bytes + at.multipliers);
   auto* start = reinterpret_cast<std::int32_t*>(bytes + at.start);
 
-  const BytePitch& pitch = plan.in.pitch;
+  if (is_depthwise(plan)) return pack_depthwise(plan, weights, scales, input, bias, bytes);
   const std::int64_t taps = s.kernel_h * s.kernel_w, fours = ceil_div(s.channels, 4);
   const std::vector<bool> used = used_rows(s, count, columns);
   std::vector<std::int64_t> number(used.size());
@@ -432,9 +587,7 @@ void pack(const BytePlan& plan, std::int64_t count, const std::int64_t* columns,
   for (std::size_t i = 0; i < used.size(); ++i) {
     if (!used[i]) continue;
     const auto tap = static_cast<std::int64_t>(i) / fours, four = static_cast<std::int64_t>(i) % fours;
-    offsets[rows] =
-        static_cast<std::int32_t>((tap / s.kernel_w * s.dilation_h - s.padding.top) * pitch.row +
-                                  (tap % s.kernel_w * s.dilation_w - s.padding.left) * pitch.pixel + 4 * four);
+    offsets[rows] = static_cast<std::int32_t>(tap_offset(plan, tap) + 4 * four);
     number[i] = rows++;
   }
   const Parts parts = filter_parts(plan);

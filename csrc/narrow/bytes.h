@@ -36,12 +36,12 @@ void make_bytes(Unit unit, const conv::Pitch& from_pitch, const float* from, con
                 std::int64_t images, std::int64_t channels, std::int64_t height, std::int64_t width,
                 const BytePitch& to_pitch, unsigned char* to, int threads);
 
-// How one convolution of one group will be computed.
+// How one convolution of one group, or a depthwise one, will be computed.
 struct BytePlan {
   conv::Shape shape;
   ByteLayout in;
   Unit unit = Unit::generic;
-  std::int64_t rows = 0;  // of columns, that hold any that are kept
+  std::int64_t rows = 0;  // of columns, that hold any that are kept; depthwise: taps
 };
 
 // Whether the unit computes on bytes; and of how many columns the cost is, those that are kept and others of the same

@@ -87,63 +87,91 @@ inline void broadcast_int8(const BroadcastCall& call) {
   }
 }
 
-// What is done to sums of a filter: none, relu6 and smooth activations, or relu, of which rounding to bytes above a
-// zero of 0 leaves nothing to do.
-enum class Final { any, clamped, nothing };
+ACF_INLINE Reg result(__m512i sum, Reg multiplier, Reg bias) {
+  return N::add(N::mul(_mm512_maskz_cvtepi32_ps(0xffff, sum), multiplier), bias);
+}
 
-template <int kTiles, Final kFinal, bool kAdds>
-ACF_INLINE void finish_pixels(const ByteFinishCall& call) {
+// Makes results bytes. Weights and residuals are finite, so sums are no NaN, and activations that clamp may do so
+// after the scale, which keeps the order. kLow: unless packing cuts there anyway.
+template <bool kLow>
+struct Bytes {
+  explicit Bytes(const ByteFinishCall& call)
+      : inverse(N::set(call.inverse)),
+        low(N::set(call.call->low * call.inverse)),
+        // What is beyond 16 bits is beyond 8 after zero is added.
+        high(N::min(N::set(65536.0f), N::set(call.call->high * call.inverse))),
+        zero(_mm512_set1_epi16(static_cast<short>(call.zero))) {}
+
+  ACF_INLINE __m512i integers(Reg y) const {
+    Reg scaled = N::mul(y, inverse);
+    if constexpr (kLow) scaled = N::max(low, scaled);
+    return _mm512_maskz_cvtps_epi32(0xffff, N::min(scaled, high));  // NaN of smooth activations is the largest
+  }
+  // In every 16 bytes, 4 of each part.
+  ACF_INLINE __m512i packed(const __m512i (&parts)[4]) const {
+    const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(parts[0], parts[1]), zero),
+                  cd = _mm512_adds_epi16(_mm512_packs_epi32(parts[2], parts[3]), zero);
+    return _mm512_packus_epi16(ab, cd);
+  }
+
+  Reg inverse, low, high;
+  __m512i zero;
+};
+
+// body(std::bool_constant): whether the lower end of the activation needs a look.
+template <class Body>
+ACF_INLINE void with_low(const ByteFinishCall& call, const Body& body) {
+  const float low = call.call->low;
+  if (low < -std::numeric_limits<float>::max() || (low == 0 && call.zero == 0)) return body(std::false_type{});
+  body(std::true_type{});
+}
+
+// kSmooth: activations that do not clamp.
+template <int kTiles, bool kSmooth, bool kLow, bool kAdds>
+void finish_pixels(const ByteFinishCall& call) {
   Reg multiplier[kTiles], bias[kTiles];
   unrolled<kTiles>([&](auto f) {
     multiplier[f] = N::load(call.multipliers + f * kTile);
     bias[f] = N::load(call.bias + f * kTile);
   });
-  const Reg low = N::set(call.call->low), high = N::set(call.call->high), inverse = N::set(call.inverse),
-            most = N::set(65536.0f), scale = N::set(call.residual_scale);
+  const Bytes<kLow> numbers(call);
+  const Reg scale = N::set(call.residual_scale);
   const __m512i residual_zero = _mm512_set1_epi32(call.residual_zero),
-                zero = _mm512_set1_epi16(static_cast<short>(call.zero)),
                 order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const std::int64_t bytes = std::min<std::int64_t>(call.channels, kTiles * kTile);
   const __mmask64 mask = ~std::uint64_t{0} >> (64 - bytes);
   for (int p = 0; p < call.count; ++p) {
     __m512i integers[kTogether] = {};
     unrolled<kTiles>([&](auto f) {
-      const __m512i sum = _mm512_load_si512(call.sums + (f * kMostPixels + p) * kTile);
-      Reg y = N::add(N::mul(_mm512_maskz_cvtepi32_ps(0xffff, sum), multiplier[f]), bias[f]);
+      Reg y = result(_mm512_load_si512(call.sums + (f * kMostPixels + p) * kTile), multiplier[f], bias[f]);
       if constexpr (kAdds) {
         const unsigned char* residual = call.residual + call.residual_pixels[p] + f * kTile;
         const auto part = static_cast<__mmask16>(mask >> (f * kTile));
         const __m512i byte = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_maskz_loadu_epi8(part, residual));
         y = N::add(y, N::mul(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_sub_epi32(byte, residual_zero)), scale));
       }
-      if constexpr (kFinal == Final::clamped) y = N::min(high, N::max(low, y));
-      if constexpr (kFinal == Final::any) y = activate(*call.call, y);
-      // 65536 for NaN too; what is beyond 16 bits is beyond 8 after zero is added.
-      integers[f] = _mm512_maskz_cvtps_epi32(0xffff, N::min(N::mul(y, inverse), most));
+      if constexpr (kSmooth) y = activate(*call.call, y);
+      integers[f] = numbers.integers(y);
     });
-    const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(integers[0], integers[1]), zero),
-                  cd = _mm512_adds_epi16(_mm512_packs_epi32(integers[2], integers[3]), zero);
-    const __m512i packed = _mm512_maskz_permutexvar_epi32(0xffff, order, _mm512_packus_epi16(ab, cd));
-    _mm512_mask_storeu_epi8(call.out + call.pixels[p], mask, packed);
+    _mm512_mask_storeu_epi8(call.out + call.pixels[p], mask,
+                            _mm512_maskz_permutexvar_epi32(0xffff, order, numbers.packed(integers)));
   }
 }
 
-template <Final kFinal, bool kAdds>
+template <bool kSmooth, bool kLow, bool kAdds>
 void finish_bytes_of(const ByteFinishCall& call) {
   switch (call.filter_tiles) {
-    case 1: return finish_pixels<1, kFinal, kAdds>(call);
-    case 2: return finish_pixels<2, kFinal, kAdds>(call);
-    case 3: return finish_pixels<3, kFinal, kAdds>(call);
-    default: return finish_pixels<4, kFinal, kAdds>(call);
+    case 1: return finish_pixels<1, kSmooth, kLow, kAdds>(call);
+    case 2: return finish_pixels<2, kSmooth, kLow, kAdds>(call);
+    case 3: return finish_pixels<3, kSmooth, kLow, kAdds>(call);
+    default: return finish_pixels<4, kSmooth, kLow, kAdds>(call);
   }
 }
 
 template <bool kAdds>
 ACF_INLINE void finish_bytes_added(const ByteFinishCall& call) {
-  const Activation activation = call.call->activation;
-  if (activation == Activation::none || (activation == Activation::relu && call.zero == 0))
-    return finish_bytes_of<Final::nothing, kAdds>(call);
-  return call.call->clamps ? finish_bytes_of<Final::clamped, kAdds>(call) : finish_bytes_of<Final::any, kAdds>(call);
+  if (!call.call->clamps) return finish_bytes_of<true, false, kAdds>(call);
+  with_low(call, [&](auto low) { finish_bytes_of<false, low, kAdds>(call); });
 }
 
 inline void finish_bytes(const ByteFinishCall& call) {

@@ -50,6 +50,50 @@ ACF_INLINE void finish_tiles(const FinishCall& finish, const Value& value) {
   return store_tiles<false, kAdds>(finish, value);
 }
 
+// body(place, load, store): of every register of a row, the last one in part.
+template <class Body>
+ACF_INLINE void each_register(std::int64_t count, const Body& body) {
+  std::int64_t i = 0;
+  for (; i + N::kLanes <= count; i += N::kLanes) {
+    body(
+        i, [](const float* p) { return N::load(p); }, [](float* p, Reg r) { N::store(p, r); });
+  }
+  if (i == count) return;
+  const auto mask = N::mask(0, static_cast<int>(count - i));
+  body(
+      i, [mask](const float* p) { return N::load_masked(p, mask); },
+      [mask](float* p, Reg r) { N::store_masked(p, mask, r); });
+}
+
+inline void round_row(const Rounding& to, const float* in, float* out, std::int64_t count) {
+  const Rounder rounded(to);
+  each_register(count, [&](std::int64_t i, auto load, auto store) { store(out + i, rounded(load(in + i))); });
+}
+
+template <bool kClamps, Adds kAdds>
+ACF_INLINE void finish_row_of(const RowFinishCall& finish) {
+  const Call& call = *finish.call;
+  const Reg multiplier = N::set(finish.multiplier), bias = N::set(finish.bias), low = N::set(call.low),
+            high = N::set(call.high);
+  const Rounder rounded(kAdds == Adds::rounded ? *finish.rounding : Rounding{});
+  each_register(finish.count, [&](std::int64_t i, auto load, auto store) {
+    Reg y = N::add(N::mul(load(finish.sums + i), multiplier), bias);
+    if constexpr (kAdds == Adds::residual) y = N::add(y, load(finish.residual + i));
+    if constexpr (kAdds == Adds::rounded) y = N::add(y, rounded(load(finish.residual + i)));
+    store(finish.sums + i, kClamps ? N::min(high, N::max(low, y)) : activate(call, y));
+  });
+}
+
+template <Adds kAdds>
+ACF_INLINE void finish_row_of(const RowFinishCall& finish) {
+  return finish.call->clamps ? finish_row_of<true, kAdds>(finish) : finish_row_of<false, kAdds>(finish);
+}
+
+inline void finish_row(const RowFinishCall& finish) {
+  if (finish.residual == nullptr) return finish_row_of<Adds::nothing>(finish);
+  return finish.rounding != nullptr ? finish_row_of<Adds::rounded>(finish) : finish_row_of<Adds::residual>(finish);
+}
+
 inline void finish_bfloat16(const FinishCall& call) {
   const auto value = [&](int f) {
     const float* sums = static_cast<const float*>(call.sums) + f * kTile;

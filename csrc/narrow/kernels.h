@@ -78,7 +78,7 @@ struct Store {
 };
 inline constexpr int kMaxStores = 2 * kTile;  // of a tile
 
-// How residuals are rounded: to the nearest integer to x * inverse from low to high, times the scale.
+// How values are rounded that stay floats: to the nearest integer to x * inverse from low to high, times the scale.
 struct Rounding {
   float inverse, low, high, scale;
 };
@@ -95,6 +95,16 @@ struct FinishCall {
   const float* multipliers;
   const float* bias;
   const Rounding* rounding;  // int8: of the residual, or null
+};
+
+// Makes sums that are floats results: sum * multiplier + bias, and what follows.
+struct RowFinishCall {
+  const conv::Call* call;  // for the activation
+  float* sums;
+  float multiplier, bias;
+  const float* residual;  // or null
+  const Rounding* rounding;
+  std::int64_t count;
 };
 
 // Of bytes.h. Sums (filter tiles, kMostPixels, kTile) of up to kMostPixels pixels and kTogether tiles of filters.
@@ -131,6 +141,45 @@ struct ByteFinishCall {
   std::int32_t residual_zero;
 };
 
+// As BroadcastCall, for a depthwise convolution: sums of every channel's own taps.
+struct DepthwiseCall {
+  const unsigned char* in;  // the first channel of the tiles
+  std::int64_t channels;    // that may be read, from there on
+  const std::int32_t* pixels;
+  int count;
+  const std::int32_t* start;
+  const std::int32_t* offsets;  // of the taps, in bytes
+  std::int64_t taps;
+  const unsigned char* weights;  // by tap, kTogether tiles each
+  int filter_tiles;
+  std::int32_t* sums;
+};
+
+// Numbers of kTogether tiles of channels in another order: place 16 j + i is that of channel 4 i + j.
+struct TurnedChannels {
+  const std::int32_t* start;
+  const float *multipliers, *bias;
+};
+
+// Rows of a depthwise convolution whose kernel is 3x3, without strides and dilation. The bytes of a row are taken one
+// after the other, whatever pixel they are of: the channel of every byte comes round again after `phases` registers.
+inline constexpr int kRowsAtOnce = 4;
+inline constexpr int kRegisterBytes = 64;
+struct DepthwiseRowsCall {
+  const unsigned char* in;  // what the first byte's first tap reads
+  std::int64_t in_row, pixel;
+  std::int64_t bytes;  // of a row
+  int rows;            // at most kRowsAtOnce
+  std::int64_t phases;
+  // By phase: of every kernel row (4, kTile) channels, 4 bytes of each, three of them taps; and (4, kTile) numbers.
+  // Place (j, 4 i + k) is that of byte 16 i + 4 j + k of a register.
+  const unsigned char* weights;
+  const std::int32_t* start;
+  const float *multipliers, *bias;
+  unsigned char* out;
+  std::int64_t out_row;
+};
+
 // Bytes of up to kTile pixels side by side in a plane, `pixel` bytes apart: all channels, in whole fours.
 struct InterleaveCall {
   const float* in;
@@ -147,12 +196,22 @@ struct ByteKernels {
   void (*finish)(const ByteFinishCall&);
   void (*turn)(const std::int32_t* from, std::int32_t* to);  // a tile of (pixels, filters) to (filters, pixels)
   void (*interleave)(const InterleaveCall&);
+  void (*depthwise)(const DepthwiseCall&);
+  // Sums and results at once, without sums in memory; or null. Without residuals, and activations that clamp.
+  void (*depthwise_bytes)(const DepthwiseCall&, const TurnedChannels&, const ByteFinishCall&);
+  void (*depthwise_rows)(const DepthwiseRowsCall&, const ByteFinishCall&);  // which has the rest
 };
 
 using GatherKernel = void (*)(const GatherCall&);
 using CopyKernel = void (*)(const CopyCall&);
 using ProductKernel = void (*)(const ProductCall&);
 using FinishKernel = void (*)(const FinishCall&);
+
+// Rows of values that stay floats.
+struct RowKernels {
+  void (*round)(const Rounding&, const float* in, float* out, std::int64_t count);
+  void (*finish)(const RowFinishCall&);
+};
 
 struct NumberKernels {
   GatherKernel gather;
@@ -173,6 +232,7 @@ struct Kernels {
   std::int32_t shift;            // gathered integers are q - shift
   NumberKernels bfloat16, int8;  // null: the unit lacks them
   CopyKernel copy;
+  RowKernels rows;          // null: the unit lacks int8
   void (*begin)(int rows);  // around every stretch of products whose steps have so many rows, or null
   void (*end)();
   ByteKernels bytes = {};  // null: the unit lacks them

@@ -220,6 +220,7 @@ const Kernels amx_kernels = {N::kLanes,
                              {gather_bfloat16, product_of<Number::bfloat16>, finish_bfloat16},
                              {gather_int8, product_of<Number::int8>, finish_int8},
                              copy_rows,
+                             {round_row, finish_row},
                              begin,
                              end};
 

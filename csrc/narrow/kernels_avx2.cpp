@@ -89,7 +89,8 @@ void product_int8(const ProductCall& call) {
 
 }  // namespace
 
-const Kernels avx2_kernels = {N::kLanes, Order::halves, 0,      0, {}, {gather_int8, product_int8, finish_int8},
-                              copy_rows, nullptr,       nullptr};
+const Kernels avx2_kernels = {
+    N::kLanes, Order::halves,           0,       0,      {}, {gather_int8, product_int8, finish_int8},
+    copy_rows, {round_row, finish_row}, nullptr, nullptr};
 
 }  // namespace acf::narrow

@@ -35,7 +35,7 @@ struct Floats {
 }  // namespace
 
 const Kernels avx512_bf16_kernels = {
-    N::kLanes, Order::by_row, 4,       0,      {gather_bfloat16, product_by_rows<Floats>, finish_bfloat16},
-    {},        copy_rows,     nullptr, nullptr};
+    N::kLanes, Order::by_row, 4,  0,       {gather_bfloat16, product_by_rows<Floats>, finish_bfloat16},
+    {},        copy_rows,     {}, nullptr, nullptr};
 
 }  // namespace acf::narrow

@@ -35,7 +35,8 @@ void product_int8(const ProductCall& call) {
 
 }  // namespace
 
-const Kernels dotprod_kernels = {N::kLanes, Order::by_row, 0,      128, {}, {gather_int8, product_int8, finish_int8},
-                                 copy_rows, nullptr,       nullptr};
+const Kernels dotprod_kernels = {
+    N::kLanes, Order::by_row,           0,       128,    {}, {gather_int8, product_int8, finish_int8},
+    copy_rows, {round_row, finish_row}, nullptr, nullptr};
 
 }  // namespace acf::narrow

@@ -102,6 +102,8 @@ void finish_bytes(const ByteFinishCall& call) {
   }
 }
 
+#include "narrow/depthwise-inl.h"
+
 void turn_tile(const std::int32_t* from, std::int32_t* to) {
   for (int i = 0; i < kTile; ++i) {
     for (int j = 0; j < kTile; ++j) to[j * kTile + i] = from[i * kTile + j];
@@ -119,10 +121,17 @@ void interleave_int8(const InterleaveCall& call) {
 
 }  // namespace
 
-const Kernels generic_kernels = {N::kLanes, Order::by_row,
-                                 0,         0,
-                                 {},        {gather_int8, product_int8, finish_int8},
-                                 copy_rows, nullptr,
-                                 nullptr,   {broadcast_int8, finish_bytes, turn_tile, interleave_int8}};
+const Kernels generic_kernels = {
+    N::kLanes,
+    Order::by_row,
+    0,
+    0,
+    {},
+    {gather_int8, product_int8, finish_int8},
+    copy_rows,
+    {round_row, finish_row},
+    nullptr,
+    nullptr,
+    {broadcast_int8, finish_bytes, turn_tile, interleave_int8, depthwise_int8, nullptr, nullptr}};
 
 }  // namespace acf::narrow

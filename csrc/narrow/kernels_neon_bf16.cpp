@@ -48,7 +48,7 @@ void product_bfloat16(const ProductCall& call) {
 }  // namespace
 
 const Kernels neon_bf16_kernels = {
-    N::kLanes, Order::by_row, 0,       0,      {gather_bfloat16, product_bfloat16, finish_bfloat16},
-    {},        copy_rows,     nullptr, nullptr};
+    N::kLanes, Order::by_row, 0,  0,       {gather_bfloat16, product_bfloat16, finish_bfloat16},
+    {},        copy_rows,     {}, nullptr, nullptr};
 
 }  // namespace acf::narrow

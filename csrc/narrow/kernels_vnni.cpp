@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 #include "narrow/kernels.h"
 
@@ -32,12 +34,23 @@ struct Integers {
 
 #include "narrow/bytes_avx512-inl.h"
 
+#include "narrow/depthwise-inl.h"
+
+#include "narrow/depthwise_avx512-inl.h"
+
 }  // namespace
 
-const Kernels vnni_kernels = {N::kLanes, Order::by_row,
-                              4,         0,
-                              {},        {gather_int8, product_by_rows<Integers>, finish_int8},
-                              copy_rows, nullptr,
-                              nullptr,   {broadcast_int8, finish_bytes, turn_tile, interleave_int8}};
+const Kernels vnni_kernels = {
+    N::kLanes,
+    Order::by_row,
+    4,
+    0,
+    {},
+    {gather_int8, product_by_rows<Integers>, finish_int8},
+    copy_rows,
+    {round_row, finish_row},
+    nullptr,
+    nullptr,
+    {broadcast_int8, finish_bytes, turn_tile, interleave_int8, depthwise_int8, depthwise_bytes, depthwise_rows}};
 
 }  // namespace acf::narrow

@@ -10,6 +10,7 @@
 
 #include "core/isa.h"
 #include "narrow/bytes.h"
+#include "narrow/depthwise.h"
 #include "tests/tensors.h"
 #include "tests/testing.h"
 
@@ -152,7 +153,7 @@ struct ByteTensor {
 void check_bytes(Random& random, Case& c, const std::vector<float>& scales, const Quantization& input,
                  const Quantization* rounding, const std::vector<float>& expected, bool exact) {
   const conv::Shape& s = c.problem.shape;
-  if (s.groups > 1) return;
+  if (s.groups > 1 && !is_depthwise(s, c.count())) return;
   for (const Unit unit : units(active_isa(), Number::int8)) {
     if (!has_bytes(unit)) continue;
     ByteTensor in(random, c.problem.images, s.channels, s.height, s.width, s.padding);
@@ -226,6 +227,35 @@ void check_bytes(Random& random, Case& c, const std::vector<float>& scales, cons
   }
 }
 
+// Between planes, on every unit.
+void check_depthwise(Random& random, Case& c, const std::vector<float>& scales, const Quantization& input,
+                     const Quantization* rounding, const std::vector<float>& expected, bool exact) {
+  const conv::Shape& s = c.problem.shape;
+  for (const Unit unit : units(active_isa(), Number::int8)) {
+    const DepthwisePlan plan = depthwise_plan(s, c.in.layout.pitch, active_isa(), unit);
+    AlignedBytes packed(packed_size(plan));
+    pack(plan, c.weights.data(), scales.data(), input, c.bias.data(), packed.data());
+    const auto floats = static_cast<std::size_t>(scratch_size(plan));
+    AlignedBytes scratch(floats * sizeof(float));
+    std::fill_n(static_cast<float*>(scratch.data()), floats, kNaN);
+    Tensor out(c.problem.images, s.filters, s.out_height(), s.out_width(), c.out_padding);
+    const std::vector<float> before = out.memory;
+    run(plan, packed.data(), c.problem.images, c.in.data(), out.data(), out.layout.pitch, c.epilogue, rounding,
+        static_cast<float*>(scratch.data()), static_cast<int>(between(random, 1, 3)));
+    const std::vector<float> got = out.interior();
+    std::size_t wrong = 0;
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      const bool same =
+          exact ? got[i] == expected[i] : std::abs(got[i] - expected[i]) <= 1e-6f * (1 + std::abs(expected[i]));
+      if (!same) ++wrong;
+    }
+    const std::string what = "depthwise " + describe(c.problem, {s, c.in.layout.pitch, Number::int8, unit});
+    EXPECT_EQ(std::to_string(wrong) + " wrong of " + what, "0 wrong of " + what);
+    out.each([](float& value) { value = kNaN; });
+    EXPECT_EQ(std::memcmp(out.memory.data(), before.data(), before.size() * sizeof(float)), 0);
+  }
+}
+
 Quantization random_numbers(Random& random) {
   return {0.02f + 0.01f * static_cast<float>(between(random, 0, 3)),
           static_cast<std::int32_t>(between(random, 0, 3) == 0 ? 0 : between(random, 0, 255))};
@@ -263,6 +293,7 @@ void check_int8(Random& random, const Problem& problem) {
                      problem.epilogue.activation == Activation::relu ||
                      problem.epilogue.activation == Activation::relu6;
   check_bytes(random, c, scales, input, rounding, expected, exact);
+  if (is_depthwise(s, c.count())) check_depthwise(random, c, scales, input, rounding, expected, exact);
   for (const Plan& way : c.planned(Number::int8)) {
     AlignedBytes packed(packed_size(way));
     pack(way, c.count(), c.columns.data(), c.weights.data(), scales.data(), input, c.bias.data(), packed.data());
@@ -311,6 +342,33 @@ ACF_TEST(every_size_of_plane_equals_the_reference) {
       problem.shape.stride_h = problem.shape.stride_w = stride;
       problem.shape.padding = {1, 1, 1, 1};
       problem.images = 1 + width % 3;
+      check(random, problem);
+    }
+  }
+}
+
+// Most of them 3x3 without strides, which are computed on rows of bytes; activations that clamp, and others.
+ACF_TEST(depthwise_layers_equal_the_reference) {
+  Random random(7);
+  for (const std::int64_t channels : {2, 3, 4, 15, 16, 17, 60, 64, 65, 130, 200, 260}) {
+    for (int i = 0; i < 12; ++i) {
+      Problem problem;
+      conv::Shape& s = problem.shape;
+      s.channels = s.filters = s.groups = channels;
+      s.height = between(random, 5, 10);
+      s.width = between(random, 5, 27);
+      s.kernel_h = s.kernel_w = 3;
+      if (i % 3 == 2) {
+        s.kernel_h = between(random, 1, 5);
+        s.kernel_w = between(random, 1, 5);
+        s.stride_h = s.stride_w = between(random, 1, 3);
+        s.dilation_h = s.dilation_w = s.kernel_h < 4 && s.kernel_w < 4 ? between(random, 1, 2) : 1;
+      }
+      s.padding = {between(random, 0, 2), between(random, 0, 2), between(random, 0, 2), between(random, 0, 2)};
+      problem.images = between(random, 1, 3);
+      constexpr Activation kClamping[] = {Activation::none, Activation::relu, Activation::relu6};
+      problem.epilogue.activation = i % 4 == 3 ? conv::kActivations[between(random, 0, 8)] : kClamping[i % 4];
+      problem.residual = i % 6 == 5;
       check(random, problem);
     }
   }
