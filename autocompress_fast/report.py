@@ -387,7 +387,7 @@ class Speed:
         rng = np.random.default_rng(0)
         inputs = [rng.standard_normal((samples, *given.shape), np.float32) for given in small.inputs]
         calls = {"dense": lambda: dense(*inputs), "small": lambda: small(*inputs)}
-        once = [spread.median for spread in (in_turns(calls, 1), in_turns(calls, 2))[1].values()]
+        once = [spread.median for spread in in_turns(calls, 1).values()]
         rounds = min(_MOST_CALLS, max(_LEAST_CALLS, math.ceil(seconds / max(sum(once), 1e-9))))
         found = in_turns(calls, rounds)
         return cls(found["dense"], found["small"], samples, small.threads, rounds)

@@ -344,8 +344,8 @@ def page(
     """Sections by threads and batch; the best of torch, and every other runtime."""
     yield f"# Whole networks{'' if precision == 'float32' else ', in ' + precision}\n"
     yield (
-        f"Median of {rounds} rounds in which the runtimes take turns of {1e3 * TURN:.0f} ms or a call, milliseconds a"
-        f" call, {precision}{ELSEWHERE[precision]}.\n"
+        f"Median of {rounds} rounds in which the runtimes take turns of {1e3 * TURN:.0f} ms or a call, after one that"
+        f" does not count; milliseconds a call, {precision}{ELSEWHERE[precision]}.\n"
         "*against the best* is the fastest of the others on the same network divided by ours;\n"
         "*against dense* the fastest of the others on the dense network divided by ours. The pruned networks\n"
         "have the given share of their filters, or of the columns of every convolution, removed.\n"
