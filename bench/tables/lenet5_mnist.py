@@ -56,6 +56,14 @@ ROWS = {
         "params=240",
         [*TINY_IRREGULAR, "--bits", "4"],
     ),
+    "irregular-180x-3bit": (
+        "single weights, all 180x, those of 3 bits",
+        "params=180",
+        [
+            *("--structure", "element", "--rounds", "4", "--admm-epochs", "7", "--distillation", "0"),
+            *("--final-epochs", "60", "--final-lr", "5e-3", "--search", "48", "--search-steps", "100", "--bits", "3"),
+        ],
+    ),
     "irregular-280x": ("single weights, all 280x", "params=280", TINY_IRREGULAR),
     "irregular-350x": ("single weights, all 350x", "params=350", TINY_IRREGULAR),
     "binary": (
