@@ -300,7 +300,7 @@ def prepared(name: str, batch: int, threads: int, precision: str, compiled: bool
             continue
         with torch.no_grad():
             error = float(np.abs(run() - expected).max() / np.abs(expected).max())
-        allowed = TOLERANCE[precision] * (10 if title == "ncnn" else 1)  # its Winograd takes larger tiles
+        allowed = TOLERANCE[precision] * (30 if title == "ncnn" else 1)  # its Winograd takes larger tiles
         assert error <= allowed, f"{title} is off by {error:.2g} of the largest output on {name}"
         ready[title] = run
     return ready
