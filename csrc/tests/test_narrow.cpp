@@ -132,6 +132,17 @@ void check_bfloat16(Random& random, const Problem& problem) {
   }
 }
 
+// Of smooth activations the last bits may differ.
+std::size_t count_wrong(const std::vector<float>& got, const std::vector<float>& expected, bool exact) {
+  std::size_t wrong = 0;
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    const bool same =
+        exact ? got[i] == expected[i] : std::abs(got[i] - expected[i]) <= 1e-6f * (1 + std::abs(expected[i]));
+    if (!same) ++wrong;
+  }
+  return wrong;
+}
+
 // An image of bytes full of anything.
 struct ByteTensor {
   ByteTensor(Random& random, std::int64_t images, std::int64_t channels, std::int64_t height, std::int64_t width,
@@ -185,12 +196,7 @@ void check_bytes(Random& random, Case& c, const std::vector<float>& scales, cons
     run(plan, packed.data(), c.problem.images, in.data(), residual, target, epilogue,
         static_cast<float*>(scratch.data()), static_cast<int>(between(random, 1, 3)));
     const std::vector<float> got = planes.interior();
-    std::size_t wrong = 0;
-    for (std::size_t i = 0; i < got.size(); ++i) {
-      const bool same =
-          exact ? got[i] == expected[i] : std::abs(got[i] - expected[i]) <= 1e-6f * (1 + std::abs(expected[i]));
-      if (!same) ++wrong;
-    }
+    std::size_t wrong = count_wrong(got, expected, exact);
     EXPECT_EQ(std::to_string(wrong) + " wrong of " + what, "0 wrong of " + what);
     planes.each([](float& value) { value = kNaN; });
     EXPECT_EQ(std::memcmp(planes.memory.data(), before.data(), before.size() * sizeof(float)), 0);
@@ -243,12 +249,7 @@ void check_depthwise(Random& random, Case& c, const std::vector<float>& scales, 
     run(plan, packed.data(), c.problem.images, c.in.data(), out.data(), out.layout.pitch, c.epilogue, rounding,
         static_cast<float*>(scratch.data()), static_cast<int>(between(random, 1, 3)));
     const std::vector<float> got = out.interior();
-    std::size_t wrong = 0;
-    for (std::size_t i = 0; i < got.size(); ++i) {
-      const bool same =
-          exact ? got[i] == expected[i] : std::abs(got[i] - expected[i]) <= 1e-6f * (1 + std::abs(expected[i]));
-      if (!same) ++wrong;
-    }
+    const std::size_t wrong = count_wrong(got, expected, exact);
     const std::string what = "depthwise " + describe(c.problem, {s, c.in.layout.pitch, Number::int8, unit});
     EXPECT_EQ(std::to_string(wrong) + " wrong of " + what, "0 wrong of " + what);
     out.each([](float& value) { value = kNaN; });
@@ -298,12 +299,7 @@ void check_int8(Random& random, const Problem& problem) {
     AlignedBytes packed(packed_size(way));
     pack(way, c.count(), c.columns.data(), c.weights.data(), scales.data(), input, c.bias.data(), packed.data());
     const std::vector<float> got = c.run_packed(way, packed, static_cast<int>(between(random, 1, 3)), rounding);
-    std::size_t wrong = 0;
-    for (std::size_t i = 0; i < got.size(); ++i) {
-      const bool same =
-          exact ? got[i] == expected[i] : std::abs(got[i] - expected[i]) <= 1e-6f * (1 + std::abs(expected[i]));
-      if (!same) ++wrong;
-    }
+    const std::size_t wrong = count_wrong(got, expected, exact);
     const std::string what = describe(problem, way) + " rounded " + std::to_string(rounds);
     EXPECT_EQ(std::to_string(wrong) + " wrong of " + what, "0 wrong of " + what);
   }
