@@ -300,7 +300,10 @@ def prepared(name: str, batch: int, threads: int, precision: str, compiled: bool
             continue
         with torch.no_grad():
             error = float(np.abs(run() - expected).max() / np.abs(expected).max())
-        allowed = TOLERANCE[precision] * (30 if title == "ncnn" else 1)  # its Winograd takes larger tiles
+        allowed = TOLERANCE[precision] * (10 if title == "ncnn" else 1)  # its Winograd takes larger tiles
+        if title == "ncnn" and error > allowed:
+            print(f"{name}: ncnn is left out, off by {error:.2g} of the largest output", file=sys.stderr)
+            continue
         assert error <= allowed, f"{title} is off by {error:.2g} of the largest output on {name}"
         ready[title] = run
     return ready
@@ -348,7 +351,8 @@ def page(
         f" does not count; milliseconds a call, {precision}{ELSEWHERE[precision]}.\n"
         "*against the best* is the fastest of the others on the same network divided by ours;\n"
         "*against dense* the fastest of the others on the dense network divided by ours. The pruned networks\n"
-        "have the given share of their filters, or of the columns of every convolution, removed.\n"
+        "have the given share of their filters, or of the columns of every convolution, removed. Left empty: a\n"
+        "runtime that lacks an operator, or is off by more than it may be.\n"
     )
     yield f"```\n{command}\n```\n\n{conditions(f'Weights random. {note}')}\n"
     for count, batch in itertools.product(threads, batches):

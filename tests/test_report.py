@@ -1,8 +1,10 @@
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import re
+import time
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from autocompress_fast import _plots
 from autocompress_fast import report as reports
 from autocompress_fast._plots import LayerSizes
 from autocompress_fast.engine import UnsupportedError
+from autocompress_fast.engine.turns import in_turns
 from autocompress_fast.rates import Action
 from autocompress_fast.search import Trial, read_trace
 from autocompress_fast.unused import unused_paths
@@ -547,6 +550,20 @@ def test_speed_is_measured_in_turns(result):
     assert speed.rounds >= 9
     for spread in (speed.dense, speed.small):
         assert 0 < spread.low <= spread.median <= spread.high
+
+
+def test_the_call_that_begins_a_turn_does_not_count(monkeypatch):
+    made, now = [], [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def slow_after_another(name):
+        made.append(name)
+        now[0] += 1.0 if made[-2:] == [name, name] else 50.0
+
+    calls = {name: functools.partial(slow_after_another, name) for name in ("one", "other")}
+    found = in_turns(calls, 3)
+    assert made == ["one", "one", "other", "other"] * 3
+    assert all((spread.low, spread.median, spread.high) == (1.0, 1.0, 1.0) for spread in found.values())
 
 
 # ---- an inspected model

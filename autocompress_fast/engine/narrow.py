@@ -18,7 +18,16 @@ import numpy as np
 from autocompress_fast.engine import Engine
 from autocompress_fast.engine.calibration import METHODS, Grid, Histogram, chosen, rounded_weights
 from autocompress_fast.engine.native import fused_additions
-from autocompress_fast.engine.program import MIN_SCALE, NARROW_COLUMNS, Program, Shape, Step, is_narrow, validate
+from autocompress_fast.engine.program import (
+    MIN_SCALE,
+    NARROW_COLUMNS,
+    NARROW_MOST,
+    Program,
+    Shape,
+    Step,
+    is_narrow,
+    validate,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +44,7 @@ _ELEMENTS: Final = 2**26
 
 _LEAST_FILTERS: Final = 8
 """Of a group: products are computed for 16 at once."""
-_MOST_TAPS: Final = 518
+_MOST_TAPS: Final = 2**24 // (255 * NARROW_MOST)
 """Of a depthwise convolution: sums of so many products stay below 2^24, where integers are exact in float32."""
 
 

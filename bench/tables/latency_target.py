@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import platform
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -43,9 +42,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/latency-target"))
-    parser.add_argument("--note", default=f"{platform.processor() or platform.machine()}.", help="conditions")
+    parser.add_argument("--note", default="", help="a sentence about the conditions, for the page")
     options = parser.parse_args()
-    folder = options.runs / f"{options.model}-{options.target}-{options.search}".replace(" ", "-")
+    folder = options.runs / f"{options.model}-{options.target}-{options.search}-{options.images}".replace(" ", "-")
 
     torch.set_num_threads(options.threads)
     splits = data.load(options.data, dataset="cifar10", seed=0)
@@ -54,9 +53,9 @@ def main() -> None:
     torch.manual_seed(0)
     base = train(models.create(options.model), few, TrainingConfig(4, lr=0.05), workdir=folder)
     recipe = acf.Recipe(search=options.search, admm_epochs=1, retrain_epochs=1, final_epochs=1)
-    result = acf.compress(base, few, target=options.target, recipe=recipe, workdir=folder / "compressed")
+    target = f"{options.target}, threads={options.threads}"
+    result = acf.compress(base, few, target=target, recipe=recipe, workdir=folder / "compressed")
     result.save(folder / "compressed.acf")
-    print(result, file=sys.stderr)
 
     found = measured(
         folder / "compressed.acf",
@@ -101,17 +100,8 @@ def text(rows: list[dict[str, Any]]) -> str:
         cells += [f"{1e3 * row['dense'][best]:.3f} ({best})", f"{row['dense'][best] / ours:.2f}x"]
         cells += [f"{row['sizes']['dense'][what] / row['sizes']['small'][what]:.1f}x" for what in ("params", "macs")]
         lines.append(cells)
-    header = [
-        "network",
-        "target",
-        "search",
-        "threads",
-        "dense, predicted",
-        "small, predicted",
-        "small, measured",
-        "off",
-    ]
-    header += ["dense, ours", "faster", "dense, quickest runtime", "faster than that", "weights", "MACs"]
+    header = ["network", "target", "search", "threads", "dense, predicted", "small, predicted", "small, measured"]
+    header += ["off", "dense, ours", "faster", "dense, quickest runtime", "faster than that", "weights", "MACs"]
     return (
         "# Targets of latency\n\n"
         "Milliseconds a call, one image, float32, medians in turns. *Predicted* is what the run went by, from layers\n"

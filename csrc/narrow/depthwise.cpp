@@ -52,6 +52,8 @@ class DepthwiseRunner {
         activation_(conv::activation_call(epilogue.activation, epilogue.slope)) {
     Header header;
     std::memcpy(&header, packed_, sizeof(header));
+    ACF_CHECK(header.magic == Header{}.magic && header.version == Header{}.version,
+              "packed weights must come from pack() of this version and of the same plan");
     input_ = rounding_to(header.input, 1.0f);
     if (residual != nullptr) residual_ = rounding_to(*residual, residual->scale);
     rounds_residual_ = residual != nullptr;
@@ -161,7 +163,7 @@ DepthwisePlan depthwise_plan(const conv::Shape& shape, const conv::Pitch& in, Is
 
 std::size_t packed_size(const DepthwisePlan& plan) { return plan.size; }
 
-// Slices depend on the shape alone, and so does the place of the pitch between.
+// Of the same weights: where a slice finds its columns depends on the size of the planes, not on `in`.
 bool same_packed(const DepthwisePlan& one, const DepthwisePlan& other) {
   return one.size == other.size && one.packed == other.packed && one.unit == other.unit &&
          one.shape.height == other.shape.height && one.shape.width == other.shape.width;
@@ -194,6 +196,7 @@ void run(const DepthwisePlan& plan, const void* packed, std::int64_t images, con
          const conv::Pitch& out_pitch, const conv::Epilogue& epilogue, const Quantization* residual, float* scratch,
          int threads) {
   if (residual != nullptr) check(*residual, "residual");
+  if (images == 0) return;
   DepthwiseRunner(plan, packed, in, out, out_pitch, epilogue, residual).run(images, scratch, threads);
 }
 
