@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from autocompress_fast.report import plot_search as plot_search
     from autocompress_fast.search import Search as Search
     from autocompress_fast.search import quick_score as quick_score
+    from autocompress_fast.shrink import Shrinkage as Shrinkage
+    from autocompress_fast.shrink import ShrunkParameters as ShrunkParameters
     from autocompress_fast.training import Trainer as Trainer
     from autocompress_fast.training import TrainingConfig as TrainingConfig
     from autocompress_fast.training import evaluate as evaluate
@@ -76,6 +78,8 @@ _LAZY = {
     "Recipe": "pipeline",
     "RhoSchedule": "admm",
     "Search": "search",
+    "Shrinkage": "shrink",
+    "ShrunkParameters": "shrink",
     "Target": "rates",
     "Trainer": "training",
     "TrainingConfig": "training",
@@ -114,6 +118,8 @@ __all__ = [
     "Recipe",
     "RhoSchedule",
     "Search",
+    "Shrinkage",
+    "ShrunkParameters",
     "Target",
     "Trainer",
     "TrainingConfig",

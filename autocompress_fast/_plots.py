@@ -399,6 +399,8 @@ def _order(stage: str) -> tuple[int, int]:
 def _kind(stage: str) -> tuple[str, str]:
     if "admm" in stage:
         return _ADMM, "ADMM training, before pruning"
+    if stage.endswith(".shrink"):
+        return _ADMM, "training while weights shrink"
     return (_PURIFY, "purified, retraining") if stage.startswith("purify") else (_KEPT, "pruned, retraining")
 
 

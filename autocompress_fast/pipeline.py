@@ -1,6 +1,7 @@
 """The whole job: a trained network, data and a target in; a compacted network that meets the target out.
 
     round r of R:   rates  ->  ADMM training  ->  hard projection  ->  unused paths, compaction  ->  masked retraining
+      or            training in which weights shrink to zero       ->  unused paths, compaction  ->  masked retraining
     at the end:     longer masked retraining with distillation
     with max_drop:  a round that costs too much accuracy is taken back; the next one is gentler
     if asked for:   purification, unused paths, compaction  ->  masked retraining, in rounds of its own
@@ -52,6 +53,7 @@ from autocompress_fast.purify import purify
 from autocompress_fast.quantize import LevelConstraint, snap
 from autocompress_fast.rates import STRUCTURES, Keep, Target, allocate, between, fill, relative, smallest
 from autocompress_fast.search import Found, Search, quick_score
+from autocompress_fast.shrink import Shrinkage, check_rates, epsilons, largest_left
 from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
 
 if TYPE_CHECKING:
@@ -61,13 +63,14 @@ __all__ = ["DryRun", "Recipe", "Result", "compress", "meter_for", "train"]
 
 Example = torch.Tensor | Sequence[torch.Tensor]
 
-_KINDS = ("admm", "retrain", "final", "purify", "quantize", "activation", "level")  # of stages
+_KINDS = ("admm", "retrain", "final", "purify", "quantize", "activation", "level", "shrink")  # of stages
 _EVALUATION_BATCH = 1000
 _QUICK_BATCHES = 2  # of validation, on which searches and purification score networks
 _CALIBRATION_BATCHES = 8  # of training, before a search scores a network
 _BIT_TRIALS = 100  # of a search for bits, which trains nothing
 _SEARCH_BATCH = 4  # candidates of a search that are proposed together
 _TIMED_BATCHES = 8  # of a dry run
+_METHODS = ("admm", "shrink")
 _EACH_ROUND = 4.0  # rate, unless the recipe says how many rounds there are
 _AHEAD = 6.0  # rate from what there is: so far a search looks, where the target is not nearer and the round not longer
 _PORTIONS = (0.5, 0.8, 0.95, 1.0)  # of the weights of a layer, set to their levels one after the other
@@ -81,8 +84,11 @@ class Recipe:
     Args:
         structure: what is pruned: "filter+column" (both at once), "filter-then-column" (the papers' order, two ADMM
             trainings a round), "filter", "column" or "element".
+        method: "admm": the rates of the layers come from `search` or experience, and ADMM trains towards them; or
+            "shrink", for single weights (structure "element") and rates of weights or multiply-adds: weights shrink to
+            zero while the network trains (`ShrunkParameters`), which finds the rates by itself and goes further.
         rounds: how many times to prune and compact; the steps become smaller, from 2 to 1 in the logarithm of the
-            rate. None: as many as make it about 4x a round.
+            rate. None: as many as make it about 4x a round; with "shrink" one.
         search: how many candidates to try in every round for the rates of the layers (`acf.Search`), scored by the loss
             of the network pruned so on some validation samples. Candidates are of the target, or 6x smaller than what
             is left where the target is further away; a round goes its part of the way to the best. 0 leaves the rates
@@ -94,7 +100,8 @@ class Recipe:
             says less of what training cannot mend.
         search_workers: processes that score candidates at the same time, each on one thread; up to 4 find the same as
             one. They are worth it where a candidate takes about a second or more and cores would wait.
-        admm_epochs, retrain_epochs: in every round; final_epochs: instead of the latter in the last round.
+        admm_epochs or shrink_epochs, and retrain_epochs: in every round; final_epochs: instead of the latter in the
+            last round.
         purify_rounds: rounds of purification (`acf.purify`) after the target is met; they remove more, as far as the
             accuracy on some validation samples stays within `purify_tolerance` points of what it was before, until
             `purify_epochs` of masked retraining follow, which may win it back for the next round.
@@ -111,7 +118,7 @@ class Recipe:
         activation_bits: 8 for a network that computes with 8-bit weights and activations (`acf.quantize`), and is then
             trained for `activation_epochs` with their rounding (`acf.simulate`), which is what the result's model is.
             Targets are met before: rates and latencies in float32, bytes as they will be. Not given: float32.
-        admm_lr, retrain_lr, final_lr, purify_lr, quantize_lr, level_lr, activation_lr: peak learning rates.
+        admm_lr, shrink_lr, retrain_lr, final_lr, purify_lr, quantize_lr, level_lr, activation_lr: peak learning rates.
         rho: strength of the ADMM penalty over its updates, one after every epoch.
         optimizer, weight_decay, momentum: of all stages.
         distillation: share of the loss that compares with the dense network. Try 0 for networks of a few thousand
@@ -132,12 +139,14 @@ class Recipe:
     """
 
     structure: str = "filter+column"
+    method: str = "admm"
     rounds: int | None = None
     search: int = 0
     search_steps: int = 25
     keep: Keep = field(default_factory=dict)
     search_workers: int = 1
     admm_epochs: int = 5
+    shrink_epochs: int = 40
     retrain_epochs: int = 2
     final_epochs: int = 25
     purify_rounds: int = 0
@@ -150,6 +159,7 @@ class Recipe:
     activation_bits: int | None = None
     activation_epochs: int = 3
     admm_lr: float = 1e-3
+    shrink_lr: float = 1e-3
     retrain_lr: float = 2e-3
     final_lr: float = 6e-3
     purify_lr: float = 2e-3
@@ -177,7 +187,17 @@ class Recipe:
             raise ValueError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
         if self.rounds is not None and self.rounds < 1:
             raise ValueError(f"rounds must be 1 or more, got {self.rounds}")
-        for name in ("search_workers", "admm_epochs", "final_epochs", "batch_size"):
+        if self.method not in _METHODS:
+            raise ValueError(f"method must be {' or '.join(_METHODS)}, got {self.method!r}")
+        if self.method == "shrink":
+            if self.structure != "element":
+                raise ValueError(f'method "shrink" is for the structure "element", got {self.structure!r}')
+            if self.search or self.keep:
+                raise ValueError(
+                    f'method "shrink" finds the rates by itself: give no search and no keep, got {self.search} '
+                    f"and {dict(self.keep)}"
+                )
+        for name in ("search_workers", "admm_epochs", "shrink_epochs", "final_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if isinstance(self.search_steps, bool) or not isinstance(self.search_steps, int) or self.search_steps < 0:
@@ -212,7 +232,7 @@ class Recipe:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             schedule="constant" if kind == "admm" else "cosine",
-            warmup=0.0 if kind == "admm" else 0.1,
+            warmup=0.0 if kind in ("admm", "shrink") else 0.1,
             distillation=self.distillation,
             temperature=self.temperature,
             dropout=self.dropout if kind in ("final", "purify", "quantize", "level") else 0.0,
@@ -227,6 +247,8 @@ class Recipe:
         """Number of rounds for a network of these sizes: as given, or so that each is about 4x; 0 if it needs none."""
         if target.met(dense, dense) and not self.keep:
             return 0
+        if self.rounds is None and self.method == "shrink":
+            return 1
         return self.rounds or max(1, round(target.excess(dense, dense) / math.log(_EACH_ROUND)))
 
 
@@ -443,6 +465,8 @@ def compress(
     model = baked(model)  # weights that are computed cannot be pulled towards zero
     if goal is None:
         goal = Target(params=report.counts().params / smallest(report, recipe.structure, keep=recipe.keep).params)
+    if recipe.method == "shrink":
+        check_rates(goal)
     meter = meter_for(report, goal, data, recipe, workdir, progress)
     rounds = recipe.rounds_for(goal, meter.dense)
     if dry_run:
@@ -631,6 +655,9 @@ def _round(run: _Run, state: _State, number: int, way: _Way) -> _State:
     small, masks = copy.deepcopy(state.small), state.masks
     now = report if masks is None else inspect(small, run.example, exclude=sorted(report.held))
     meter = run.meter if masks is None else run.meter.after(now, state.kept)
+    if recipe.method == "shrink":
+        masks = _shrunk(run, small, masks, now, meter, number, way.part)
+        return _compacted(run, state, small, masks, now)
     keep = recipe.keep if masks is None else relative(recipe.keep, report, now, recipe.structure)
     allowed = _allowed(small, masks, meter, way, recipe, keep, number, stages)
     filled = functools.partial(fill, now, way.part, meter, allowed, keep=keep)
@@ -642,9 +669,29 @@ def _round(run: _Run, state: _State, number: int, way: _Way) -> _State:
         masks = admm.plan(filled(admm.plan) if step_constraints == constraints else None).tied(now)
         apply_masks(small, masks)
     assert masks is not None
+    return _compacted(run, state, small, masks, now)
+
+
+def _compacted(run: _Run, state: _State, small: nn.Module, masks: Plan, now: Report) -> _State:
     cut = compact(small, masks, run.example, columns=False, report=now)
     kept = state.kept | {name: state.kept[name].then(inner) for name, inner in cut.kept.items()}
     return _State(cut.model, cut.plan, kept, 0.0, polished=False)
+
+
+def _shrunk(
+    run: _Run, small: nn.Module, masks: Plan | None, now: Report, meter: Meter, number: int, part: Target
+) -> Plan:
+    """Train while weights shrink, in place, until what is left meets the target; what that is."""
+    recipe, stages = run.recipe, run.stages
+    config = recipe.training("shrink", number)
+    strength = next((row["strength"] for row in reversed(stages.history) if "strength" in row), None)
+    steps = config.epochs * len(stages.loader)
+    epsilon = epsilons(run.report)  # of the network that was given: zeros would make it smaller
+    towards = Shrinkage.towards(now, part, steps=steps, dense=meter.dense, epsilon=epsilon, strength=strength)
+    stages.run(small, f"round{number}.shrink", config, masks=masks, shrinkage=towards)
+    left = largest_left(inspect(small, run.example, exclude=sorted(run.report.held)), part, meter)
+    apply_masks(small, left)
+    return left
 
 
 def _trained(run: _Run, state: _State, prefix: str, number: int, kind: str) -> _State:
@@ -917,6 +964,7 @@ class _Stages:
         masks: Plan | None = None,
         fixed: Mapping[str, torch.Tensor] | None = None,
         levels: Mapping[str, LevelConstraint] | None = None,
+        shrinkage: Shrinkage | None = None,
     ) -> list[dict[str, Any]]:
         """One training, in place; its rows of the history."""
         rows = Trainer(
@@ -929,6 +977,7 @@ class _Stages:
             plan=masks,
             fixed=fixed,
             levels=levels,
+            shrinkage=shrinkage,
             checkpoint=None if self.folder is None else self.folder / f"{name}.ckpt",
             log=None if self.folder is None else self.folder / "log.jsonl",
             name=name,
@@ -956,7 +1005,8 @@ def _dry_run(
     epochs += 0 if recipe.bits is None else 2 * (1 + len(_PORTIONS)) * recipe.quantize_epochs + recipe.level_epochs
     epochs += 0 if recipe.activation_bits is None else recipe.activation_epochs
     if chosen:
-        epochs += rounds * len(_steps(chosen[-1][1], recipe.structure)) * recipe.admm_epochs
+        trainings = rounds * len(_steps(chosen[-1][1], recipe.structure))
+        epochs += trainings * (recipe.shrink_epochs if recipe.method == "shrink" else recipe.admm_epochs)
         epochs += (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
     seconds = epochs * _epoch_seconds(model, loader, recipe)
     if recipe.search and chosen:

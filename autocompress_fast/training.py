@@ -33,6 +33,7 @@ from autocompress_fast.data import Batches, BatchLoader
 from autocompress_fast.plan import FixedParameters, MaskedParameters, Plan
 from autocompress_fast.progress import Progress
 from autocompress_fast.quantize import LevelConstraint, LevelParameters
+from autocompress_fast.shrink import Shrinkage, ShrunkParameters
 
 __all__ = ["Evaluation", "Trainer", "TrainingConfig", "best_precision", "evaluate", "evaluate_together", "recalibrate"]
 
@@ -253,6 +254,7 @@ class Trainer:
         plan: what of the weights is kept; the rest stays zero.
         fixed: parameter -> bools of its shape: values that stay as they are.
         levels: layer -> on which levels its weights are while they train (`LevelParameters`), and after it.
+        shrinkage: towards which weights shrink meanwhile (`ShrunkParameters`).
         checkpoint: file that is written after every epoch; when it exists, the run goes on from there.
         log: file to which a line of JSON is added after every epoch.
         name: of this stage, in the log and the progress.
@@ -285,6 +287,7 @@ class Trainer:
         plan: Plan | None = None,
         fixed: Mapping[str, torch.Tensor] | None = None,
         levels: Mapping[str, LevelConstraint] | None = None,
+        shrinkage: Shrinkage | None = None,
         checkpoint: Path | None = None,
         log: Path | None = None,
         name: str = "training",
@@ -299,6 +302,9 @@ class Trainer:
         self.admm, self.admm_every, self.plan, self.fixed = admm, admm_every, plan, fixed or {}
         self.levels = levels or {}
         self._levels: Mapping[str, torch.Tensor] | None = None  # the state of a LevelParameters
+        self.shrinkage = shrinkage
+        self._shrunk: ShrunkParameters | None = None
+        self._shrunk_state: Mapping[str, torch.Tensor] | None = None
         self.checkpoint, self.log, self.name = checkpoint, log, name
         self.progress = progress or Progress()
         self.history: list[dict[str, Any]] = []
@@ -335,7 +341,13 @@ class Trainer:
             fixed = FixedParameters(self.model, self.fixed, self.optimizer)
             levels = LevelParameters(self.model, self.levels, self.optimizer, state=self._levels)
             self._levels = levels.state_dict()
-            with masks, fixed, levels, _dropout(self.model, self.config.dropout):
+            shrunk: AbstractContextManager[Any] = nullcontext()
+            if self.shrinkage is not None:
+                shrunk = self._shrunk = ShrunkParameters(
+                    self.model, self.shrinkage, self.optimizer, state=self._shrunk_state
+                )
+                self._shrunk_state = self._shrunk.state_dict()
+            with masks, fixed, levels, shrunk, _dropout(self.model, self.config.dropout):
                 for epoch in range(done, self.config.epochs):
                     self._epoch(epoch)
         self.progress.finish()
@@ -364,6 +376,9 @@ class Trainer:
             row["rho"] = self.admm.rho
             row["primal"] = max(r.primal for r in residuals)
             row["dual"] = max(r.dual for r in residuals)
+        if self._shrunk is not None:
+            row["left"] = self._shrunk.left
+            row["strength"] = self._shrunk.strength
         if self.validation is not None:
             row["validation"] = evaluate(self.model, self.validation).accuracy
         row["seconds"] = round(time.monotonic() - begun, 2)
@@ -372,6 +387,7 @@ class Trainer:
         self._append_log(row)
         parts = [f"loss {row['loss']:.4f}"]
         parts += [f"{key} {row[key]:.3g}" for key in ("primal", "dual") if key in row]
+        parts += [f"{row['left']:,} weights left"] if "left" in row else []
         parts += [f"validation {row['validation']:.2f}%"] if "validation" in row else []
         self.progress.tell(", ".join(parts))
 
@@ -424,6 +440,7 @@ class Trainer:
             updates = state["updates"]
             tensors |= {f"admm.{part}.{name}": v for part in ("z", "u") for name, v in state[part].items()}
         tensors |= {f"levels.{name}": value for name, value in (self._levels or {}).items()}
+        tensors |= {f"shrunk.{name}": value for name, value in (self._shrunk_state or {}).items()}
         described = {
             "version": _CHECKPOINT_VERSION,
             "name": self.name,
@@ -452,6 +469,8 @@ class Trainer:
             described["plan"] = digest.hexdigest()
         if self.levels:
             described["levels"] = {name: asdict(constraint) for name, constraint in self.levels.items()}
+        if self.shrinkage is not None:
+            described["shrinkage"] = asdict(self.shrinkage)
         if self.fixed:
             digest = hashlib.sha256()
             for name, stays in self.fixed.items():
@@ -490,6 +509,8 @@ class Trainer:
             self.admm.load_state_dict({"updates": described["updates"], "z": part("admm.z."), "u": part("admm.u.")})
         if self.levels:
             self._levels = part("levels.")
+        if self.shrinkage is not None:
+            self._shrunk_state = part("shrunk.")
         self.model.load_state_dict(part("model."))
         self._load_optimizer({**part("optimizer."), **described["optimizer"]})
         self.history = described["history"]

@@ -231,7 +231,7 @@ def test_the_code_of_the_page_runs(monkeypatch, tmp_path, capsys):
     names = {}
     for number, block in enumerate(loops, 1):
         exec(compile(block, f"docs/own-loop.md, block {number}", "exec"), names)
-    assert number == 3
+    assert number == 4
     capsys.readouterr()
     if dist.is_available() and dist.is_gloo_available():
         (tmp_path / "train.py").write_text(program)

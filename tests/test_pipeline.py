@@ -1,5 +1,6 @@
 """The whole job on small data: the target is met, and a run killed anywhere ends as one that was not."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -357,6 +358,52 @@ LEVELLED = variant(rounds=1, final_epochs=3, bits=2, quantize_epochs=1, level_ep
 def levelled(trained, tmp_path_factory) -> tuple[Result, Path]:
     folder = tmp_path_factory.mktemp("levelled")
     return run(trained, target="3x", recipe=LEVELLED, workdir=folder), folder
+
+
+SHRINKING = variant(structure="element", method="shrink", rounds=None, shrink_epochs=20, shrink_lr=3e-3)
+
+
+@pytest.mark.parametrize(("target", "rounds"), [("4x", None), ("10x", 2), ("conv=3,params=8,macs=5", None)])
+def test_weights_shrink_until_the_target_is_met(trained, target, rounds):
+    recipe = dataclasses.replace(SHRINKING, rounds=rounds)
+    result = run(trained, target=target, recipe=recipe)
+    goal = Target.parse(target)
+    assert goal.met(result.dense, result.small)
+    assert goal.excess(result.dense, result.small) > -0.25  # what was dead cannot come back
+    assert result.max_difference < 1e-5
+    stages = list(dict.fromkeys(row["stage"] for row in result.history))
+    last = rounds or 1
+    assert stages == [
+        f"round{n}.{kind}" for n in range(1, last + 1) for kind in ("shrink", "final" if n == last else "retrain")
+    ]
+    assert [row["left"] for row in result.history if row["stage"] == f"round{last}.shrink"][-1] >= result.small.params
+    assert result.accuracy["final"] > 60
+    for name, layer in result.plan.items():
+        assert layer.elements is not None, name
+
+
+def test_a_run_killed_while_weights_shrink_ends_as_one_that_was_not(trained, tmp_path):
+    recipe = dataclasses.replace(SHRINKING, rounds=2, shrink_epochs=2, final_epochs=1)
+    whole = run(trained, target="6x", recipe=recipe)
+    for steps in (5, 40, 70, 120):
+        with contextlib.suppress(StopError):
+            run(trained, target="6x", recipe=recipe, workdir=tmp_path, progress=Watcher(steps=steps))
+    result = run(trained, target="6x", recipe=recipe, workdir=tmp_path)
+    assert_same(state(result.model), state(whole.model))
+    assert [row["left"] for row in result.history if "left" in row] == [
+        row["left"] for row in whole.history if "left" in row
+    ]
+
+
+def test_what_weights_cannot_shrink_towards_is_refused(trained, tmp_path):
+    with pytest.raises(ValueError, match="not seconds: got 2x faster"):
+        run(trained, target="2x faster", recipe=SHRINKING, workdir=tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_dry_run_counts_the_epochs_in_which_weights_shrink(trained):
+    plan = compress(trained, SPLITS, target="4x", recipe=SHRINKING, dry_run=True)
+    assert plan.epochs == SHRINKING.shrink_epochs + SHRINKING.final_epochs
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(1, "binary"), (2, "equal"), (3, "power"), (2, "ternary")])
@@ -907,6 +954,12 @@ def test_targets_out_of_reach_are_refused_before_anything_is_written(trained, tm
         ({"structure": "row"}, "structure must be one of"),
         ({"precision": "float16"}, "precision must be auto, float32 or bfloat16"),
         ({"rounds": 0}, "rounds must be 1 or more"),
+        ({"method": "magnitude"}, "method must be admm or shrink, got 'magnitude'"),
+        ({"method": "shrink"}, "is for the structure \"element\", got 'filter\\+column'"),
+        ({"method": "shrink", "structure": "element", "search": 5}, "give no search and no keep, got 5"),
+        ({"method": "shrink", "structure": "element", "keep": {"0": 0.5}}, "give no search and no keep, got 0"),
+        ({"shrink_epochs": 0}, "shrink_epochs must be 1 or more"),
+        ({"shrink_lr": -1.0}, "lr must be positive"),
         ({"admm_epochs": 0}, "admm_epochs must be 1 or more"),
         ({"final_epochs": 0}, "final_epochs must be 1 or more"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),

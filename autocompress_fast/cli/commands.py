@@ -134,6 +134,10 @@ def compress(
     ] = None,
     as_json: Json = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; train and write nothing.")] = False,
+    method: Annotated[
+        str | None,
+        typer.Option(help="admm, or shrink for single weights (element), which finds the rates while it trains."),
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="How many times to prune and compact.")] = None,
     search: Annotated[
         int | None,
@@ -153,6 +157,7 @@ def compress(
         int | None, typer.Option(min=1, help="Processes that score candidates at the same time; one by default.")
     ] = None,
     admm_epochs: Annotated[int | None, typer.Option(min=1, help="Of ADMM training, every round.")] = None,
+    shrink_epochs: Annotated[int | None, typer.Option(min=1, help="Of training in which weights shrink.")] = None,
     retrain_epochs: Annotated[int | None, typer.Option(min=0, help="After pruning, every round but the last.")] = None,
     final_epochs: Annotated[int | None, typer.Option(min=1, help="After the last pruning.")] = None,
     purify_rounds: Annotated[
@@ -163,6 +168,7 @@ def compress(
     ] = None,
     purify_epochs: Annotated[int | None, typer.Option(min=0, help="Of retraining after each of its rounds.")] = None,
     admm_lr: Annotated[float | None, typer.Option(help="Learning rate of ADMM training.")] = None,
+    shrink_lr: Annotated[float | None, typer.Option(help="Learning rate while weights shrink.")] = None,
     retrain_lr: Annotated[float | None, typer.Option(help="Peak learning rate after pruning.")] = None,
     final_lr: Annotated[float | None, typer.Option(help="Peak learning rate after the last pruning.")] = None,
     purify_lr: Annotated[float | None, typer.Option(help="Peak learning rate after purification.")] = None,
@@ -228,18 +234,21 @@ def compress(
 
     recipe = {
         "structure": structure,
+        "method": method,
         "rounds": rounds,
         "search": search,
         "search_steps": search_steps,
         "keep": shares(keep) if keep else None,
         "search_workers": search_workers,
         "admm_epochs": admm_epochs,
+        "shrink_epochs": shrink_epochs,
         "retrain_epochs": retrain_epochs,
         "final_epochs": final_epochs,
         "purify_rounds": purify_rounds,
         "purify_tolerance": purify_tolerance,
         "purify_epochs": purify_epochs,
         "admm_lr": admm_lr,
+        "shrink_lr": shrink_lr,
         "retrain_lr": retrain_lr,
         "final_lr": final_lr,
         "purify_lr": purify_lr,

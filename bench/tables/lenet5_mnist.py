@@ -24,7 +24,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 # layers does not hold for those of a few hundred weights: a search finds their rates.
 TINY = ["--rounds", "5", "--admm-epochs", "7", "--distillation", "0", "--final-epochs", "80", "--final-lr", "5e-3"]
 TINY += ["--dropout", "0.1", "--search", "64", "--search-steps", "200"]
-TINY_IRREGULAR = ["--structure", "element", *TINY]
+SHRUNK = ["--structure", "element", "--method", "shrink", "--shrink-epochs", "60", "--distillation", "0"]
+SHRUNK += ["--final-epochs", "120", "--final-lr", "3e-3", "--precision", "float32"]
 
 # name -> (what it is, target, further options)
 ROWS = {
@@ -54,18 +55,10 @@ ROWS = {
     "irregular-240x-4bit": (
         "single weights, all 240x, those of 4 bits",
         "params=240",
-        [*TINY_IRREGULAR, "--bits", "4"],
+        [*SHRUNK, "--bits", "4"],
     ),
-    "irregular-180x-3bit": (
-        "single weights, all 180x, those of 3 bits",
-        "params=180",
-        [
-            *("--structure", "element", "--rounds", "4", "--admm-epochs", "7", "--distillation", "0"),
-            *("--final-epochs", "60", "--final-lr", "5e-3", "--search", "48", "--search-steps", "100", "--bits", "3"),
-        ],
-    ),
-    "irregular-280x": ("single weights, all 280x", "params=280", TINY_IRREGULAR),
-    "irregular-350x": ("single weights, all 350x", "params=350", TINY_IRREGULAR),
+    "irregular-280x": ("single weights, all 280x", "params=280", SHRUNK),
+    "irregular-350x": ("single weights, all 350x", "params=350", SHRUNK),
     "binary": (
         "nothing; every weight -s or +s",
         "params=1",
