@@ -29,6 +29,7 @@ _Pair = tuple[int, int]
 # Measured by bench/bench_training.py: with more than this share of the weights of its layers kept, a network is as fast
 # or faster by torch; layers of at most so many channels or filters always are faster by the kernels.
 _MOST_KEPT = 0.6
+_MOST_KEPT_BESIDE_BFLOAT16 = 0.3  # the same where torch may compute in bfloat16 with instructions for it
 _THIN = 8
 _FEWEST_IMAGES = 32  # of a batch; they are rounded up to two registers
 _MOST_VALUES = 2**30  # of a tensor; the kernels count in 32 bits, of images rounded up
@@ -45,6 +46,9 @@ class KeptKernels(TorchFunctionMode):
     Args:
         model: its convolutions are found by their weights.
         plan: what of them is kept; what is not must be zero.
+
+    Attributes:
+        beats_bfloat16: whether so little is kept that this is quicker, too, than torch in bfloat16.
     """
 
     def __init__(self, model: nn.Module, plan: Plan | None) -> None:
@@ -58,7 +62,9 @@ class KeptKernels(TorchFunctionMode):
         layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
         shares = [self._share(layer.weight) for layer in layers]
         grouped = any(layer.groups > 1 for layer in layers)
-        self._active = bool(layers) and not grouped and sum(shares) <= _MOST_KEPT * len(shares)
+        mean = sum(shares) / len(shares) if layers and not grouped else math.inf
+        self._active = mean <= _MOST_KEPT
+        self.beats_bfloat16 = mean <= _MOST_KEPT_BESIDE_BFLOAT16
 
     def _of(self, weight: torch.Tensor) -> tuple[_Numbers, _Numbers]:
         kept = self._kept.get(id(weight))

@@ -54,7 +54,7 @@ from autocompress_fast.quantize import LevelConstraint, snap
 from autocompress_fast.rates import STRUCTURES, Keep, Target, allocate, between, fill, relative, smallest
 from autocompress_fast.search import Found, Search, quick_score
 from autocompress_fast.shrink import Shrinkage, check_rates, epsilons, largest_left
-from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together
+from autocompress_fast.training import Trainer, TrainingConfig, evaluate, evaluate_together
 
 if TYPE_CHECKING:
     from autocompress_fast.report import Summary
@@ -128,7 +128,7 @@ class Recipe:
             leaves out, and of purification and of the trainings towards levels. About 0.1 helps networks of a few
             thousand weights that know their training set by heart.
         batch_size: of training.
-        precision: "float32", "bfloat16", or "auto": bfloat16 where the CPU has instructions for it.
+        precision: "float32", "bfloat16", or "auto", which chooses for every stage, see `TrainingConfig`.
         channels_last: memory layout of images while training.
         kernels: "kept" or "torch", see `TrainingConfig`.
         compile: train through torch.compile, see there.
@@ -183,8 +183,6 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.structure not in STRUCTURES:
             raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {self.structure!r}")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
         if self.rounds is not None and self.rounds < 1:
             raise ValueError(f"rounds must be 1 or more, got {self.rounds}")
         if self.method not in _METHODS:
@@ -224,7 +222,6 @@ class Recipe:
 
     def training(self, kind: str, number: int) -> TrainingConfig:
         """The configuration of a stage of one of `_KINDS`, of round `number`."""
-        precision = best_precision() if self.precision == "auto" else self.precision
         return TrainingConfig(
             epochs=getattr(self, f"{kind}_epochs"),
             optimizer=self.optimizer,
@@ -236,7 +233,7 @@ class Recipe:
             distillation=self.distillation,
             temperature=self.temperature,
             dropout=self.dropout if kind in ("final", "purify", "quantize", "level") else 0.0,
-            precision="float32" if kind == "activation" else precision,  # bfloat16 would round what is rounded
+            precision="float32" if kind == "activation" else self.precision,  # bfloat16 would round what is rounded
             channels_last=self.channels_last,
             kernels=self.kernels,
             compile=self.compile,
@@ -766,7 +763,7 @@ def _purified(run: _Run, state: _State, least: float) -> tuple[_State, list[dict
         return state, steps
 
     some = UserBatches(list(itertools.islice(stages.validation.epoch(0), _QUICK_BATCHES)))
-    quick = recipe.training("purify", 0)
+    quick = recipe.training("purify", 0).settled(state.small, state.masks)
 
     def accuracy(model: nn.Module) -> float:
         return evaluate(model, some, precision=quick.precision, channels_last=quick.channels_last).accuracy
@@ -851,7 +848,7 @@ def _bits(run: _Run, state: _State) -> dict[str, int]:
     layers = {n: asked[n] for n, layer in state.masks.items() if n in asked and layer.weights and n not in held}
     if all(low == high for low, high in layers.values()):
         return middle(layers)
-    quick = recipe.training("quantize", 0)
+    quick = recipe.training("quantize", 0).settled(state.small, state.masks)
     score = level_score(
         state.small,
         UserBatches(list(itertools.islice(stages.validation.epoch(0), _QUICK_BATCHES))),

@@ -624,7 +624,7 @@ def quick_score(
             precision and layout, and never compiled; Nesterov's SGD by default. The teacher of a distillation is
             `model`.
         measure: "accuracy" in percent, or "loss" for the negative cross entropy.
-        precision, channels_last: as for `evaluate`.
+        precision, channels_last: as for `TrainingConfig`; "auto" chooses for every candidate.
 
     A training that diverges is worth minus infinity.
 
@@ -683,31 +683,36 @@ class _QuickScore:
         from autocompress_fast.training import evaluate
 
         try:
-            network = self.network(constraints)
+            network, options = self._trained(constraints)
         except FloatingPointError:
             return -math.inf
-        result = evaluate(network, self.validation, precision=self.precision, channels_last=self.channels_last)
+        result = evaluate(network, self.validation, **options)
         return result.accuracy if self.measure == "accuracy" else -result.loss
 
     def network(self, constraints: Mapping[str, Constraint]) -> torch.nn.Module:
         """What is scored: pruned, trained for some steps, with the statistics of its normalisations measured anew."""
+        return self._trained(constraints)[0]
+
+    def _trained(self, constraints: Mapping[str, Constraint]) -> tuple[torch.nn.Module, dict[str, Any]]:
+        """The network, and the precision and layout for it."""
         from autocompress_fast.compact import compact
         from autocompress_fast.data import UserBatches
         from autocompress_fast.training import Trainer, TrainingConfig, recalibrate
 
         plan = one_shot(self.model, self.report, constraints)
+        config = self.training or TrainingConfig(epochs=1, lr=_RETRAIN_LR, weight_decay=0.0)
         options: dict[str, Any] = {"precision": self.precision, "channels_last": self.channels_last}
+        config = dataclasses.replace(config, epochs=1, compile=False, **options)  # to compile takes longer
         if not self.steps:
             pruned = mask(self.model, plan)
         else:  # whole filters are cut out: LeNet-5 at 200x is trained four times as quickly, no network more slowly
             small = compact(self.model, plan, self.steps[0][0][:2], columns=False, report=self.report)
             pruned, plan = small.model, small.plan
-            config = self.training or TrainingConfig(epochs=1, lr=_RETRAIN_LR, weight_decay=0.0)
-            config = dataclasses.replace(config, epochs=1, compile=False, **options)  # to compile takes longer
             Trainer(pruned, UserBatches(self.steps), config, teacher=self.model, plan=plan).run()
+        options["precision"] = config.settled(pruned, plan).precision
         if self.calibration is not None:
             recalibrate(pruned, self.calibration, **options)
-        return pruned
+        return pruned, options
 
     def settings(self) -> dict[str, Any]:
         """What a trace must have in common with a search that goes on from it."""

@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from autocompress_fast.progress import Progress
 from autocompress_fast.quantize import LevelConstraint, LevelParameters
 from autocompress_fast.shrink import Shrinkage, ShrunkParameters
 
-__all__ = ["Evaluation", "Trainer", "TrainingConfig", "best_precision", "evaluate", "evaluate_together", "recalibrate"]
+__all__ = ["Evaluation", "Trainer", "TrainingConfig", "evaluate", "evaluate_together", "recalibrate"]
 
 _CHECKPOINT_VERSION = 1
 _PRECISIONS = ("float32", "bfloat16")
@@ -62,7 +62,9 @@ class TrainingConfig:
         temperature: of the softened distributions that are compared.
         dropout: share of the inputs of fully connected layers but the last one that every step leaves out (Srivastava
             et al., 2014), beside what the model itself leaves out.
-        precision: "float32", or "bfloat16" for autocast (weights and optimizer stay float32).
+        precision: "float32", or "bfloat16" for autocast (weights and optimizer stay float32), or "auto": bfloat16 where
+            the CPU has instructions for it, unless so little of the network is kept that `kernels` are quicker; a
+            checkpoint continues in the precision it began with.
         channels_last: memory layout of images while training.
         kernels: "kept" for convolutions, poolings and batch normalisations by kernels that compute what the plan keeps
             and nothing else, where that is quicker (float32, on the CPU, not compiled); "torch" for torch alone.
@@ -103,7 +105,7 @@ class TrainingConfig:
         allowed = {
             "optimizer": ("sgd", "adam"),
             "schedule": ("cosine", "step", "constant"),
-            "precision": _PRECISIONS,
+            "precision": ("auto", *_PRECISIONS),
             "kernels": ("kept", "torch"),
         }
         for field, values in allowed.items():
@@ -135,6 +137,15 @@ class TrainingConfig:
         if self.schedule == "step":
             return self.lr * self.gamma ** sum(share >= milestone for milestone in self.milestones)
         return self.lr
+
+    def settled(self, model: nn.Module, plan: Plan | None = None) -> TrainingConfig:
+        """This, with the precision that "auto" stands for when `model` is trained over what `plan` keeps."""
+        if self.precision != "auto":
+            return self
+        narrow = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+        if narrow and self.kernels == "kept" and not self.compile:
+            narrow = not KeptKernels(model, plan).beats_bfloat16
+        return replace(self, precision="bfloat16" if narrow else "float32")
 
 
 @dataclass(frozen=True)
@@ -233,12 +244,6 @@ def recalibrate(
                 norm.momentum = momentum
 
 
-def best_precision() -> str:
-    """The precision to train in: "bfloat16" where the CPU has instructions for it, "float32" elsewhere."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bfloat16" if bool(supported()) else "float32"
-
-
 class Trainer:
     """Trains a model in place, with a checkpoint after every epoch.
 
@@ -297,7 +302,8 @@ class Trainer:
             raise ValueError(f"distillation={config.distillation} needs a teacher, got none")
         if admm_every < 1:
             raise ValueError(f"admm_every must be 1 or more, got {admm_every}")
-        self.model, self.train, self.config, self.validation = model, train, config, validation
+        self.model, self.train, self.config, self.validation = model, train, config.settled(model, plan), validation
+        self._chosen = config.precision == "auto"  # then that of a checkpoint counts
         self.teacher = teacher if config.distillation > 0 else None
         self.admm, self.admm_every, self.plan, self.fixed = admm, admm_every, plan, fixed or {}
         self.levels = levels or {}
@@ -495,6 +501,8 @@ class Trainer:
         if described["version"] != _CHECKPOINT_VERSION or described["name"] != self.name:
             raise ValueError(f"{path} is of {described['name']!r}, version {described['version']}, not {self.name!r}")
         found, expected = described["run"], self._described()
+        if self._chosen and found.get("precision") in _PRECISIONS:
+            expected["precision"] = found["precision"]
         if found != expected:
             differing = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
             raise ValueError(f"{path} is of a run with another {', '.join(differing)}; delete it or use its settings")
@@ -511,6 +519,7 @@ class Trainer:
             self._levels = part("levels.")
         if self.shrinkage is not None:
             self._shrunk_state = part("shrunk.")
+        self.config = replace(self.config, precision=expected["precision"])
         self.model.load_state_dict(part("model."))
         self._load_optimizer({**part("optimizer."), **described["optimizer"]})
         self.history = described["history"]

@@ -58,14 +58,14 @@ def steps(network: str, share: float) -> dict[str, Step]:
     model, plan = pruned(network, share)
     x, y = torch.randn(_IMAGES, *models.input_shape(network)), torch.randint(0, 10, (_IMAGES,))
 
-    def step_of(kernels: str, layout: torch.memory_format) -> Step:
+    def step_of(kernels: str, layout: torch.memory_format, *, narrow: bool = False) -> Step:
         mine = copy.deepcopy(model).to(memory_format=layout)
         images = x.contiguous(memory_format=layout)
         mode = KeptKernels(mine, plan) if kernels == "kept" else nullcontext()
         optimizer = torch.optim.SGD(mine.parameters(), lr=1e-4, momentum=0.9)
 
         def step() -> float:
-            with mode:
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow), mode:
                 loss = F.cross_entropy(mine(images), y)
             optimizer.zero_grad()
             loss.backward()
@@ -77,11 +77,12 @@ def steps(network: str, share: float) -> dict[str, Step]:
     return {
         "torch": step_of("torch", torch.contiguous_format),
         "torch, channels_last": step_of("torch", torch.channels_last),
+        "torch, bfloat16": step_of("torch", torch.channels_last, narrow=True),
         "kept": step_of("kept", torch.channels_last),
     }
 
 
-@pytest.mark.parametrize("name", ["torch", "torch, channels_last", "kept"])
+@pytest.mark.parametrize("name", ["torch", "torch, channels_last", "torch, bfloat16", "kept"])
 @pytest.mark.parametrize("share", [0.3])
 @pytest.mark.parametrize("network", ["lenet5", "resnet20"])
 def test_step(benchmark, network, share, name):

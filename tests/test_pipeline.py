@@ -952,7 +952,7 @@ def test_targets_out_of_reach_are_refused_before_anything_is_written(trained, tm
     ("options", "message"),
     [
         ({"structure": "row"}, "structure must be one of"),
-        ({"precision": "float16"}, "precision must be auto, float32 or bfloat16"),
+        ({"precision": "float16"}, "precision must be one of auto, float32, bfloat16, got 'float16'"),
         ({"rounds": 0}, "rounds must be 1 or more"),
         ({"method": "magnitude"}, "method must be admm or shrink, got 'magnitude'"),
         ({"method": "shrink"}, "is for the structure \"element\", got 'filter\\+column'"),

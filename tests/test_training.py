@@ -20,7 +20,7 @@ from autocompress_fast.data import Augmentation, BatchLoader, Dataset, UserBatch
 from autocompress_fast.graph import Report, inspect
 from autocompress_fast.plan import LayerPlan, Plan
 from autocompress_fast.progress import Progress
-from autocompress_fast.training import Trainer, TrainingConfig, best_precision, evaluate, evaluate_together, recalibrate
+from autocompress_fast.training import Trainer, TrainingConfig, evaluate, evaluate_together, recalibrate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -678,7 +678,7 @@ def test_the_rate_reaches_the_optimizer(tmp_path):
         ({"seed": -1}, "seed must be an int, 0 or more"),
         ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, got 'lion'"),
         ({"schedule": "linear"}, "schedule must be one of cosine, step, constant, got 'linear'"),
-        ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'"),
+        ({"precision": "float16"}, "precision must be one of auto, float32, bfloat16, got 'float16'"),
         ({"lr": 0.0}, "lr must be positive and finite, got 0"),
         ({"lr": math.nan}, "lr must be positive"),
         ({"temperature": math.inf}, "temperature must be positive"),
@@ -786,8 +786,65 @@ def test_nothing_to_evaluate_on():
         evaluate(network(), Empty())
 
 
-def test_the_best_precision_is_one_that_there_is():
-    assert TrainingConfig(1, precision=best_precision()).precision in ("float32", "bfloat16")
+@pytest.fixture
+def narrow(monkeypatch):
+    """A CPU that has, or has not, instructions for bfloat16."""
+    return lambda has: monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+
+
+def columns_kept(model, share):
+    """A plan by which every layer keeps its first columns."""
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            columns = np.arange(module.weight[0].numel()) < share * module.weight[0].numel()
+            layers[name] = LayerPlan(tuple(module.weight.shape), np.ones(module.out_channels, dtype=bool), columns)
+    return Plan(layers)
+
+
+@pytest.mark.parametrize(
+    ("kept", "has", "options", "expected"),
+    [
+        (1.0, True, {}, "bfloat16"),
+        (0.4, True, {}, "bfloat16"),  # the kernels are quicker than float32 there, but not than bfloat16
+        (0.2, True, {}, "float32"),
+        (0.2, True, {"kernels": "torch"}, "bfloat16"),
+        (0.2, True, {"compile": True}, "bfloat16"),
+        (1.0, False, {}, "float32"),
+        (0.2, True, {"precision": "bfloat16"}, "bfloat16"),
+        (1.0, True, {"precision": "float32"}, "float32"),
+    ],
+)
+def test_auto_is_the_precision_that_is_quicker_for_what_is_kept(narrow, kept, has, options, expected):
+    narrow(has)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 20, 3))
+    config = TrainingConfig(1, **{"precision": "auto", **options})
+    assert config.settled(model, columns_kept(model, kept)).precision == expected
+
+
+def test_auto_is_float32_for_networks_of_few_channels(narrow):
+    narrow(True)
+    thin = nn.Sequential(nn.Conv2d(1, 6, 5), nn.Conv2d(6, 16, 5))
+    assert TrainingConfig(1, precision="auto").settled(thin).precision == "float32"
+    assert TrainingConfig(1, precision="auto").settled(nn.Linear(4, 2)).precision == "bfloat16"  # no kernels for it
+
+
+def test_a_run_continues_in_the_precision_it_began_with(tmp_path, narrow):
+    """Also on a CPU where another one would be chosen."""
+
+    def trained(checkpoint=None, progress=None):
+        model = network()
+        config = TrainingConfig(epochs=2, lr=0.01, precision="auto", kernels="torch")
+        Trainer(model, loader(), config, checkpoint=checkpoint, progress=progress).run()
+        return weights(model)
+
+    narrow(True)
+    whole = trained()
+    with pytest.raises(StopError):
+        trained(tmp_path / "a.ckpt", StopAfter(4))
+    narrow(False)
+    assert_same(trained(tmp_path / "a.ckpt"), whole)
+    assert not torch.equal(trained()["0.weight"], whole["0.weight"])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch has deprecated
