@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 # For networks of a few thousand weights: nothing but the classes is asked of them, they train long, with dropout, and
 # ADMM brings the weights close to what is kept of them, as rho doubles in every epoch. What experience says of large
 # layers does not hold for those of a few hundred weights: a search finds their rates.
-TINY = ["--rounds", "5", "--admm-epochs", "7", "--distillation", "0", "--final-epochs", "80", "--final-lr", "5e-3"]
+TINY = ["--rounds", "5", "--admm-epochs", "7", "--distillation", "0", "--final-epochs", "300", "--final-lr", "5e-3"]
 TINY += ["--dropout", "0.1", "--search", "64", "--search-steps", "200"]
 SHRUNK = ["--structure", "element", "--method", "shrink", "--shrink-epochs", "60", "--distillation", "0"]
 SHRUNK += ["--final-epochs", "120", "--final-lr", "3e-3", "--precision", "float32"]
