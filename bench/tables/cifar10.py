@@ -92,7 +92,7 @@ SETTINGS = {
             "search": 64,
             "admm_epochs": 3,
             "retrain_epochs": 1,
-            "final_epochs": 24,
+            "final_epochs": 60,
             "admm_lr": 0.02,
             "retrain_lr": 0.05,
             "final_lr": 0.1,
