@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from autocompress_fast.search import quick_score as quick_score
     from autocompress_fast.shrink import Shrinkage as Shrinkage
     from autocompress_fast.shrink import ShrunkParameters as ShrunkParameters
+    from autocompress_fast.shrink_groups import GroupShrinkage as GroupShrinkage
+    from autocompress_fast.shrink_groups import ShrunkGroups as ShrunkGroups
+    from autocompress_fast.shrink_groups import largest_columns_left as largest_columns_left
     from autocompress_fast.training import Trainer as Trainer
     from autocompress_fast.training import TrainingConfig as TrainingConfig
     from autocompress_fast.training import evaluate as evaluate
@@ -68,6 +71,7 @@ _LAZY = {
     "Constraint": "admm",
     "Engine": "engine",
     "FileFormatError": "engine",
+    "GroupShrinkage": "shrink_groups",
     "LatencyModel": "latency",
     "LevelConstraint": "quantize",
     "FixedParameters": "plan",
@@ -79,6 +83,7 @@ _LAZY = {
     "RhoSchedule": "admm",
     "Search": "search",
     "Shrinkage": "shrink",
+    "ShrunkGroups": "shrink_groups",
     "ShrunkParameters": "shrink",
     "Target": "rates",
     "Trainer": "training",
@@ -90,6 +95,7 @@ _LAZY = {
     "compress": "pipeline",
     "evaluate": "training",
     "inspect": "graph",
+    "largest_columns_left": "shrink_groups",
     "load": "engine",
     "mask": "plan",
     "plot_search": "report",
@@ -109,6 +115,7 @@ __all__ = [
     "Engine",
     "FileFormatError",
     "FixedParameters",
+    "GroupShrinkage",
     "LatencyModel",
     "LevelConstraint",
     "LevelParameters",
@@ -119,6 +126,7 @@ __all__ = [
     "RhoSchedule",
     "Search",
     "Shrinkage",
+    "ShrunkGroups",
     "ShrunkParameters",
     "Target",
     "Trainer",
@@ -133,6 +141,7 @@ __all__ = [
     "engine",
     "evaluate",
     "inspect",
+    "largest_columns_left",
     "load",
     "mask",
     "models",

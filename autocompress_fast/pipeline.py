@@ -54,6 +54,7 @@ from autocompress_fast.quantize import LevelConstraint, snap
 from autocompress_fast.rates import STRUCTURES, Keep, Target, allocate, between, fill, relative, smallest
 from autocompress_fast.search import Found, Search, quick_score
 from autocompress_fast.shrink import Shrinkage, check_rates, epsilons, largest_left
+from autocompress_fast.shrink_groups import GroupShrinkage, largest_columns_left
 from autocompress_fast.training import Trainer, TrainingConfig, evaluate, evaluate_together
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ _BIT_TRIALS = 100  # of a search for bits, which trains nothing
 _SEARCH_BATCH = 4  # candidates of a search that are proposed together
 _TIMED_BATCHES = 8  # of a dry run
 _METHODS = ("admm", "shrink")
+_SHRINKING = ("element", "column", "filter+column")  # structures that may shrink
 _EACH_ROUND = 4.0  # rate, unless the recipe says how many rounds there are
 _AHEAD = 6.0  # rate from what there is: so far a search looks, where the target is not nearer and the round not longer
 _PORTIONS = (0.5, 0.8, 0.95, 1.0)  # of the weights of a layer, set to their levels one after the other
@@ -85,8 +87,9 @@ class Recipe:
         structure: what is pruned: "filter+column" (both at once), "filter-then-column" (the papers' order, two ADMM
             trainings a round), "filter", "column" or "element".
         method: "admm": the rates of the layers come from `search` or experience, and ADMM trains towards them; or
-            "shrink", for single weights (structure "element") and rates of weights or multiply-adds: weights shrink to
-            zero while the network trains (`ShrunkParameters`), which finds the rates by itself and goes further.
+            "shrink", for the structures "element", "column" and "filter+column" and for rates of weights or
+            multiply-adds: single weights (`ShrunkParameters`), or columns and channels (`ShrunkGroups`), shrink to zero
+            while the network trains, which finds the rates by itself.
         rounds: how many times to prune and compact; the steps become smaller, from 2 to 1 in the logarithm of the
             rate. None: as many as make it about 4x a round; with "shrink" one.
         search: how many candidates to try in every round for the rates of the layers (`acf.Search`), scored by the loss
@@ -188,8 +191,9 @@ class Recipe:
         if self.method not in _METHODS:
             raise ValueError(f"method must be {' or '.join(_METHODS)}, got {self.method!r}")
         if self.method == "shrink":
-            if self.structure != "element":
-                raise ValueError(f'method "shrink" is for the structure "element", got {self.structure!r}')
+            if self.structure not in _SHRINKING:
+                allowed = ", ".join(_SHRINKING)
+                raise ValueError(f'method "shrink" is for the structures {allowed}, got {self.structure!r}')
             if self.search or self.keep:
                 raise ValueError(
                     f'method "shrink" finds the rates by itself: give no search and no keep, got {self.search} '
@@ -683,10 +687,15 @@ def _shrunk(
     config = recipe.training("shrink", number)
     strength = next((row["strength"] for row in reversed(stages.history) if "strength" in row), None)
     steps = config.epochs * len(stages.loader)
-    epsilon = epsilons(run.report)  # of the network that was given: zeros would make it smaller
-    towards = Shrinkage.towards(now, part, steps=steps, dense=meter.dense, epsilon=epsilon, strength=strength)
+    towards: Shrinkage | GroupShrinkage
+    if recipe.structure == "element":
+        epsilon = epsilons(run.report)  # of the network that was given: zeros would make it smaller
+        towards = Shrinkage.towards(now, part, steps=steps, dense=meter.dense, epsilon=epsilon, strength=strength)
+    else:
+        towards = GroupShrinkage.towards(now, part, recipe.structure, steps=steps, dense=meter.dense, strength=strength)
     stages.run(small, f"round{number}.shrink", config, masks=masks, shrinkage=towards)
-    left = largest_left(inspect(small, run.example, exclude=sorted(run.report.held)), part, meter)
+    after = inspect(small, run.example, exclude=sorted(run.report.held))
+    left = (largest_left if recipe.structure == "element" else largest_columns_left)(after, part, meter)
     apply_masks(small, left)
     return left
 
@@ -961,7 +970,7 @@ class _Stages:
         masks: Plan | None = None,
         fixed: Mapping[str, torch.Tensor] | None = None,
         levels: Mapping[str, LevelConstraint] | None = None,
-        shrinkage: Shrinkage | None = None,
+        shrinkage: Shrinkage | GroupShrinkage | None = None,
     ) -> list[dict[str, Any]]:
         """One training, in place; its rows of the history."""
         rows = Trainer(
@@ -1002,8 +1011,8 @@ def _dry_run(
     epochs += 0 if recipe.bits is None else 2 * (1 + len(_PORTIONS)) * recipe.quantize_epochs + recipe.level_epochs
     epochs += 0 if recipe.activation_bits is None else recipe.activation_epochs
     if chosen:
-        trainings = rounds * len(_steps(chosen[-1][1], recipe.structure))
-        epochs += trainings * (recipe.shrink_epochs if recipe.method == "shrink" else recipe.admm_epochs)
+        steps = len(_steps(chosen[-1][1], recipe.structure))
+        epochs += rounds * (recipe.shrink_epochs if recipe.method == "shrink" else steps * recipe.admm_epochs)
         epochs += (rounds - 1) * recipe.retrain_epochs + recipe.final_epochs
     seconds = epochs * _epoch_seconds(model, loader, recipe)
     if recipe.search and chosen:

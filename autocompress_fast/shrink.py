@@ -19,9 +19,9 @@ left than the schedule allows, down otherwise, so that it fades where another li
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from autocompress_fast.admm import Constraint, projected
 from autocompress_fast.plan import Hooks, Plan
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Shrinkage", "ShrunkParameters", "check_rates", "epsilons", "largest_left"]
 
 _SHARE_OF_RMS = 0.1  # epsilon, of the size of a layer's weights
-_FIRST = 0.1  # strength at the beginning, of what it would take to hold the average weight at rest
 _LIMITED_AFTER = 0.8  # of the training: from then on the limits hold, and what is left settles
 _BEND = 3.0  # of the schedule: how much slower it becomes towards the limits; 1 for a constant rate
 _STEERINGS = 1000  # of the strengths, in a training, or as many as there are steps
@@ -146,9 +145,41 @@ class Shrinkage:
             >>> [round(shrinkage.allowed("params", 1000.0, step)) for step in (1, 2, 4, 6, 8, 10)]
             [219, 70, 18, 11, 10, 10]
         """
-        left = max(0.0, 1 - step / (_LIMITED_AFTER * self.steps))
-        limit = self.limits[size]
-        return limit if start <= limit else limit * (start / limit) ** (left**_BEND)
+        return allowed_after(step, self.steps, start, self.limits[size])
+
+    def attach(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, torch.Tensor] | None = None,
+    ) -> ShrunkParameters:
+        """`ShrunkParameters` of this."""
+        return ShrunkParameters(model, self, optimizer, state=state)
+
+    def described(self) -> dict[str, Any]:
+        """This, as plain numbers and strings."""
+        return asdict(self)
+
+
+class Scheduled(Protocol):
+    """What is limited, and when."""
+
+    @property
+    def limits(self) -> Mapping[str, float]: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def strength(self) -> Mapping[str, float] | None: ...
+
+    def allowed(self, size: str, start: float, step: int) -> float: ...
+
+
+def allowed_after(step: int, steps: int, start: float, limit: float) -> float:
+    """What may be left of a size after a step of a training: `start` to `limit`, fast at first."""
+    left = max(0.0, 1 - step / (_LIMITED_AFTER * steps))
+    return limit if start <= limit else limit * (start / limit) ** (left**_BEND)
 
 
 def check_rates(target: Target) -> None:
@@ -227,7 +258,113 @@ def largest_left(report: Report, target: Target, meter: Meter) -> Plan:
     return found
 
 
-class ShrunkParameters(Hooks):
+class Shrinking(Hooks):
+    """What shrinks after every step of an optimizer, with one strength for every size, steered to the limits.
+
+    Args:
+        shrinkage: limits, steps, and the strengths at the beginning.
+        optimizer: SGD, Adam or AdamW.
+        kept: tensors of the subclass, which belong to the state.
+        state: `state_dict()` of before, to go on from there.
+
+    Raises:
+        ValueError: another optimizer, a state of other sizes; nothing is changed then.
+    """
+
+    _first = 0.1  # strength at the beginning, of what it would take to hold what is average at rest
+
+    def __init__(
+        self,
+        shrinkage: Scheduled,
+        optimizer: torch.optim.Optimizer,
+        kept: Mapping[str, torch.Tensor],
+        state: Mapping[str, torch.Tensor] | None,
+    ) -> None:
+        import torch
+
+        if not isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam)):  # AdamW is an Adam
+            raise ValueError(f"weights shrink beside SGD, Adam or AdamW, got {type(optimizer).__name__}")
+        self._schedule = shrinkage
+        self._sizes = list(shrinkage.limits)
+        self._interval = max(1, shrinkage.steps // _STEERINGS)
+        self._steerings = shrinkage.steps / self._interval
+        start = [self._cost(size) for size in self._sizes]
+        strength = [0.0 if shrinkage.strength is None else shrinkage.strength[size] for size in self._sizes]
+        self._state = {
+            "step": torch.zeros((), dtype=torch.int64),
+            "start": torch.tensor(start, dtype=torch.float64),
+            "strength": torch.tensor(strength, dtype=torch.float64),
+            **kept,
+        }
+        if state is not None:
+            shapes, found = ({n: tuple(v.shape) for n, v in values.items()} for values in (self._state, state))
+            if shapes != found:
+                raise ValueError(f"the state must have the shapes {shapes}, got {found}")
+            for name, value in state.items():
+                self._state[name].copy_(value)
+
+        def after_step(*_: object) -> None:
+            self._step(optimizer)
+
+        self._handles: list[Any] = [optimizer.register_step_post_hook(after_step)]
+
+    @property
+    def strength(self) -> dict[str, float]:
+        """Lambda of every size, for a weight of its average cost."""
+        return dict(zip(self._sizes, self._state["strength"].tolist(), strict=True))
+
+    @property
+    def left(self) -> int:
+        """Number of weights that are left, of the layers that shrink."""
+        raise NotImplementedError
+
+    def measure(self, x: torch.Tensor) -> None:
+        """Look at a batch before the step that it is trained on: needed where the model is compiled."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Steps so far, costs at the beginning, strengths and the like; they change as the training goes on."""
+        return self._state
+
+    def _cost(self, size: str) -> float:
+        """What all that is left costs."""
+        raise NotImplementedError
+
+    def _at_rest(self) -> float:
+        """The lambda for which what is average would be at rest with the gradient that it has."""
+        raise NotImplementedError
+
+    def _shrink(self, rates: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+        """The proximal step; `rates` has the optimizer's options by the parameters' ids."""
+        raise NotImplementedError
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        import torch
+
+        strengths = self._state["strength"]
+        if not bool(strengths.any()):
+            strengths.fill_(max(self._first * self._at_rest() / len(strengths), _WEAKEST))
+        rates = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        with torch.no_grad():
+            self._shrink(rates, optimizer)
+        self._state["step"] += 1
+        step = int(self._state["step"])
+        if step % self._interval == 0:
+            self._steer(step)
+
+    def _excess(self, index: int, size: str, step: int) -> float:
+        """By how much too much is left after a step, as a logarithm."""
+        allowed = self._schedule.allowed(size, float(self._state["start"][index]), step)
+        return math.log(max(self._cost(size), 1e-9) / allowed)
+
+    def _steer(self, step: int) -> None:
+        for index, size in enumerate(self._sizes):
+            excess = self._excess(index, size, step)
+            most = _MOST_STEERED / self._steerings
+            change = min(max(min(1.0, _GAIN / self._steerings) * excess, -most), most)
+            self._state["strength"][index] = max(float(self._state["strength"][index]) * math.exp(change), _WEAKEST)
+
+
+class ShrunkParameters(Shrinking):
     """Shrinks weights of a model after every step of its optimizer, until what is left meets the limits.
 
     Use as a context, or call `remove` when done. The weights that are left at the end cost what the limits allow, less
@@ -268,53 +405,16 @@ class ShrunkParameters(Hooks):
         *,
         state: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        import torch
-
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name in shrinkage.layers:
-            if f"{name}.weight" not in parameters:
-                raise ValueError(f"weights are to shrink in {name!r}, which is no layer with a weight")
-        if not isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam)):  # AdamW is an Adam
-            raise ValueError(f"weights shrink beside SGD, Adam or AdamW, got {type(optimizer).__name__}")
+        self._weights = weights_of(model, shrinkage.layers)
         self.shrinkage = shrinkage
-        self._weights = {name: parameters[f"{name}.weight"] for name in shrinkage.layers}
-        self._sizes = list(shrinkage.limits)
-        self._interval = max(1, shrinkage.steps // _STEERINGS)
-        self._steerings = shrinkage.steps / self._interval
         # A size's strength is that for a weight of average cost: strengths of different sizes compare.
         self._shares = {size: self._share(costs) for size, costs in shrinkage.costs.items()}
-        start = [self._cost(size) for size in self._sizes]
-        strength = [0.0 if shrinkage.strength is None else shrinkage.strength[size] for size in self._sizes]
-        self._state = {
-            "step": torch.zeros((), dtype=torch.int64),
-            "start": torch.tensor(start, dtype=torch.float64),
-            "strength": torch.tensor(strength, dtype=torch.float64),
-        }
-        if state is not None:
-            shapes, found = ({n: tuple(v.shape) for n, v in values.items()} for values in (self._state, state))
-            if shapes != found:
-                raise ValueError(f"the state must have the shapes {shapes}, got {found}")
-            for name, value in state.items():
-                self._state[name].copy_(value)
-
-        def after_step(*_: object) -> None:
-            self._step(optimizer)
-
-        self._handles = [optimizer.register_step_post_hook(after_step)]
-
-    @property
-    def strength(self) -> dict[str, float]:
-        """Lambda of every size, for a weight of its average cost."""
-        return dict(zip(self._sizes, self._state["strength"].tolist(), strict=True))
+        super().__init__(shrinkage, optimizer, {}, state)
 
     @property
     def left(self) -> int:
         """Number of weights that are not zero, of the layers that shrink."""
         return sum(int(weight.count_nonzero()) for weight in self._weights.values())
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Steps so far, costs at the beginning and strengths; they change as the training goes on."""
-        return self._state
 
     def _share(self, costs: Mapping[str, float]) -> dict[str, float]:
         counts = {name: self._weights[name].numel() for name in costs}
@@ -325,37 +425,19 @@ class ShrunkParameters(Hooks):
         costs = self.shrinkage.costs[size]
         return sum(cost * int(self._weights[name].count_nonzero()) for name, cost in costs.items())
 
-    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _shrink(self, rates: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> None:
         import torch
 
-        strengths = self._state["strength"]
-        if not bool(strengths.any()):
-            strengths.fill_(max(_FIRST * self._at_rest() / len(strengths), _WEAKEST))
-        rates = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         each = self.strength
-        with torch.no_grad():
-            for name, weight in self._weights.items():
-                strength = sum(each[size] * shares[name] for size, shares in self._shares.items() if name in shares)
-                moved = _moved_per_gradient(rates[id(weight)], optimizer.state[weight])
-                magnitude = weight.abs()
-                pull = (strength * moved) / (magnitude + self.shrinkage.epsilon[name])
-                # Adding zero makes +0 of -0.
-                weight.copy_(torch.copysign(magnitude.sub_(pull).clamp_(min=0), weight).add_(0.0))
-        self._state["step"] += 1
-        step = int(self._state["step"])
-        if step % self._interval == 0:
-            self._steer(step)
-
-    def _steer(self, step: int) -> None:
-        for index, size in enumerate(self._sizes):
-            allowed = self.shrinkage.allowed(size, float(self._state["start"][index]), step)
-            excess = math.log(max(self._cost(size), 1e-9) / allowed)
-            most = _MOST_STEERED / self._steerings
-            change = min(max(min(1.0, _GAIN / self._steerings) * excess, -most), most)
-            self._state["strength"][index] = max(float(self._state["strength"][index]) * math.exp(change), _WEAKEST)
+        for name, weight in self._weights.items():
+            strength = sum(each[size] * shares[name] for size, shares in self._shares.items() if name in shares)
+            moved = moved_per_gradient(rates[id(weight)], optimizer.state[weight])
+            magnitude = weight.abs()
+            pull = (strength * moved) / (magnitude + self.shrinkage.epsilon[name])
+            # Adding zero makes +0 of -0.
+            weight.copy_(torch.copysign(magnitude.sub_(pull).clamp_(min=0), weight).add_(0.0))
 
     def _at_rest(self) -> float:
-        """The lambda for which the average weight would be at rest with the gradient that it has."""
         total = count = 0.0
         for name, weight in self._weights.items():
             if weight.grad is not None:
@@ -365,10 +447,26 @@ class ShrunkParameters(Hooks):
         return total / max(count, 1.0)
 
 
-def _moved_per_gradient(group: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> torch.Tensor | float:
-    """How far the optimizer moves a weight for one unit of a gradient that lasts."""
+def weights_of(model: torch.nn.Module, layers: Iterable[str]) -> dict[str, torch.nn.Parameter]:
+    """The weights of layers.
+
+    Raises:
+        ValueError: the model does not have one of them.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in layers:
+        if f"{name}.weight" not in parameters:
+            raise ValueError(f"weights are to shrink in {name!r}, which is no layer with a weight")
+    return {name: parameters[f"{name}.weight"] for name in layers}
+
+
+def moved_per_gradient(
+    group: Mapping[str, Any], state: Mapping[str, torch.Tensor], *, of_columns: bool = False
+) -> torch.Tensor | float:
+    """How far the optimizer moves a weight, or all of a column, for one unit of a gradient that lasts."""
     if "exp_avg_sq" not in state:
         return float(group["lr"] / (1 - group.get("momentum", 0.0)))
     unbiased = math.sqrt(1 - group["betas"][1] ** float(state["step"]))
-    moved: torch.Tensor = group["lr"] / (state["exp_avg_sq"].sqrt() / unbiased + group["eps"])
+    square = state["exp_avg_sq"].mean(dim=0) if of_columns else state["exp_avg_sq"]
+    moved: torch.Tensor = group["lr"] / (square.sqrt() / unbiased + group["eps"])
     return moved

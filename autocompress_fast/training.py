@@ -33,7 +33,8 @@ from autocompress_fast.data import Batches, BatchLoader
 from autocompress_fast.plan import FixedParameters, MaskedParameters, Plan
 from autocompress_fast.progress import Progress
 from autocompress_fast.quantize import LevelConstraint, LevelParameters
-from autocompress_fast.shrink import Shrinkage, ShrunkParameters
+from autocompress_fast.shrink import Shrinkage, Shrinking
+from autocompress_fast.shrink_groups import GroupShrinkage
 
 __all__ = ["Evaluation", "Trainer", "TrainingConfig", "evaluate", "evaluate_together", "recalibrate"]
 
@@ -292,7 +293,7 @@ class Trainer:
         plan: Plan | None = None,
         fixed: Mapping[str, torch.Tensor] | None = None,
         levels: Mapping[str, LevelConstraint] | None = None,
-        shrinkage: Shrinkage | None = None,
+        shrinkage: Shrinkage | GroupShrinkage | None = None,
         checkpoint: Path | None = None,
         log: Path | None = None,
         name: str = "training",
@@ -309,7 +310,7 @@ class Trainer:
         self.levels = levels or {}
         self._levels: Mapping[str, torch.Tensor] | None = None  # the state of a LevelParameters
         self.shrinkage = shrinkage
-        self._shrunk: ShrunkParameters | None = None
+        self._shrunk: Shrinking | None = None
         self._shrunk_state: Mapping[str, torch.Tensor] | None = None
         self.checkpoint, self.log, self.name = checkpoint, log, name
         self.progress = progress or Progress()
@@ -349,9 +350,7 @@ class Trainer:
             self._levels = levels.state_dict()
             shrunk: AbstractContextManager[Any] = nullcontext()
             if self.shrinkage is not None:
-                shrunk = self._shrunk = ShrunkParameters(
-                    self.model, self.shrinkage, self.optimizer, state=self._shrunk_state
-                )
+                shrunk = self._shrunk = self.shrinkage.attach(self.model, self.optimizer, self._shrunk_state)
                 self._shrunk_state = self._shrunk.state_dict()
             with masks, fixed, levels, shrunk, _dropout(self.model, self.config.dropout):
                 for epoch in range(done, self.config.epochs):
@@ -412,6 +411,8 @@ class Trainer:
             group["lr"] = rate
         if self.config.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
+        if self._shrunk is not None and self.config.compile:
+            self._shrunk.measure(x)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"), self._kernels:
             logits = self._forward(x)
             if self.teacher is not None and expected is None:
@@ -476,7 +477,7 @@ class Trainer:
         if self.levels:
             described["levels"] = {name: asdict(constraint) for name, constraint in self.levels.items()}
         if self.shrinkage is not None:
-            described["shrinkage"] = asdict(self.shrinkage)
+            described["shrinkage"] = self.shrinkage.described()
         if self.fixed:
             digest = hashlib.sha256()
             for name, stays in self.fixed.items():

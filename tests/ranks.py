@@ -1,4 +1,4 @@
-"""A small training under ADMM and then under masks, in one process or on the ranks of torchrun.
+"""Small trainings, in one process or on the ranks of torchrun: under ADMM and then masks, and of channels that shrink.
 
 test_own_loop.py starts it as a program on two ranks, and compares what they leave in a folder.
 """
@@ -122,6 +122,21 @@ def train(
     return found | {f"mask {name}": torch.from_numpy(kept) for name, kept in plan.masks().items()}
 
 
+def shrunk(model: nn.Module, inner: nn.Module, *, part: slice, ranks: bool) -> dict[str, torch.Tensor]:
+    """Train while columns and channels shrink; returns weights, and what each layer was found to read."""
+    report = acf.inspect(inner, torch.zeros(1, 2, 7, 7, dtype=torch.float64))
+    shrinkage = acf.GroupShrinkage.towards(report, acf.Target(params=3), steps=32)
+    optimizer = torch.optim.Adam(inner.parameters(), 0.01)
+    with acf.ShrunkGroups(inner, shrinkage, optimizer, ranks=ranks) as shrinking:
+        for number in range(32):
+            x, y = (value[part] for value in batch(number, torch.float64))
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        found = {f"state {name}": value.clone() for name, value in shrinking.state_dict().items()}
+    return found | {f"weight {name}": value.detach().clone() for name, value in inner.named_parameters()}
+
+
 def on_a_rank(folder: Path) -> None:
     """Every run, begun with other weights on every rank, and what is said of mistakes."""
     torch.set_num_threads(1)
@@ -131,6 +146,10 @@ def on_a_rank(folder: Path) -> None:
         inner = network(rank, **{key: options[key] for key in ("dtype", "norm") if key in options})
         found = train(DistributedDataParallel(inner, **wrapping), inner, part=slice(rank, None, ranks), **options)
         torch.save(found, folder / f"{name}.{rank}.pt")
+    for alike in (True, False):
+        inner = network(rank)
+        found = shrunk(DistributedDataParallel(inner), inner, part=slice(rank, None, ranks), ranks=alike)
+        torch.save(found, folder / f"shrunk {alike}.{rank}.pt")
     (folder / f"said.{rank}.json").write_text(json.dumps(list(mistakes(rank))))
     (folder / f"searched.{rank}.json").write_text(json.dumps(list(searches(rank, folder))))
     dist.destroy_process_group()

@@ -211,6 +211,15 @@ def test_a_search_is_spread_over_the_ranks(two_ranks):
     assert len((two_ranks / "ranks.jsonl").read_text().splitlines()) == 1 + 24
 
 
+@gloo
+def test_channels_shrink_alike_on_all_ranks(two_ranks):
+    first, second = (torch.load(two_ranks / f"shrunk True.{rank}.pt") for rank in (0, 1))
+    assert_same(first, second)
+    assert any((value == 0).any() for name, value in first.items() if name.startswith("weight "))
+    first, second = (torch.load(two_ranks / f"shrunk False.{rank}.pt") for rank in (0, 1))
+    assert not torch.equal(first["state reads.wide"], second["state reads.wide"])
+
+
 def test_a_search_on_ranks_needs_them():
     with pytest.raises(RuntimeError, match=r"needs torch\.distributed: call init_process_group first"):
         ranks.searching(lambda _: 0.0, workers="ranks").run(2)
@@ -231,7 +240,7 @@ def test_the_code_of_the_page_runs(monkeypatch, tmp_path, capsys):
     names = {}
     for number, block in enumerate(loops, 1):
         exec(compile(block, f"docs/own-loop.md, block {number}", "exec"), names)
-    assert number == 4
+    assert number == 5
     capsys.readouterr()
     if dist.is_available() and dist.is_gloo_available():
         (tmp_path / "train.py").write_text(program)

@@ -361,15 +361,19 @@ def levelled(trained, tmp_path_factory) -> tuple[Result, Path]:
 
 
 SHRINKING = variant(structure="element", method="shrink", rounds=None, shrink_epochs=20, shrink_lr=3e-3)
+SHRINKING_GROUPS = dataclasses.replace(SHRINKING, structure="filter+column", shrink_epochs=120, shrink_lr=1e-2)
 
 
+@pytest.mark.parametrize("structure", ["element", "column", "filter+column"])
 @pytest.mark.parametrize(("target", "rounds"), [("4x", None), ("10x", 2), ("conv=3,params=8,macs=5", None)])
-def test_weights_shrink_until_the_target_is_met(trained, target, rounds):
-    recipe = dataclasses.replace(SHRINKING, rounds=rounds)
+def test_weights_shrink_until_the_target_is_met(trained, target, rounds, structure):
+    recipe = SHRINKING if structure == "element" else SHRINKING_GROUPS
+    recipe = dataclasses.replace(recipe, rounds=rounds, structure=structure)
     result = run(trained, target=target, recipe=recipe)
     goal = Target.parse(target)
     assert goal.met(result.dense, result.small)
-    assert goal.excess(result.dense, result.small) > -0.25  # what was dead cannot come back
+    # What was dead cannot come back; a column, and what dies with it, is a large part of a network that small.
+    assert goal.excess(result.dense, result.small) > (-0.25 if structure == "element" else -1.0)
     assert result.max_difference < 1e-5
     stages = list(dict.fromkeys(row["stage"] for row in result.history))
     last = rounds or 1
@@ -379,11 +383,12 @@ def test_weights_shrink_until_the_target_is_met(trained, target, rounds):
     assert [row["left"] for row in result.history if row["stage"] == f"round{last}.shrink"][-1] >= result.small.params
     assert result.accuracy["final"] > 60
     for name, layer in result.plan.items():
-        assert layer.elements is not None, name
+        assert (layer.elements is not None) == (structure == "element"), name
 
 
-def test_a_run_killed_while_weights_shrink_ends_as_one_that_was_not(trained, tmp_path):
-    recipe = dataclasses.replace(SHRINKING, rounds=2, shrink_epochs=2, final_epochs=1)
+@pytest.mark.parametrize("structure", ["element", "filter+column"])
+def test_a_run_killed_while_weights_shrink_ends_as_one_that_was_not(trained, tmp_path, structure):
+    recipe = dataclasses.replace(SHRINKING, rounds=2, shrink_epochs=2, final_epochs=1, structure=structure)
     whole = run(trained, target="6x", recipe=recipe)
     for steps in (5, 40, 70, 120):
         with contextlib.suppress(StopError):
@@ -955,7 +960,10 @@ def test_targets_out_of_reach_are_refused_before_anything_is_written(trained, tm
         ({"precision": "float16"}, "precision must be one of auto, float32, bfloat16, got 'float16'"),
         ({"rounds": 0}, "rounds must be 1 or more"),
         ({"method": "magnitude"}, "method must be admm or shrink, got 'magnitude'"),
-        ({"method": "shrink"}, "is for the structure \"element\", got 'filter\\+column'"),
+        (
+            {"method": "shrink", "structure": "filter"},
+            "for the structures element, column, filter\\+column, got 'filter'",
+        ),
         ({"method": "shrink", "structure": "element", "search": 5}, "give no search and no keep, got 5"),
         ({"method": "shrink", "structure": "element", "keep": {"0": 0.5}}, "give no search and no keep, got 0"),
         ({"shrink_epochs": 0}, "shrink_epochs must be 1 or more"),

@@ -136,7 +136,7 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; train and write nothing.")] = False,
     method: Annotated[
         str | None,
-        typer.Option(help="admm, or shrink for single weights (element), which finds the rates while it trains."),
+        typer.Option(help="admm, or shrink (element, column, filter+column), which finds the rates while it trains."),
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="How many times to prune and compact.")] = None,
     search: Annotated[
