@@ -145,7 +145,7 @@ class Shrinkage:
             >>> [round(shrinkage.allowed("params", 1000.0, step)) for step in (1, 2, 4, 6, 8, 10)]
             [219, 70, 18, 11, 10, 10]
         """
-        return allowed_after(step, self.steps, start, self.limits[size])
+        return allowed_after(step, self.steps, start, self.limits[size], _BEND)
 
     def attach(
         self,
@@ -176,10 +176,10 @@ class Scheduled(Protocol):
     def allowed(self, size: str, start: float, step: int) -> float: ...
 
 
-def allowed_after(step: int, steps: int, start: float, limit: float) -> float:
-    """What may be left of a size after a step of a training: `start` to `limit`, fast at first."""
+def allowed_after(step: int, steps: int, start: float, limit: float, bend: float) -> float:
+    """What may be left of a size after a step of a training: `start` to `limit`, at a rate that falls with `bend`."""
     left = max(0.0, 1 - step / (_LIMITED_AFTER * steps))
-    return limit if start <= limit else limit * (start / limit) ** (left**_BEND)
+    return limit if start <= limit else limit * (start / limit) ** (left**bend)
 
 
 def check_rates(target: Target) -> None:
@@ -272,6 +272,7 @@ class Shrinking(Hooks):
     """
 
     _first = 0.1  # strength at the beginning, of what it would take to hold what is average at rest
+    _damping = 0.0  # how a strength answers to changes of the excess, as a power
 
     def __init__(
         self,
@@ -294,6 +295,7 @@ class Shrinking(Hooks):
             "step": torch.zeros((), dtype=torch.int64),
             "start": torch.tensor(start, dtype=torch.float64),
             "strength": torch.tensor(strength, dtype=torch.float64),
+            "excess": torch.zeros(len(start), dtype=torch.float64),
             **kept,
         }
         if state is not None:
@@ -361,6 +363,8 @@ class Shrinking(Hooks):
             excess = self._excess(index, size, step)
             most = _MOST_STEERED / self._steerings
             change = min(max(min(1.0, _GAIN / self._steerings) * excess, -most), most)
+            change += self._damping * (excess - float(self._state["excess"][index]))
+            self._state["excess"][index] = excess
             self._state["strength"][index] = max(float(self._state["strength"][index]) * math.exp(change), _WEAKEST)
 
 

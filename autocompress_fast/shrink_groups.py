@@ -48,6 +48,7 @@ __all__ = ["GroupShrinkage", "ShrunkGroups", "largest_columns_left"]
 _SHARE_OF_RMS = 0.1  # epsilon, of the contributions of a layer's columns at the beginning
 _MEASURED_EVERY = 10  # steps: what layers read
 _REMEMBERED = 0.9  # of what was measured before
+_BEND = 2.0  # of the schedule; groups are few and alike, and go all at once if they are hurried
 _HALF = 5.0  # epsilons of a column that counts half
 _LIVES = -1  # the group of channels and filters that cannot be cut
 _SHARE_FOUND = 2.0**-20  # how exactly
@@ -158,7 +159,7 @@ class GroupShrinkage:
 
     def allowed(self, size: str, start: float, step: int) -> float:
         """What all weights may cost after a step, counted from 1: from `start` to the limit, fast at first."""
-        return allowed_after(step, self.steps, start, self.limits[size])
+        return allowed_after(step, self.steps, start, self.limits[size], _BEND)
 
     def attach(
         self,
@@ -288,6 +289,7 @@ class ShrunkGroups(Shrinking):
     """
 
     _first = 0.005  # gradients of a batch are mostly noise, which does not add up over a column
+    _damping = 4.0  # columns that are on their way to zero do not turn at once
 
     def __init__(
         self,
@@ -480,7 +482,11 @@ class ShrunkGroups(Shrinking):
         for name, factor in factors.items():
             factor = factor * self._along(name, whole[self._channels[name] % groups])
             factor.view(-1)[largest[name]] = 1.0  # a network that is cut through learns no more
-            self._weights[name].mul_(factor).add_(0.0)  # makes +0 of -0
+            # Before a normalisation only the shares of columns matter, but smaller weights are moved further by a step.
+            weight = self._weights[name]
+            before = weight.norm()
+            weight.mul_(factor)
+            weight.mul_(before / weight.norm().clamp_min(1e-30)).add_(0.0)  # makes +0 of -0
 
 
 def _factor(pull: torch.Tensor, size: torch.Tensor, epsilon: torch.Tensor | float) -> torch.Tensor:

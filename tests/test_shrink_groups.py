@@ -115,6 +115,7 @@ def expected_step(moved, before, shrinkage, strength, reads, epsilons):
                 after[name][:, layers[name].channels == group] *= max(0.0, 1 - less / size)
     for name, place in largest.items():  # the largest column of a layer stays
         after[name][(slice(None), *place)] = before[name][(slice(None), *place)]
+        after[name] *= np.linalg.norm(before[name]) / np.linalg.norm(after[name])  # and every layer as large as it was
     return after
 
 
