@@ -353,15 +353,18 @@ class Shrinking(Hooks):
         if step % self._interval == 0:
             self._steer(step)
 
-    def _excess(self, index: int, size: str, step: int) -> float:
-        """By how much too much is left after a step, as a logarithm."""
-        allowed = self._schedule.allowed(size, float(self._state["start"][index]), step)
-        return math.log(max(self._cost(size), 1e-9) / allowed)
+    def _excesses(self, step: int) -> list[float]:
+        """By how much too much is left of every size after a step, as logarithms."""
+        allowed = self._allowed(step)
+        return [math.log(max(self._cost(size), 1e-9) / most) for size, most in zip(self._sizes, allowed, strict=True)]
+
+    def _allowed(self, step: int) -> list[float]:
+        starts = zip(self._sizes, self._state["start"].tolist(), strict=True)
+        return [self._schedule.allowed(size, start, step) for size, start in starts]
 
     def _steer(self, step: int) -> None:
-        for index, size in enumerate(self._sizes):
-            excess = self._excess(index, size, step)
-            most = _MOST_STEERED / self._steerings
+        most = _MOST_STEERED / self._steerings
+        for index, excess in enumerate(self._excesses(step)):
             change = min(max(min(1.0, _GAIN / self._steerings) * excess, -most), most)
             change += self._damping * (excess - float(self._state["excess"][index]))
             self._state["excess"][index] = excess

@@ -328,7 +328,7 @@ class ShrunkGroups(Shrinking):
     @property
     def left(self) -> int:
         """Number of weights that are left: columns times filters, of the layers that shrink."""
-        filters, columns = self._alive()
+        filters, columns = self._alive(self._norms())
         return sum(filters[name] * columns[name] for name in self._layers)
 
     def measure(self, x: torch.Tensor) -> None:
@@ -368,44 +368,49 @@ class ShrunkGroups(Shrinking):
 
         return hook
 
-    def _alive(self) -> tuple[dict[str, int], dict[str, int]]:
+    def _norms(self) -> dict[str, torch.Tensor]:
+        """|w| of the columns of every layer, (C, KH, KW)."""
+        return {name: weight.detach().square().sum(dim=0).sqrt() for name, weight in self._weights.items()}
+
+    def _alive(self, norms: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], dict[str, int]]:
         """Filters and columns of every layer that are left."""
         import torch
 
         read = torch.zeros(self.shrinkage.groups + 1, dtype=torch.bool, device=self._device)  # the last: _LIVES
         columns = {name: math.prod(layer.shape[1:]) for name, layer in self.shrinkage.layers.items()}
-        with torch.no_grad():
-            for name in self._layers:
-                nonzero = (self._weights[name] != 0).any(dim=0).reshape(len(self._channels[name]), -1)
-                columns[name] = int(nonzero.sum())
-                read[self._channels[name][nonzero.any(dim=1)]] = True
+        for name, norm in norms.items():
+            nonzero = (norm > 0).reshape(len(self._channels[name]), -1)
+            columns[name] = int(nonzero.sum())
+            read[self._channels[name][nonzero.any(dim=1)]] = True
         read[_LIVES] = True
         return {name: int(read[groups].sum()) for name, groups in self._filters.items()}, columns
 
-    def _cost(self, size: str) -> float:
-        filters, columns = self._alive()
+    def _total(self, size: str, filters: Mapping[str, int], columns: Mapping[str, float]) -> float:
         layers = self.shrinkage.layers.items()
         return sum(x.costs[size] * filters[name] * columns[name] for name, x in layers if size in x.costs)
 
-    def _large(self, size: str) -> float:
-        """What is left costs, where a column counts the less the smaller it is: falls before any is zero."""
-        filters, columns = self._alive()
-        total = 0.0
-        epsilons = dict(zip(self._layers, self._state["epsilon"].tolist(), strict=True))
-        for name, layer in self.shrinkage.layers.items():
-            if size in layer.costs:
-                count: float = columns[name]
-                if layer.shrinks:
-                    contributions = self._contributions(name)[1].double()
-                    count = float((contributions / (contributions + _HALF * epsilons[name])).sum())
-                total += layer.costs[size] * filters[name] * count
-        return total
+    def _cost(self, size: str) -> float:
+        return self._total(size, *self._alive(self._norms()))
 
-    def _excess(self, index: int, size: str, step: int) -> float:
+    def _large(self, columns: Mapping[str, float], norms: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """The columns of every layer, where each counts the less the smaller it is: falls before any is zero."""
+        large = dict(columns)
+        for name, epsilon in zip(self._layers, self._state["epsilon"].tolist(), strict=True):
+            contributions = (self._reads(name) * norms[name]).double()
+            large[name] = float((contributions / (contributions + _HALF * epsilon)).sum())
+        return large
+
+    def _excesses(self, step: int) -> list[float]:
         # Groups are few and alike: they would all go at once if strengths rose until the first of them are zero.
-        start, large = float(self._state["start"][index]), float(self._state["large"][index])
-        ahead = max(self._large(size), 1e-9) / large * start
-        return min(super()._excess(index, size, step), math.log(ahead / self.shrinkage.allowed(size, start, step)))
+        norms = self._norms()
+        filters, columns = self._alive(norms)
+        large = self._large(columns, norms)
+        found = []
+        for index, (size, most) in enumerate(zip(self._sizes, self._allowed(step), strict=True)):
+            ahead = self._total(size, filters, large) / float(self._state["large"][index])
+            left = min(self._total(size, filters, columns), ahead * float(self._state["start"][index]))
+            found.append(math.log(max(left, 1e-9) / most))
+        return found
 
     def _each(self, name: str) -> float:
         """What one weight of a layer costs, by all strengths."""
@@ -416,30 +421,31 @@ class ShrunkGroups(Shrinking):
         """(C,) as (C, 1, ...), beside the columns (C, KH, KW) of a layer."""
         return values.reshape(-1, *[1] * (len(self._layers[name].shape) - 2))
 
-    def _contributions(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """a, and a |w| of the columns of a layer."""
+    def _reads(self, name: str) -> torch.Tensor:
+        """What every channel carries, beside the columns of a layer."""
         reads = self._along(name, self._state[f"reads.{name}"])
-        if not bool(reads.any()):  # nothing went through it yet
-            reads = reads + 1.0
-        return reads, reads * self._weights[name].detach().square().sum(dim=0).sqrt()
+        return reads if bool(reads.any()) else reads + 1.0  # nothing went through it yet
 
-    def _set_epsilons(self) -> None:
+    def _set_epsilons(self, norms: Mapping[str, torch.Tensor]) -> None:
         for index, name in enumerate(self._layers):
-            size = float(self._contributions(name)[1].double().square().mean().sqrt())
+            size = float((self._reads(name) * norms[name]).double().square().mean().sqrt())
             self._state["epsilon"][index] = _SHARE_OF_RMS * size or _SHARE_OF_RMS
-        for index, name in enumerate(self._sizes):
-            self._state["large"][index] = self._large(name)
+        filters, columns = self._alive(norms)
+        large = self._large(columns, norms)
+        for index, size_name in enumerate(self._sizes):
+            self._state["large"][index] = self._total(size_name, filters, large)
 
     def _at_rest(self) -> float:
-        self._set_epsilons()
-        filters, _ = self._alive()
+        norms = self._norms()
+        self._set_epsilons(norms)
+        filters, _ = self._alive(norms)
         total = count = 0.0
         for name, epsilon in zip(self._layers, self._state["epsilon"].tolist(), strict=True):
             gradient = self._weights[name].grad
             if gradient is not None:
-                reads, size = self._contributions(name)
+                reads = self._reads(name)
                 along = gradient.square().sum(dim=0).sqrt()
-                worth = along * (size + epsilon) / reads.clamp_min(1e-12)
+                worth = along * (reads * norms[name] + epsilon) / reads.clamp_min(1e-12)
                 total += float(worth.double().sum()) / max(filters[name], 1)
                 count += worth.numel()
         return total / max(count, 1.0)
@@ -455,38 +461,40 @@ class ShrunkGroups(Shrinking):
     def _shrink(self, rates: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> None:
         import torch
 
+        norms = self._norms()
         if not bool(self._state["epsilon"].any()):
-            self._set_epsilons()
-        filters, columns = self._alive()
+            self._set_epsilons(norms)
+        filters, columns = self._alive(norms)
+        each = {name: self._each(name) for name in self._filters}
         groups = self.shrinkage.groups + 1
         zeros = functools.partial(torch.zeros, groups, device=self._device)
         cost = zeros()  # of a channel
         for name, of in self._filters.items():
-            cost.index_add_(0, of % groups, torch.full_like(of, columns[name] * self._each(name), dtype=torch.float32))
+            cost.index_add_(0, of % groups, torch.full_like(of, columns[name] * each[name], dtype=torch.float32))
         square, pull, epsilon = zeros(), zeros(), zeros()
         factors, largest = {}, {}
         for name, small in zip(self._layers, self._state["epsilon"].tolist(), strict=True):
-            weight, of = self._weights[name], self._channels[name] % groups
-            reads, size = self._contributions(name)
+            weight, of, reads = self._weights[name], self._channels[name] % groups, self._reads(name)
+            size = reads * norms[name]
             moved = moved_per_gradient(rates[id(weight)], optimizer.state[weight], of_columns=True)
             pulled = reads.square() * moved * torch.ones_like(size)  # of a |w|, by a penalty of 1 for one unit of it
-            factors[name] = _factor(pulled * filters[name] * self._each(name), size, small)
+            factors[name] = _factor(pulled * (filters[name] * each[name]), size, small)
             largest[name] = int(size.argmax())
             of_channel = [values.float().reshape(len(of), -1) for values in (size.square(), pulled)]
-            square.index_add_(0, of, of_channel[0].sum(dim=1))
+            squares = of_channel[0].sum(dim=1)
+            square.index_add_(0, of, squares)
             pull.index_add_(0, of, (of_channel[0] * of_channel[1]).sum(dim=1))
-            epsilon.index_add_(0, of, of_channel[0].sum(dim=1) * small)
+            epsilon.index_add_(0, of, squares * small)
         share = square.clamp_min(1e-30)  # means over a channel's columns, by how much of it each is
         whole = _factor(pull / share * cost, square.sqrt(), epsilon / share)
         whole[_LIVES] = 1.0
         for name, factor in factors.items():
             factor = factor * self._along(name, whole[self._channels[name] % groups])
             factor.view(-1)[largest[name]] = 1.0  # a network that is cut through learns no more
-            # Before a normalisation only the shares of columns matter, but smaller weights are moved further by a step.
-            weight = self._weights[name]
-            before = weight.norm()
-            weight.mul_(factor)
-            weight.mul_(before / weight.norm().clamp_min(1e-30)).add_(0.0)  # makes +0 of -0
+            # Before a normalisation only the shares of columns matter, but smaller weights are moved further by a step:
+            # the layer stays as large as it was.
+            before, after = norms[name].norm(), (norms[name] * factor).norm()
+            self._weights[name].mul_(factor * (before / after.clamp_min(1e-30))).add_(0.0)  # makes +0 of -0
 
 
 def _factor(pull: torch.Tensor, size: torch.Tensor, epsilon: torch.Tensor | float) -> torch.Tensor:

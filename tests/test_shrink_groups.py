@@ -180,7 +180,8 @@ def test_a_contribution_is_the_same_however_layers_share_the_scale():
         shrinkage = GroupShrinkage.towards(inspect(model, x[:1]), Target(params=2), steps=10)
         with ShrunkGroups(model, shrinkage, optimizer_of("adam", model)) as shrunk:
             model(x)
-            sizes.append({name: shrunk._contributions(name)[1] for name in ("a", "b", "c", "d")})
+            norms = shrunk._norms()
+            sizes.append({name: shrunk._reads(name) * norms[name] for name in ("a", "b", "c", "d")})
             for name in ("a", "b"):  # contribute to what is as many times as large
                 sizes[-1][name] /= scale
     for name, size in sizes[0].items():
