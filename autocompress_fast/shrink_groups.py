@@ -289,7 +289,7 @@ class ShrunkGroups(Shrinking):
     """
 
     _first = 0.005  # gradients of a batch are mostly noise, which does not add up over a column
-    _damping = 4.0  # columns that are on their way to zero do not turn at once
+    _damping = 2.0  # columns that are on their way to zero do not turn at once
 
     def __init__(
         self,
@@ -385,30 +385,46 @@ class ShrunkGroups(Shrinking):
         read[_LIVES] = True
         return {name: int(read[groups].sum()) for name, groups in self._filters.items()}, columns
 
-    def _total(self, size: str, filters: Mapping[str, int], columns: Mapping[str, float]) -> float:
+    def _total(self, size: str, filters: Mapping[str, float], columns: Mapping[str, float]) -> float:
         layers = self.shrinkage.layers.items()
         return sum(x.costs[size] * filters[name] * columns[name] for name, x in layers if size in x.costs)
 
     def _cost(self, size: str) -> float:
         return self._total(size, *self._alive(self._norms()))
 
-    def _large(self, columns: Mapping[str, float], norms: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """The columns of every layer, where each counts the less the smaller it is: falls before any is zero."""
-        large = dict(columns)
+    def _contributions(self, norms: Mapping[str, torch.Tensor]) -> _Contributions:
+        import torch
+
+        groups = self.shrinkage.groups + 1  # the last is _LIVES
+        square, weighted = (torch.zeros(groups, device=self._device) for _ in range(2))
+        columns = {}
+        for name, small in zip(self._layers, self._state["epsilon"].tolist(), strict=True):
+            columns[name] = self._reads(name) * norms[name]
+            of, squares = self._channels[name] % groups, columns[name].float().square()
+            squares = squares.reshape(len(of), -1).sum(dim=1)
+            square.index_add_(0, of, squares)
+            weighted.index_add_(0, of, squares * small)
+        return _Contributions(columns, square.sqrt(), square.clamp_min(1e-30), weighted / square.clamp_min(1e-30))
+
+    def _soft(self, norms: Mapping[str, torch.Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+        """As `_alive`, where each counts the less the smaller it is: falls before any is zero."""
+        found = self._contributions(norms)
+        columns: dict[str, float] = {n: math.prod(x.shape[1:]) for n, x in self.shrinkage.layers.items()}
         for name, epsilon in zip(self._layers, self._state["epsilon"].tolist(), strict=True):
-            contributions = (self._reads(name) * norms[name]).double()
-            large[name] = float((contributions / (contributions + _HALF * epsilon)).sum())
-        return large
+            size = found.columns[name].double()
+            columns[name] = float((size / (size + _HALF * epsilon)).sum())
+        read = found.channels / (found.channels + _HALF * found.epsilon).clamp_min(1e-30)
+        read[_LIVES] = 1.0
+        return {name: float(read[groups].sum()) for name, groups in self._filters.items()}, columns
 
     def _excesses(self, step: int) -> list[float]:
         # Groups are few and alike: they would all go at once if strengths rose until the first of them are zero.
         norms = self._norms()
-        filters, columns = self._alive(norms)
-        large = self._large(columns, norms)
+        alive, soft = self._alive(norms), self._soft(norms)
         found = []
         for index, (size, most) in enumerate(zip(self._sizes, self._allowed(step), strict=True)):
-            ahead = self._total(size, filters, large) / float(self._state["large"][index])
-            left = min(self._total(size, filters, columns), ahead * float(self._state["start"][index]))
+            ahead = self._total(size, *soft) / float(self._state["large"][index])
+            left = min(self._total(size, *alive), ahead * float(self._state["start"][index]))
             found.append(math.log(max(left, 1e-9) / most))
         return found
 
@@ -430,10 +446,9 @@ class ShrunkGroups(Shrinking):
         for index, name in enumerate(self._layers):
             size = float((self._reads(name) * norms[name]).double().square().mean().sqrt())
             self._state["epsilon"][index] = _SHARE_OF_RMS * size or _SHARE_OF_RMS
-        filters, columns = self._alive(norms)
-        large = self._large(columns, norms)
-        for index, size_name in enumerate(self._sizes):
-            self._state["large"][index] = self._total(size_name, filters, large)
+        soft = self._soft(norms)
+        for index, name in enumerate(self._sizes):
+            self._state["large"][index] = self._total(name, *soft)
 
     def _at_rest(self) -> float:
         norms = self._norms()
@@ -471,22 +486,18 @@ class ShrunkGroups(Shrinking):
         cost = zeros()  # of a channel
         for name, of in self._filters.items():
             cost.index_add_(0, of % groups, torch.full_like(of, columns[name] * each[name], dtype=torch.float32))
-        square, pull, epsilon = zeros(), zeros(), zeros()
+        pull, found = zeros(), self._contributions(norms)
         factors, largest = {}, {}
         for name, small in zip(self._layers, self._state["epsilon"].tolist(), strict=True):
-            weight, of, reads = self._weights[name], self._channels[name] % groups, self._reads(name)
-            size = reads * norms[name]
+            weight, of, size = self._weights[name], self._channels[name] % groups, found.columns[name]
             moved = moved_per_gradient(rates[id(weight)], optimizer.state[weight], of_columns=True)
-            pulled = reads.square() * moved * torch.ones_like(size)  # of a |w|, by a penalty of 1 for one unit of it
+            # of a |w|, by a penalty of 1 for one unit of it
+            pulled = self._reads(name).square() * moved * torch.ones_like(size)
             factors[name] = _factor(pulled * (filters[name] * each[name]), size, small)
             largest[name] = int(size.argmax())
-            of_channel = [values.float().reshape(len(of), -1) for values in (size.square(), pulled)]
-            squares = of_channel[0].sum(dim=1)
-            square.index_add_(0, of, squares)
-            pull.index_add_(0, of, (of_channel[0] * of_channel[1]).sum(dim=1))
-            epsilon.index_add_(0, of, squares * small)
-        share = square.clamp_min(1e-30)  # means over a channel's columns, by how much of it each is
-        whole = _factor(pull / share * cost, square.sqrt(), epsilon / share)
+            pull.index_add_(0, of, (size.square() * pulled).float().reshape(len(of), -1).sum(dim=1))
+        # Of a channel: the mean over its columns, by how much of it each is.
+        whole = _factor(pull / found.squares * cost, found.channels, found.epsilon)
         whole[_LIVES] = 1.0
         for name, factor in factors.items():
             factor = factor * self._along(name, whole[self._channels[name] % groups])
@@ -495,6 +506,23 @@ class ShrunkGroups(Shrinking):
             # the layer stays as large as it was.
             before, after = norms[name].norm(), (norms[name] * factor).norm()
             self._weights[name].mul_(factor * (before / after.clamp_min(1e-30))).add_(0.0)  # makes +0 of -0
+
+
+@dataclass(frozen=True)
+class _Contributions:
+    """How much columns and channels carry.
+
+    Attributes:
+        columns: a |w| of every layer, (C, KH, KW).
+        channels: |(a w of all its columns)|, by groups of channels.
+        squares: of these, above zero.
+        epsilon: of the groups: means over their columns.
+    """
+
+    columns: dict[str, torch.Tensor]
+    channels: torch.Tensor
+    squares: torch.Tensor
+    epsilon: torch.Tensor
 
 
 def _factor(pull: torch.Tensor, size: torch.Tensor, epsilon: torch.Tensor | float) -> torch.Tensor:
