@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Shrinkage", "ShrunkParameters", "check_rates", "epsilons", "largest_left"]
 
 _SHARE_OF_RMS = 0.1  # epsilon, of the size of a layer's weights
-_LIMITED_AFTER = 0.8  # of the training: from then on the limits hold, and what is left settles
+LIMITED_AFTER = 0.8  # of the training: from then on the limits hold, and what is left settles
 _BEND = 3.0  # of the schedule: how much slower it becomes towards the limits; 1 for a constant rate
 _STEERINGS = 1000  # of the strengths, in a training, or as many as there are steps
 _MOST_STEERED = 50.0  # of the logarithm of a strength, in all of them
@@ -178,7 +178,7 @@ class Scheduled(Protocol):
 
 def allowed_after(step: int, steps: int, start: float, limit: float, bend: float) -> float:
     """What may be left of a size after a step of a training: `start` to `limit`, at a rate that falls with `bend`."""
-    left = max(0.0, 1 - step / (_LIMITED_AFTER * steps))
+    left = max(0.0, 1 - step / (LIMITED_AFTER * steps))
     return limit if start <= limit else limit * (start / limit) ** (left**bend)
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from autocompress_fast.admm import Constraint, projected
 from autocompress_fast.shrink import (
+    LIMITED_AFTER,
     Shrinking,
     allowed_after,
     check_rates,
@@ -83,6 +84,7 @@ class GroupShrinkage:
         limits: size, such as "conv" -> the most that all weights may cost at the end.
         steps: of the training.
         strength: size -> lambda at the beginning; from the first gradients if not given.
+        channels: whether the penalty is on channels, too.
     """
 
     layers: Mapping[str, GroupLayer]
@@ -90,6 +92,7 @@ class GroupShrinkage:
     limits: Mapping[str, float]
     steps: int
     strength: Mapping[str, float] | None = None
+    channels: bool = True
 
     @classmethod
     def towards(
@@ -134,13 +137,12 @@ class GroupShrinkage:
         if not any(shrinks.values()):
             raise ValueError("no layer has columns that can shrink")
         number: dict[int, int] = {}
-        if structure == "filter+column":
-            for group in report.groups:
-                # A depthwise layer reads what it puts out; any other that stays as it is reads all.
-                stays = any(not shrinks[name] and name not in group.filters for name in group.channels)
-                if not group.frozen and not stays and any(shrinks[name] for name in group.channels):
-                    name, index = next(iter(group.filters.items()))
-                    number[int(report.channels.group[report.labels(name)[index[0]]])] = len(number)
+        for group in report.groups:
+            # A depthwise layer reads what it puts out; any other that stays as it is reads all.
+            stays = any(not shrinks[name] and name not in group.filters for name in group.channels)
+            if not group.frozen and not stays and any(shrinks[name] for name in group.channels):
+                name, index = next(iter(group.filters.items()))
+                number[int(report.channels.group[report.labels(name)[index[0]]])] = len(number)
 
         def numbered(labels: IntArray) -> IntArray:
             return np.array([number.get(int(root), _LIVES) for root in report.channels.group[labels]], np.int64)
@@ -155,7 +157,7 @@ class GroupShrinkage:
                 shrinks[layer.name],
                 {size: each[size] for size in limits if size != "conv" or layer.is_conv},
             )
-        return cls(layers, len(number), limits, steps, strength)
+        return cls(layers, len(number), limits, steps, strength, structure == "filter+column")
 
     def allowed(self, size: str, start: float, step: int) -> float:
         """What all weights may cost after a step, counted from 1: from `start` to the limit, fast at first."""
@@ -177,7 +179,8 @@ class GroupShrinkage:
             digest.update(repr((name, layer.shape, layer.shrinks, dict(layer.costs))).encode())
             digest.update(layer.filters.tobytes() + layer.channels.tobytes())
         strength = None if self.strength is None else dict(self.strength)
-        return {"limits": dict(self.limits), "steps": self.steps, "strength": strength, "groups": digest.hexdigest()}
+        settings = {"limits": dict(self.limits), "steps": self.steps, "strength": strength, "channels": self.channels}
+        return settings | {"groups": digest.hexdigest()}
 
 
 def largest_columns_left(report: Report, target: Target, meter: Meter) -> Plan:
@@ -418,14 +421,18 @@ class ShrunkGroups(Shrinking):
         return {name: float(read[groups].sum()) for name, groups in self._filters.items()}, columns
 
     def _excesses(self, step: int) -> list[float]:
-        # Groups are few and alike: they would all go at once if strengths rose until the first of them are zero.
+        # Groups are few and alike: they would all go at once if strengths rose until the first of them are zero. In the
+        # end it is zeros that count.
         norms = self._norms()
         alive, soft = self._alive(norms), self._soft(norms)
+        done = min(1.0, step / (LIMITED_AFTER * self.shrinkage.steps))
         found = []
         for index, (size, most) in enumerate(zip(self._sizes, self._allowed(step), strict=True)):
-            ahead = self._total(size, *soft) / float(self._state["large"][index])
-            left = min(self._total(size, *alive), ahead * float(self._state["start"][index]))
-            found.append(math.log(max(left, 1e-9) / most))
+            large = self._total(size, *soft) / float(self._state["large"][index]) * float(self._state["start"][index])
+            left = self._total(size, *alive)
+            counts = (max(value, 1e-9) / most for value in (left, min(left, large)))
+            hard, ahead = map(math.log, counts)
+            found.append(done * hard + (1 - done) * ahead)
         return found
 
     def _each(self, name: str) -> float:
@@ -500,7 +507,8 @@ class ShrunkGroups(Shrinking):
         whole = _factor(pull / found.squares * cost, found.channels, found.epsilon)
         whole[_LIVES] = 1.0
         for name, factor in factors.items():
-            factor = factor * self._along(name, whole[self._channels[name] % groups])
+            if self.shrinkage.channels:
+                factor = factor * self._along(name, whole[self._channels[name] % groups])
             factor.view(-1)[largest[name]] = 1.0  # a network that is cut through learns no more
             # Before a normalisation only the shares of columns matter, but smaller weights are moved further by a step:
             # the layer stays as large as it was.
