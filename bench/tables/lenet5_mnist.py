@@ -19,13 +19,12 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 
-# For networks of a few thousand weights: nothing but the classes is asked of them, they train long, with dropout, and
-# ADMM brings the weights close to what is kept of them, as rho doubles in every epoch. What experience says of large
-# layers does not hold for those of a few hundred weights: a search finds their rates.
-TINY = ["--rounds", "5", "--admm-epochs", "7", "--distillation", "0", "--final-epochs", "300", "--final-lr", "5e-3"]
-TINY += ["--dropout", "0.1", "--search", "64", "--search-steps", "200"]
-SHRUNK = ["--structure", "element", "--method", "shrink", "--shrink-epochs", "60", "--distillation", "0"]
-SHRUNK += ["--final-epochs", "120", "--final-lr", "3e-3", "--precision", "float32"]
+# For networks of a few thousand weights: nothing but the classes is asked of them, they train long, with dropout. What
+# is pruned shrinks while they train, which finds the rates of the layers.
+LONG = ["--method", "shrink", "--distillation", "0", "--precision", "float32"]
+TINY = [*LONG, "--rounds", "2", "--shrink-epochs", "40", "--final-epochs", "100", "--final-lr", "5e-3"]
+TINY += ["--dropout", "0.1"]
+SHRUNK = [*LONG, "--structure", "element", "--shrink-epochs", "60", "--final-epochs", "120", "--final-lr", "3e-3"]
 
 # name -> (what it is, target, further options)
 ROWS = {
