@@ -177,6 +177,26 @@ def test_random_programs(seed, monkeypatch):
         assert_close(executor.run(inputs), reference.run(inputs))
 
 
+@every_isa
+@pytest.mark.parametrize("values", [(-0.25, 0.25), (-0.5, 0.0, 0.5), (-1.0, -0.5, 0.5, 1.0)])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_weights_of_few_values_give_the_bits_of_any_others(values, samples):
+    rng = np.random.default_rng(samples)
+    threads = 1 + samples % 2
+    few = rng.choice(np.float32(values), (256, 256 * 9)).astype(np.float32)
+    any_other = rng.standard_normal((16, 256 * 9)).astype(np.float32)  # filters that no codes stand for
+    window = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1, 1, 1), "dilation": (1, 1), "groups": 1}
+    x, found = rng.standard_normal((samples, 256, 7, 7)).astype(np.float32), []
+    for weight in (few, np.concatenate([few, any_other])):
+        attributes = {**window, "filters": len(weight), "storage": "dense", "activation": "none"}
+        step = Step("conv", (0,), 1, attributes, {"weight": "w"})
+        program = Program((Input("x", x.shape[1:]),), (step,), (1,), {"w": weight})
+        infos = validate(program)
+        found.append(NativeExecutor(program, infos, threads).run([x])[0])
+        assert_close(found[-1:], Reference(program, infos).run([x]))
+    assert np.array_equal(found[0], found[1][:, :256])
+
+
 @pytest.mark.parametrize("seed", range(1000, 1010))
 def test_threads_do_not_change_the_result(seed):
     drawn = Drawn(seed)

@@ -30,6 +30,10 @@
 // columns decide: the bits of the result depend neither on the orientation nor on the threads or the batch, and are the
 // same for all ISAs that fuse multiply and add (all but generic).
 //
+// Codes. Where every filter has at most four different weights, as in a binary or a ternary network, filters_in_lanes
+// can read codes of 1 or 2 bits instead of them, and makes weights of those piece by piece in the first-level cache:
+// for layers whose weights take longer to arrive than to be computed with. The bits of the result are the same.
+//
 // Winograd. A complete 3x3 kernel of stride 1 may instead be computed by F(4x4, 3x3) (winograd.cpp): 36 instead of 144
 // multiply-adds for a tile of 4x4 outputs, with tiles in the lanes of a register, or filters where tiles are few. Its
 // results are those of the kernels above within rounding, with bits that depend on neither threads nor ISA in the same
@@ -104,6 +108,7 @@ struct Plan {
   Window window = Window::rows;   // pixels_in_lanes
   std::int64_t filter_tiles = 1;  // all but filters_in_lanes: the filters of a group are cut into so many equal parts
   std::int64_t tile_pixels = 1;   // filters_in_lanes: at most so many pixels in a tile
+  int code_bits = 0;              // filters_in_lanes: of the codes that stand for weights; 0 for the weights themselves
   std::int64_t tile_vectors =
       1;  // winograd_tiles_in_lanes: at most so many vectors of tiles meet a part of the filters
   std::int64_t block_vectors = 1;  // winograd: vectors of tiles that are transformed together
@@ -114,9 +119,14 @@ struct Plan {
 // The plan that the cost model takes for the best, of the given method or of all. Throws std::invalid_argument for
 // sizes that cannot be computed (an empty output, offsets beyond 31 bits, an ISA that this machine lacks, pitches
 // without room for the halo). Plans that differ in `images` alone may have different tiles, and share packed weights if
-// method and filter_tiles agree.
-Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa);
-Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa, Method method);
+// method, filter_tiles and code_bits agree. code_bits: of the codes that the weights have, which may be used then.
+Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa, int code_bits = 0);
+Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa, Method method,
+          int code_bits = 0);
+
+// The bits of codes for weights (filters, columns) of few different values in every filter; 0 if these are too many.
+inline constexpr int kMaxCodeBits = 2;
+int code_bits(std::int64_t filters, std::int64_t columns, const float* weights);
 
 // The methods that can compute it.
 std::vector<Method> methods(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa);
@@ -126,8 +136,9 @@ double arrival_cycles(const Plan& plan);
 
 // Weights and the place of every column, as the kernels read them. `packed` has packed_size() bytes and begins at a
 // multiple of kAlignment. weights: for every filter the weights of the columns kept in its group, (filters, columns)
-// when there is one group; bias: (filters,) or null for zeros.
-inline constexpr std::uint32_t kPackedVersion = 1;
+// when there is one group; bias: (filters,) or null for zeros. pack() throws std::invalid_argument when they have more
+// values than the codes of the plan.
+inline constexpr std::uint32_t kPackedVersion = 2;
 inline constexpr std::size_t kAlignment = 64;
 std::size_t packed_size(const Plan& plan);
 void pack(const Plan& plan, const std::int64_t* columns, const float* weights, const float* bias, void* packed);

@@ -21,6 +21,10 @@ inline double streaming_cycles(double weights) {
   return weights * sizeof(float) / kBytesPerCycle;
 }
 
+// Weights are made of codes, in the first-level cache, once for so many tiles of pixels.
+inline constexpr std::int64_t kTilesTogether = 8;
+double decode_cycles(const Plan& plan);
+
 // What another thread has written comes from its cache: slower than a core's own, by far.
 inline double sharing_cycles(double floats) {
   constexpr double kBytesPerCycle = 4;

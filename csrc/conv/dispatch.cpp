@@ -19,6 +19,8 @@ constexpr std::int64_t kPanelBytes = 512 << 10;
 constexpr std::int64_t kWeightsAhead = 512;
 // What a piece of weights may take of the first-level cache.
 constexpr std::int64_t kChunkBytes = 16 << 10;
+constexpr std::int64_t kMaxDecoded = kMaxBlocks * kPieceColumns * kBlock;  // floats: a piece, or more that fit
+static_assert(kMaxDecoded * sizeof(float) >= kChunkBytes);
 
 // What all tiles of a run share.
 struct Run {
@@ -35,7 +37,8 @@ struct Run {
   const std::int32_t* rows;
   const std::int32_t* offsets;
   const float* bias;
-  const float* weights;
+  const float* weights;  // or what codes stand for
+  const Code* codes;
   Call call;  // with what is the same everywhere
 };
 
@@ -215,6 +218,7 @@ class Caller {
     const std::int64_t begin = part_.begin * unit_, filter = group * group_filters_ + begin;
     call_.offsets = run_.offsets + ends[0];
     call_.weights = run_.weights + ends[0] * parts_ * unit_ + begin * columns_;
+    call_.first = 0;
     call_.block = columns_ * kBlock;
     call_.bias = run_.bias + group * parts_ * unit_ + begin;
     call_.filters = static_cast<int>(std::min(part_.size * unit_, group_filters_ - begin));
@@ -239,7 +243,31 @@ class Caller {
     call_.resumes = call_.stops = false;
     call_.later[0] = kWeightsAhead;
     call_.later[1] = (part_.size - 1) * call_.block + kWeightsAhead;
-    add_up(tile, pixels, ahead, 0, pieces_);
+    add_up(tile, ahead, 0, pieces_, kernel_for(tile, pixels));
+  }
+
+  // All columns that the one pixel of the tile needs, of their codes.
+  void codes(const RowTile& tile) {
+    const int bits = run_.plan.code_bits;
+    call_.weights = run_.weights + part_.begin * value_floats(run_.plan);
+    call_.codes = run_.codes + part_.begin * columns_ * bits;
+    call_.first = 0;
+    call_.block = columns_ * bits;
+    add_up(tile, tile.x[0], 0, pieces_, run_.table.filters_of_codes[bits - 1][part_.size - 1]);
+  }
+
+  // The weights of pieces [begin, end), of their codes.
+  void decode(std::int64_t begin, std::int64_t end, float* weights) {
+    const int bits = run_.plan.code_bits;
+    const DecodeKernel kernel = run_.table.decode[bits - 1];
+    call_.weights = weights;
+    call_.first = row(begin)[0];
+    const std::int64_t columns = (end < pieces_ ? row(end)[0] : columns_) - call_.first;
+    call_.block = columns * kBlock;
+    for (std::int64_t b = part_.begin; b < part_.begin + part_.size; ++b, weights += call_.block) {
+      kernel({run_.codes + (b * columns_ + call_.first) * bits, run_.weights + b * value_floats(run_.plan), columns,
+              weights});
+    }
   }
 
   // The columns of pieces [begin, end) that the tile needs. Calls 0, 1, ... for the same pieces prefetch the weights of
@@ -253,15 +281,20 @@ class Caller {
     const std::int64_t each = tile.neighbours ? 2 : 1;
     for (std::int64_t i = 0; i < each; ++i) {
       const std::int64_t block = each * call + i;
-      call_.later[i] = block < part_.size ? next * kBlock + block * call_.block : 0;
+      call_.later[i] = block < part_.size && run_.plan.code_bits == 0 ? next * kBlock + block * call_.block : 0;
     }
-    add_up(tile, pixels, tile.x[0], begin, end);
+    add_up(tile, tile.x[0], begin, end, kernel_for(tile, pixels));
   }
 
  private:
   const std::int32_t* row(std::int64_t piece) const { return rows_ + piece * (run_.plan.shape.kernel_h + 1); }
 
-  void add_up(const RowTile& tile, std::int64_t pixels, const float* ahead, std::int64_t begin, std::int64_t end) {
+  Kernel kernel_for(const RowTile& tile, std::int64_t pixels) const {
+    return blocks_ ? run_.table.filters_in_lanes[tile.neighbours][pixels - 1][part_.size - 1]
+                   : run_.table.pixels_in_lanes[static_cast<int>(load_of(run_.plan))][part_.size - 1][pixels - 1];
+  }
+
+  void add_up(const RowTile& tile, const float* ahead, std::int64_t begin, std::int64_t end, Kernel kernel) {
     const std::int64_t kernel_h = run_.plan.shape.kernel_h;
     call_.tile = &tile;
     call_.ahead = ahead;
@@ -273,8 +306,7 @@ class Caller {
       call_.row_count = (end - begin) * (kernel_h + 1) - 1;
       call_.pieces = 1;
     }
-    (blocks_ ? run_.table.filters_in_lanes[tile.neighbours][pixels - 1][part_.size - 1]
-             : run_.table.pixels_in_lanes[static_cast<int>(load_of(run_.plan))][part_.size - 1][pixels - 1])(call_);
+    kernel(call_);
   }
 
   const Run& run_;
@@ -310,19 +342,24 @@ void run_tiles(const Run& run, const Part& pixel_tiles, const Part& filter_tiles
 // Tile of filters by tile of filters: a piece of their weights that fits into the first-level cache meets some tiles of
 // pixels before the next piece, so that weights from farther away arrive while others are computed with.
 void run_chunks(const Run& run, const Part& pixel_tiles, const Part& filter_tiles) {
-  constexpr int kTogether = 8;
-  RowTile tiles[kTogether];
-  alignas(64) float sums[kTogether][kMaxSums];
+  RowTile tiles[kTilesTogether];
+  alignas(64) float sums[kTilesTogether][kMaxSums];
+  alignas(64) float decoded[kMaxDecoded];
   Caller caller(run);
   for (std::int64_t i = filter_tiles.begin; i < filter_tiles.begin + filter_tiles.size; ++i) {
     caller.choose_filters(i);
     Cursor at = cursor_at(run, run.pixels[pixel_tiles.begin].begin);
-    for (std::int64_t done = 0; done < pixel_tiles.size; done += kTogether) {
-      const std::int64_t together = std::min<std::int64_t>(kTogether, pixel_tiles.size - done),
+    for (std::int64_t done = 0; done < pixel_tiles.size; done += kTilesTogether) {
+      const std::int64_t together = std::min<std::int64_t>(kTilesTogether, pixel_tiles.size - done),
                          first = pixel_tiles.begin + done;
       for (std::int64_t t = 0; t < together; ++t) fill(run, tiles[t], at, run.pixels[first + t].size);
+      if (run.plan.code_bits > 0 && together == 1 && run.pixels[first].size == 1) {
+        caller.codes(tiles[0]);
+        continue;
+      }
       for (std::int64_t piece = 0, end = 0; piece < caller.pieces(); piece = end) {
         end = caller.chunk_end(piece);
+        if (run.plan.code_bits > 0) caller.decode(piece, end, decoded);
         for (std::int64_t t = 0; t < together; ++t) {
           caller.chunk(tiles[t], run.pixels[first + t].size, t, sums[t], piece, end);
         }
@@ -347,10 +384,7 @@ void run_planes(const Run& run, const Part& planes) {
 
 // Threads that take the same rows of layer after layer find most of what they read in their own cache, but each of them
 // needs all weights. Threads that take filters share the weights, and read what the others have written.
-bool values_prevail(const Plan& plan) {
-  const std::int64_t weights = plan.columns * (plan.shape.filters / plan.shape.groups);
-  return streaming_cycles(static_cast<double>(weights)) < sharing_cycles(value_count(plan));
-}
+bool values_prevail(const Plan& plan) { return arrival_cycles(plan) < sharing_cycles(value_count(plan)); }
 
 void run_depthwise(const Run& run, std::int64_t wanted, int threads) {
   const std::int64_t planes = run.images * run.plan.shape.channels;
@@ -416,6 +450,8 @@ void run(const Plan& plan, const void* packed, std::int64_t images, const float*
                    reinterpret_cast<const std::int32_t*>(bytes + layout.offsets),
                    reinterpret_cast<const float*>(bytes + layout.bias),
                    reinterpret_cast<const float*>(bytes + layout.weights),
+                   reinterpret_cast<const Code*>(reinterpret_cast<const float*>(bytes + layout.weights) +
+                                                 blocks_per_group(plan) * value_floats(plan)),
                    shared_call(epilogue, out, out_pitch)};
 
   const std::int64_t wanted = task_count(plan, images, threads);
@@ -426,8 +462,9 @@ void run(const Plan& plan, const void* packed, std::int64_t images, const float*
 
   // Every thread begins with some images or, where these are few, with some filters. Its share is cut into panels of
   // weights that stay in the cache, and its pixels until there are enough tasks.
-  const std::int64_t tile_bytes = plan.columns * plan.shape.filters / plan.shape.groups *
-                                  static_cast<std::int64_t>(sizeof(float)) / run.filter_tiles;
+  const std::int64_t weight_bits = plan.code_bits > 0 ? plan.code_bits : 8 * static_cast<std::int64_t>(sizeof(float)),
+                     tile_bytes =
+                         plan.columns * plan.shape.filters / plan.shape.groups * weight_bits / 8 / run.filter_tiles;
   const bool by_pixels = images >= threads || run.filter_tiles < threads || values_prevail(plan);
   const std::int64_t pixel_shares = by_pixels ? std::min<std::int64_t>(threads, pixel_tiles.count) : 1,
                      filter_shares = by_pixels ? 1 : threads, shares = pixel_shares * filter_shares;
@@ -441,7 +478,7 @@ void run(const Plan& plan, const void* packed, std::int64_t images, const float*
     const std::int64_t share = task / (panels * stretches), at = task % (panels * stretches);
     const Part pixels = pixel_cut[share / filter_shares * stretches + at % stretches],
                filters = filter_cut[share % filter_shares * panels + at / stretches];
-    if (chunks && pixels.size > 1) {
+    if (plan.code_bits > 0 || (chunks && pixels.size > 1)) {
       run_chunks(run, pixels, filters);
     } else {
       run_tiles(run, pixels, filters);

@@ -14,6 +14,7 @@
 //   larger(a, b)                     NaN when either is NaN
 //   smaller(a, b)                    b when a is NaN, on all ISAs
 //   pow2(t)                          2^n for t = kMagic + n, |n| < 127
+//   choose(bits, from, zero, one)    in lane i: one where bit from + i is set, else zero
 //   kMaxPieces                       into how many strips Winograd may cut a register (1, 2 or 4), and above 1
 //   load_pieces(p, m), store_pieces(p, m, r)      for arrays of so many pointers and masks: equal parts of a register
 //   transpose_quads(r)               4 registers as rows of 4x4 matrices, one for every four lanes
@@ -40,12 +41,12 @@ inline void finish_features(const Call& call, const Segment& segment, int lane, 
   }
 }
 
-// body(offset, weights) for every column of the call, whose weights lie `width` apart.
-template <class Body>
-ACF_INLINE void each_column(const Call& call, int width, const Body& body) {
+// body(offset, weights) for every column of the call, whose weights, or codes, lie `width` apart.
+template <class Weight, class Body>
+ACF_INLINE void each_column(const Call& call, const Weight* weights, int width, const Body& body) {
   const std::int32_t* row = call.rows;
   for (std::int64_t piece = 0; piece < call.pieces; ++piece, row += call.row_pitch) {
-    const float* w = call.weights + row[0] * width;
+    const Weight* w = weights + (row[0] - call.first) * width;
     const std::int32_t *offset = call.offsets + row[0], *end = call.offsets + row[call.row_count];
 #pragma GCC unroll 2
     for (; offset != end; ++offset, w += width) body(*offset, w);
@@ -79,7 +80,7 @@ void pixels_in_lanes(const Call& call) {
     unrolled<kFilters>([&](auto f) { __builtin_prefetch(out + f * call.out_plane, 1); });
   });
   const float* ahead = call.ahead;
-  each_column(call, kFilters, [&](std::int64_t offset, const float* w) {
+  each_column(call, call.weights, kFilters, [&](std::int64_t offset, const float* w) {
     __builtin_prefetch(at(ahead, offset));
     Reg pixels[kVectors];
     unrolled<kVectors>([&](auto v) { pixels[v] = load_pixels<load>(x, v, offset); });
@@ -174,7 +175,7 @@ void filters_in_lanes(const Call& call) {
   const float *x[kPointers], *ahead = call.ahead;
   unrolled<kPointers>([&](auto m) { x[m] = call.tile->x[m]; });
   const std::int64_t block = call.block, later = call.later[0], latest = call.later[1];
-  each_column(call, kBlock, [&](std::int64_t offset, const float* w) {
+  each_column(call, call.weights, kBlock, [&](std::int64_t offset, const float* w) {
     __builtin_prefetch(w + later);
     if (kAhead && kBlocks > 1) __builtin_prefetch(w + latest);
     if (kAhead) __builtin_prefetch(at(ahead, offset));
@@ -190,6 +191,54 @@ void filters_in_lanes(const Call& call) {
   unrolled<kPixels>(
       [&](auto m) { unrolled<kVectors>([&](auto j) { N::store(sums + m * kWidth + j * N::kLanes, sum[m][j]); }); });
   if (!call.stops) finish_pixels<kPixels>(call, sums, kWidth);
+}
+
+// ---- codes ----------------------------------------------------------------------------------------------------------
+
+// What the bits of a code stand for in the filters of a register.
+template <int kBits>
+ACF_INLINE Reg decoded(const std::uint16_t* code, int from, const Reg* values) {
+  const Reg weight = N::choose(code[0], from, values[0], values[1]);
+  if constexpr (kBits == 1) return weight;
+  return N::choose(code[1], from, weight, N::choose(code[0], from, values[2], values[3]));
+}
+
+template <int kBits>
+void decode(const DecodeCall& call) {
+  constexpr int kParts = kBlock / N::kLanes, kValues = 1 << kBits;
+  Reg values[kParts][kValues];
+  unrolled<kParts>([&](auto j) {
+    unrolled<kValues>([&](auto v) { values[j][v] = N::load(call.values + v * kBlock + j * N::kLanes); });
+  });
+  const std::uint16_t* codes = call.codes;
+  float* to = call.weights;
+  for (std::int64_t c = 0; c < call.columns; ++c, codes += kBits, to += kBlock) {
+    unrolled<kParts>([&](auto j) { N::store(to + j * N::kLanes, decoded<kBits>(codes, j * N::kLanes, values[j])); });
+  }
+}
+
+// filters_in_lanes for one pixel, which meets no weight again: they need not be stored.
+template <int kBits, int kBlocks>
+void filters_of_codes(const Call& call) {
+  constexpr int kParts = kBlock / N::kLanes, kVectors = kBlocks * kParts, kValues = 1 << kBits;
+  Reg sum[kVectors], values[kVectors][kValues];
+  unrolled<kVectors>([&](auto j) {
+    sum[j] = N::load(call.bias + j * N::kLanes);
+    const float* from = call.weights + j / kParts * kValues * kBlock + j % kParts * N::kLanes;
+    unrolled<kValues>([&](auto v) { values[j][v] = N::load(from + v * kBlock); });
+  });
+  const float* x = call.tile->x[0];
+  const std::int64_t block = call.block;
+  each_column(call, call.codes, kBits, [&](std::int64_t offset, const std::uint16_t* codes) {
+    const Reg pixel = N::broadcast(at(x, offset));
+    unrolled<kVectors>([&](auto j) {
+      const Reg weight = decoded<kBits>(codes + j / kParts * block, j % kParts * N::kLanes, values[j]);
+      sum[j] = N::fma(weight, pixel, sum[j]);
+    });
+  });
+  alignas(64) float sums[kVectors * N::kLanes];
+  unrolled<kVectors>([&](auto j) { N::store(sums + j * N::kLanes, sum[j]); });
+  finish_pixels<1>(call, sums, kVectors * N::kLanes);
 }
 
 // ---- depthwise ------------------------------------------------------------------------------------------------------
@@ -407,6 +456,15 @@ constexpr Kernel filters_kernel() {
   }
 }
 
+template <int kBits, int kBlocks>
+constexpr Kernel codes_kernel() {
+  if constexpr (kBlocks <= N::max_blocks(1)) {
+    return filters_of_codes<kBits, kBlocks>;
+  } else {
+    return nullptr;
+  }
+}
+
 template <int kFilters, int kVectors>
 constexpr WinogradProductKernel product_kernel() {
   if constexpr (kVectors <= N::max_vectors(Load::stretch, kFilters)) {
@@ -468,10 +526,15 @@ constexpr WinogradFewProductKernel few_product_kernel() {
     ACF_BLOCKS(row, 1), ACF_BLOCKS(row, 2), ACF_BLOCKS(row, 3), ACF_BLOCKS(row, 4), ACF_BLOCKS(row, 5), \
         ACF_BLOCKS(row, 6), ACF_BLOCKS(row, 7), ACF_BLOCKS(row, 8)                                      \
   }
+#define ACF_CODES(bits)                                                                                    \
+  {                                                                                                        \
+    codes_kernel<bits, 1>(), codes_kernel<bits, 2>(), codes_kernel<bits, 3>(), codes_kernel<bits, 4>(),    \
+        codes_kernel<bits, 5>(), codes_kernel<bits, 6>(), codes_kernel<bits, 7>(), codes_kernel<bits, 8>() \
+  }
 #define ACF_KERNEL_TABLE                                                                                        \
   {                                                                                                             \
     N::kLanes, {ACF_FILTERS(Load::stretch), ACF_FILTERS(Load::halves), ACF_FILTERS(Load::strided)},             \
-        {ACF_PIXELS(false), ACF_PIXELS(true)},                                                                  \
+        {ACF_PIXELS(false), ACF_PIXELS(true)}, {decode<1>, decode<2>}, {ACF_CODES(1), ACF_CODES(2)},            \
         {{depthwise<3, 1>, depthwise<3, 2>}, {depthwise<5, 1>, depthwise<5, 2>}}, winograd_input, ACF_PRODUCTS, \
         winograd_output, ACF_FEW_PRODUCTS, winograd_few_output, combine, pool, sum, peak                        \
   }

@@ -39,8 +39,11 @@ struct Call {
   // Which columns to add up: for every piece p those from rows[p * row_pitch] to rows[p * row_pitch + row_count] - 1.
   const std::int32_t* rows;
   std::int64_t pieces, row_pitch, row_count;
-  const float* weights;   // pixels_in_lanes: (columns, filters); filters_in_lanes: (columns, kBlock) per block
-  std::int64_t block;     // filters_in_lanes: how far apart the blocks lie
+  const float* weights;  // pixels_in_lanes: (columns, filters); filters_in_lanes: (columns, kBlock) per block
+  std::int64_t first;    // the number of the column that they begin with
+  std::int64_t block;    // filters_in_lanes: how far apart the blocks lie
+  const std::uint16_t*
+      codes;              // filters_of_codes: (columns, bits) per block, and so on; `weights` are what they stand for
   const float* ahead;     // pixels that a later tile reads: prefetched at the same offsets
   std::int64_t later[2];  // filters_in_lanes: weights so far on from those of a column are prefetched too
   const float* bias;      // one per filter, whole blocks for filters_in_lanes
@@ -152,7 +155,17 @@ struct WinogradOutput {
 };
 inline constexpr int kTileElements = 36;
 
+// Weights of a block of filters, (columns, kBlock), from codes: bit f of codes[c * bits + i] is bit i of the code of
+// filter f for column c, which stands for values[code * kBlock + f].
+struct DecodeCall {
+  const std::uint16_t* codes;
+  const float* values;
+  std::int64_t columns;
+  float* weights;
+};
+
 using Kernel = void (*)(const Call&);
+using DecodeKernel = void (*)(const DecodeCall&);
 using PlaneKernel = void (*)(const PlaneCall&);
 using RowKernel = void (*)(const RowCall&);
 using PoolKernel = void (*)(const PoolCall&);
@@ -171,6 +184,8 @@ struct Kernels {
   // of two halves may be computed as two vectors, of which the second has no segments.
   Kernel pixels_in_lanes[3][kMaxFilters][kMaxVectors];  // [Load][filters - 1][vectors - 1]
   Kernel filters_in_lanes[2][kMaxPixels][kMaxBlocks];   // [pixels are neighbours in memory][pixels - 1][blocks - 1]
+  DecodeKernel decode[kMaxCodeBits];                    // [bits - 1]
+  Kernel filters_of_codes[kMaxCodeBits][kMaxBlocks];    // [bits - 1][blocks - 1]: filters_in_lanes for one pixel
   PlaneKernel depthwise[2][2];                          // [index in kDepthwiseSizes][stride - 1]
   WinogradInputKernel winograd_input;
   WinogradProductKernel winograd_product[kMaxFilters][kMaxVectors];  // [filters - 1][vectors - 1], as pixels_in_lanes

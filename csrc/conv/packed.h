@@ -47,19 +47,22 @@ std::int64_t pixel_tiles(const Plan& plan, std::int64_t images);
 //   rows     int32 (pieces, kernel_h + 1): where the columns of every kernel row begin, counted within the group
 //   offsets  int32 (columns,): from a pixel at (y * stride_h, x * stride_w) to what the column reads, in bytes
 //   bias     float (groups, filters of a group, padded to kBlock for filters_in_lanes)
-//   weights  float, per group and tile of filters (columns of the group, filters of the tile)
+//   weights  float, per group and tile of filters (columns of the group, filters of the tile); of codes instead:
+//            float (blocks, 1 << code_bits, kBlock), what these stand for, and uint16 (blocks, columns, code_bits)
 inline constexpr std::int64_t kPieceColumns = 48;
 struct PackedHeader {
   std::uint32_t magic = 0x43464341;  // "ACFC"
   std::uint32_t version = kPackedVersion;
   std::uint32_t isa = 0, method = 0;
-  std::int64_t numbers[17] = {};
+  std::int64_t numbers[18] = {};
 };
 struct PackedLayout {
   std::size_t groups, rows, offsets, bias, weights, size;
 };
 PackedHeader packed_header(const Plan& plan);
 PackedLayout packed_layout(const Plan& plan);
+using Code = std::uint16_t;  // a bit of the codes of a block of filters
+inline std::int64_t value_floats(const Plan& plan) { return kBlock << plan.code_bits; }  // of a block's codes
 
 // winograd.cpp: the same for the methods of Winograd, whose packed weights begin with the same header.
 bool winograd_fits(const Plan& plan);

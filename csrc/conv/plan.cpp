@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "conv/cost.h"
@@ -112,6 +113,13 @@ double filters_cycles(const Plan& plan, const Kernels& table, double row_share) 
   return cycles * static_cast<double>(plan.shape.groups);
 }
 
+// Codes pay for layers of this many weights, in bytes: those of smaller ones stay in the second-level caches of some
+// threads, from where they arrive as fast as codes are decoded.
+constexpr std::int64_t kCodesFrom = 2 << 20;
+
+// A piece of the weights must fit into what they are decoded to.
+bool takes_codes(const Shape& s) { return s.groups == 1 && s.kernel_h * s.kernel_w <= kPieceColumns; }
+
 Plan start(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa) {
   Plan plan;
   plan.shape = shape;
@@ -151,6 +159,15 @@ Plan best_filters(Plan plan) {
     consider(best, plan);
   }
   return best;
+}
+
+// The same with codes, if these save time: weights arrive while others are computed with, codes are decoded in between.
+Plan with_codes(Plan plan, int code_bits) {
+  const std::int64_t bytes = plan.columns * plan.shape.filters * static_cast<std::int64_t>(sizeof(float));
+  if (code_bits == 0 || bytes < kCodesFrom || !takes_codes(plan.shape)) return plan;
+  Plan coded = plan;
+  coded.code_bits = code_bits;
+  return plan.cycles + arrival_cycles(coded) < std::max(plan.cycles, arrival_cycles(plan)) ? coded : plan;
 }
 
 std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -302,10 +319,10 @@ bool fits(const Plan& plan, Method method) {
   return false;
 }
 
-Plan best_of(const Plan& empty, Method method) {
+Plan best_of(const Plan& empty, Method method, int code_bits) {
   if (method == Method::winograd_tiles_in_lanes) return best_winograd_tiles(empty);
   if (method == Method::winograd_filters_in_lanes) return best_winograd_filters(empty);
-  Plan best = method == Method::pixels_in_lanes ? best_pixels(empty) : best_filters(empty);
+  Plan best = method == Method::pixels_in_lanes ? best_pixels(empty) : with_codes(best_filters(empty), code_bits);
   best.cycles += arrival_cycles(best);
   return best;
 }
@@ -322,27 +339,37 @@ std::vector<Method> methods(const Shape& shape, const Pitch& in, std::int64_t im
   return found;
 }
 
-Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa, Method method) {
+Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa, Method method,
+          int code_bits) {
   const Plan empty = start(shape, in, images, columns, isa);
   ACF_CHECK(method != Method::pixels_in_lanes || fits(empty, method),
             "pixels_in_lanes needs a horizontal stride of 1 or 2, got ", shape.stride_w);
   ACF_CHECK(!is_winograd(method) || winograd_fits(empty),
             "winograd needs a 3x3 kernel of stride 1 without groups, and a column");
   ACF_CHECK(fits(empty, method), "winograd with filters in lanes needs fewer tiles of 4x4 outputs than lanes");
-  return best_of(empty, method);
+  return best_of(empty, method, code_bits);
 }
 
-Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa) {
+Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t columns, Isa isa, int code_bits) {
   const Plan empty = start(shape, in, images, columns, isa);
   Plan best = empty;
-  for (const Method method : methods(shape, in, images, columns, isa)) consider(best, best_of(empty, method));
+  for (const Method method : methods(shape, in, images, columns, isa))
+    consider(best, best_of(empty, method, code_bits));
   return best;
 }
 
 double arrival_cycles(const Plan& plan) {
   if (is_winograd(plan.method)) return winograd_arrival_cycles(plan);
-  const std::int64_t weights = plan.columns * (plan.shape.filters / plan.shape.groups);
-  return streaming_cycles(static_cast<double>(weights));
+  const auto weights = static_cast<double>(plan.columns * (plan.shape.filters / plan.shape.groups));
+  return plan.code_bits == 0 ? streaming_cycles(weights)
+                             : streaming_cycles(weights * plan.code_bits / 32) + decode_cycles(plan);
+}
+
+double decode_cycles(const Plan& plan) {
+  const std::int64_t blocks = plan.columns * blocks_per_group(plan), parts = kBlock / kernels(plan.isa).lanes,
+                     rounds = ceil_div(pixel_tiles(plan, plan.images), kTilesTogether);
+  const double each = plan.isa == Isa::generic ? 16 : 2;  // of a register: choosing from two values, and storing
+  return static_cast<double>(blocks * rounds * parts) * each * ((1 << plan.code_bits) - 1);
 }
 
 // ---- packing --------------------------------------------------------------------------------------------------------
@@ -359,7 +386,12 @@ PackedLayout packed_layout(const Plan& plan) {
   layout.offsets = aligned(layout.rows + static_cast<std::size_t>(pieces * (s.kernel_h + 1)) * sizeof(std::int32_t));
   layout.bias = aligned(layout.offsets + static_cast<std::size_t>(plan.columns) * sizeof(std::int32_t));
   layout.weights = aligned(layout.bias + static_cast<std::size_t>(s.groups * group_filters) * sizeof(float));
-  layout.size = aligned(layout.weights + static_cast<std::size_t>(plan.columns * group_filters) * sizeof(float));
+  layout.size =
+      plan.code_bits == 0
+          ? aligned(layout.weights + static_cast<std::size_t>(plan.columns * group_filters) * sizeof(float))
+          : aligned(layout.weights + static_cast<std::size_t>(blocks_per_group(plan)) *
+                                         (static_cast<std::size_t>(value_floats(plan)) * sizeof(float) +
+                                          static_cast<std::size_t>(plan.columns * plan.code_bits) * sizeof(Code)));
   return layout;
 }
 
@@ -368,10 +400,10 @@ PackedHeader packed_header(const Plan& plan) {
   header.isa = static_cast<std::uint32_t>(plan.isa);
   header.method = static_cast<std::uint32_t>(plan.method);
   const Shape& s = plan.shape;
-  const std::int64_t numbers[] = {plan.columns,     plan.filter_tiles, plan.in.row,  plan.in.plane, s.channels,
-                                  s.height,         s.width,           s.filters,    s.groups,      s.kernel_h,
-                                  s.kernel_w,       s.dilation_h,      s.dilation_w, s.padding.top, s.padding.left,
-                                  s.padding.bottom, s.padding.right};
+  const std::int64_t numbers[] = {plan.columns,     plan.filter_tiles, plan.in.row,   plan.in.plane, s.channels,
+                                  s.height,         s.width,           s.filters,     s.groups,      s.kernel_h,
+                                  s.kernel_w,       s.dilation_h,      s.dilation_w,  s.padding.top, s.padding.left,
+                                  s.padding.bottom, s.padding.right,   plan.code_bits};
   static_assert(sizeof(numbers) == sizeof(header.numbers));
   std::memcpy(header.numbers, numbers, sizeof(numbers));
   return header;
@@ -386,6 +418,60 @@ const std::int64_t* end_of_piece(const std::int64_t* first, const std::int64_t* 
     end = channel_end;
   }
   return end;
+}
+
+// The values of every filter, and the code of every weight.
+class Codes {
+ public:
+  // weights: (filters, columns); values: (blocks, 1 << bits, kBlock).
+  Codes(const Plan& plan, const float* weights, float* values) : plan_(plan), values_(values) {
+    const std::int64_t filters = plan.shape.filters;
+    counts_.resize(static_cast<std::size_t>(filters));
+    for (std::int64_t f = 0; f < filters; ++f) {
+      for (std::int64_t c = 0; c < plan.columns; ++c) {
+        const float weight = weights[f * plan.columns + c];
+        if (of(f, weight) >= 0) continue;
+        int& count = counts_[static_cast<std::size_t>(f)];
+        ACF_CHECK(count < 1 << plan.code_bits, "filter ", f, " has more values than codes of ", plan.code_bits,
+                  " bits stand for");
+        value(f, count++) = weight;
+      }
+    }
+  }
+
+  // -1 if there is none.
+  int of(std::int64_t filter, float weight) const {
+    for (int code = 0; code < counts_[static_cast<std::size_t>(filter)]; ++code) {
+      if (std::memcmp(&value(filter, code), &weight, sizeof(weight)) == 0) return code;
+    }
+    return -1;
+  }
+
+ private:
+  float& value(std::int64_t filter, int code) const {
+    return values_[filter / kBlock * value_floats(plan_) + code * kBlock + filter % kBlock];
+  }
+
+  const Plan& plan_;
+  float* values_;
+  std::vector<int> counts_;
+};
+
+int code_bits(std::int64_t filters, std::int64_t columns, const float* weights) {
+  std::size_t most = 1;
+  std::vector<std::uint32_t> values;
+  for (std::int64_t f = 0; f < filters; ++f) {
+    values.clear();
+    for (std::int64_t c = 0; c < columns; ++c) {
+      std::uint32_t weight;
+      std::memcpy(&weight, weights + f * columns + c, sizeof(weight));
+      if (std::find(values.begin(), values.end(), weight) != values.end()) continue;
+      if (values.size() == std::size_t{1} << kMaxCodeBits) return 0;
+      values.push_back(weight);
+    }
+    most = std::max(most, values.size());
+  }
+  return most <= 2 ? 1 : 2;
 }
 
 std::size_t packed_size(const Plan& plan) {
@@ -407,6 +493,9 @@ void pack(const Plan& plan, const std::int64_t* columns, const float* weights, c
   auto* offsets = reinterpret_cast<std::int32_t*>(bytes + layout.offsets);
   auto* packed_bias = reinterpret_cast<float*>(bytes + layout.bias);
   auto* packed_weights = reinterpret_cast<float*>(bytes + layout.weights);
+  auto* packed_codes = reinterpret_cast<Code*>(packed_weights + blocks_per_group(plan) * value_floats(plan));
+  std::optional<Codes> codes;
+  if (plan.code_bits > 0) codes.emplace(plan, weights, packed_weights);
 
   const std::int64_t taps = s.kernel_h * s.kernel_w, group_columns = s.channels / s.groups * taps,
                      group_filters = s.filters / s.groups;
@@ -439,6 +528,15 @@ void pack(const Plan& plan, const std::int64_t* columns, const float* weights, c
         for (std::int64_t tile = 0; tile < tiles; ++tile) {
           const Part part = blocks ? Part{tile * kBlock, std::min<std::int64_t>(kBlock, group_filters - tile * kBlock)}
                                    : Parts(group_filters, tiles)[tile];
+          if (codes) {
+            Code* bits = packed_codes + (tile * plan.columns + k) * plan.code_bits;
+            for (std::int64_t f = 0; f < part.size; ++f) {
+              const std::int64_t filter = part.begin + f;
+              const int code = codes->of(filter, weights[filter * count + (column - first)]);
+              for (int i = 0; i < plan.code_bits; ++i) bits[i] |= static_cast<Code>((code >> i & 1) << f);
+            }
+            continue;
+          }
           const std::int64_t width = blocks ? kBlock : part.size;
           float* step = packed_weights + begin * padded_filters + part.begin * count + k * width;
           for (std::int64_t f = 0; f < part.size; ++f) step[f] = weights[(part.begin + f) * count + (column - first)];

@@ -72,6 +72,12 @@ struct N {
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)));
   }
+  static Reg choose(unsigned bits, int from, Reg zero, Reg one) {
+    const __m256i to_sign =
+        _mm256_sub_epi32(_mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24), _mm256_set1_epi32(from));
+    const __m256i signs = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(bits)), to_sign);
+    return _mm256_blendv_ps(zero, one, _mm256_castsi256_ps(signs));
+  }
   static constexpr int kMaxPieces = 2;
   static Reg load_pieces(const float* const (&p)[2], const Mask (&m)[2]) {
     const __m128 low = _mm256_castps256_ps128(load_masked(p[0], m[0])),

@@ -49,6 +49,9 @@ struct N {
     const __m512i exponent = _mm512_maskz_slli_epi32(0xffff, _mm512_castps_si512(t), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f800000)));
   }
+  static Reg choose(unsigned bits, int, Reg zero, Reg one) {
+    return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), zero, one);
+  }
   static constexpr int kMaxPieces = 4;
   static Reg load_pieces(const float* const (&p)[2], const Mask (&m)[2]) {
     return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_maskz_loadu_ps(static_cast<__mmask8>(m[0]), p[0])),

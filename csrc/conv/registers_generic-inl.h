@@ -55,6 +55,10 @@ struct N {
     std::memcpy(&t, &bits, sizeof(t));
     return t;
   }
+  static Reg choose(unsigned bits, int from, Reg zero, Reg one) {
+    for (int i = 0; i < kLanes; ++i) zero[i] = (bits >> (from + i) & 1) != 0 ? one[i] : zero[i];
+    return zero;
+  }
   static constexpr int kMaxPieces = 1;
   static void transpose_quads(Reg (&r)[4]) {
     const Reg a = r[0], b = r[1], c = r[2], d = r[3];

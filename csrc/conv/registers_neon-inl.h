@@ -50,6 +50,10 @@ struct N {
     const int32x4_t exponent = vshlq_n_s32(vreinterpretq_s32_f32(t), 23);
     return vreinterpretq_f32_s32(vaddq_s32(exponent, vdupq_n_s32(0x3f800000)));
   }
+  static Reg choose(unsigned bits, int from, Reg zero, Reg one) {
+    const uint32_t lane[kLanes] = {1u << from, 2u << from, 4u << from, 8u << from};
+    return vbslq_f32(vtstq_u32(vdupq_n_u32(bits), vld1q_u32(lane)), one, zero);
+  }
   static constexpr int kMaxPieces = 1;
   static void transpose_quads(Reg (&r)[4]) {
     const Reg ac_low = vzip1q_f32(r[0], r[2]), ac_high = vzip2q_f32(r[0], r[2]), bd_low = vzip1q_f32(r[1], r[3]),

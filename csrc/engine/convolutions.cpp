@@ -57,7 +57,12 @@ class Planned {
 class PackedWeights {
  public:
   explicit PackedWeights(Weights weights, Arithmetic arithmetic = {})
-      : weights_(std::move(weights)), arithmetic_(std::move(arithmetic)) {}
+      : weights_(std::move(weights)), arithmetic_(std::move(arithmetic)) {
+    const auto size = static_cast<std::int64_t>(weights_.values.size());
+    if (weights_.filters > 0 && size == weights_.filters * count()) {
+      code_bits_ = conv::code_bits(weights_.filters, count(), weights_.values.data());
+    }
+  }
 
   const Weights& weights() const { return weights_; }
 
@@ -125,7 +130,7 @@ class PackedWeights {
   Packed of(const conv::Plan& plan, Pool& memory) {
     for (const auto& [other, packed] : packed_) {
       if (other.method == plan.method && other.filter_tiles == plan.filter_tiles && other.in.row == plan.in.row &&
-          other.in.plane == plan.in.plane) {
+          other.in.plane == plan.in.plane && other.code_bits == plan.code_bits) {
         return packed;
       }
     }
@@ -153,10 +158,10 @@ class PackedWeights {
     if (preferred) {
       for (const conv::Method method : conv::methods(shape, pitch, images, count(), machine.isa)) {
         if (static_cast<Way>(method) == *preferred)
-          return conv::plan(shape, pitch, images, count(), machine.isa, method);
+          return conv::plan(shape, pitch, images, count(), machine.isa, method, code_bits_);
       }
     }
-    return conv::plan(shape, pitch, images, count(), machine.isa);
+    return conv::plan(shape, pitch, images, count(), machine.isa, code_bits_);
   }
 
   Planned depthwise(const conv::Shape& shape, const conv::Pitch& pitch, const Machine& machine) {
@@ -191,6 +196,7 @@ class PackedWeights {
 
   Weights weights_;
   Arithmetic arithmetic_;
+  int code_bits_ = 0;  // that stand for the weights, if these have so few values
   std::vector<std::pair<conv::Plan, Packed>> packed_;
   std::vector<std::pair<narrow::Plan, Packed>> narrow_;
   std::vector<std::pair<narrow::DepthwisePlan, Packed>> depthwise_;

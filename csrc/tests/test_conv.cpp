@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -26,6 +27,7 @@ struct Problem {
   std::vector<std::int64_t> columns;
   Epilogue epilogue;
   bool residual = false;
+  int values = 0;  // different weights of a filter; 0: as they come
 };
 
 std::int64_t weight_count(const Problem& problem) {
@@ -38,6 +40,14 @@ std::vector<Plan> plans(const Problem& problem, const Pitch& pitch, Isa isa) {
   std::vector<Plan> all = {plan(problem.shape, pitch, problem.images, count, isa),
                            plan(problem.shape, pitch, problem.images, count, isa, Method::filters_in_lanes)};
   Plan filters = all[1];
+  for (filters.code_bits = 1; filters.code_bits <= kMaxCodeBits; ++filters.code_bits) {
+    if (problem.values == 0 || problem.values > 1 << filters.code_bits || problem.shape.groups > 1) continue;
+    for (const std::int64_t pixels : {std::int64_t{1}, filters.tile_pixels}) {
+      all.push_back(filters);
+      all.back().tile_pixels = pixels;
+    }
+  }
+  filters.code_bits = 0;
   for (filters.tile_pixels = 1; filters.tile_pixels <= kMaxPixels && max_blocks(kernels(isa), filters.tile_pixels) > 0;
        ++filters.tile_pixels) {
     all.push_back(filters);
@@ -79,12 +89,13 @@ std::string describe(const Problem& problem, const Plan& plan) {
   const Shape& s = problem.shape;
   std::ostringstream text;
   text << isa_name(plan.isa) << " method " << static_cast<int>(plan.method) << " window "
-       << static_cast<int>(plan.window) << " tiles " << plan.filter_tiles << "," << plan.tile_pixels << " images "
-       << problem.images << " " << s.channels << "x" << s.height << "x" << s.width << " -> " << s.filters << " groups "
-       << s.groups << " kernel " << s.kernel_h << "x" << s.kernel_w << " stride " << s.stride_h << "," << s.stride_w
-       << " dilation " << s.dilation_h << "," << s.dilation_w << " padding " << s.padding.top << "," << s.padding.left
-       << "," << s.padding.bottom << "," << s.padding.right << " columns " << problem.columns.size() << " activation "
-       << static_cast<int>(problem.epilogue.activation) << " residual " << problem.residual;
+       << static_cast<int>(plan.window) << " tiles " << plan.filter_tiles << "," << plan.tile_pixels << " code bits "
+       << plan.code_bits << " images " << problem.images << " " << s.channels << "x" << s.height << "x" << s.width
+       << " -> " << s.filters << " groups " << s.groups << " kernel " << s.kernel_h << "x" << s.kernel_w << " stride "
+       << s.stride_h << "," << s.stride_w << " dilation " << s.dilation_h << "," << s.dilation_w << " padding "
+       << s.padding.top << "," << s.padding.left << "," << s.padding.bottom << "," << s.padding.right << " columns "
+       << problem.columns.size() << " activation " << static_cast<int>(problem.epilogue.activation) << " residual "
+       << problem.residual;
   return text.str();
 }
 
@@ -94,6 +105,16 @@ void run_with_scratch(const Plan& plan, const void* packed, std::int64_t images,
   AlignedBytes scratch(floats * sizeof(float));
   std::fill_n(static_cast<float*>(scratch.data()), floats, std::numeric_limits<float>::quiet_NaN());
   run(plan, packed, images, in, out, out_pitch, epilogue, static_cast<float*>(scratch.data()), threads);
+}
+
+// Those that a filter has first are the values that its others are chosen from.
+void take_few_values(Random& random, const Problem& problem, std::vector<float>& weights) {
+  const auto count = static_cast<std::int64_t>(problem.columns.size());
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const auto at = static_cast<std::int64_t>(i) % count;
+    if (at >= problem.values)
+      weights[i] = weights[i - static_cast<std::size_t>(at - between(random, 0, problem.values - 1))];
+  }
 }
 
 // Every plan of every ISA gives the reference within rounding, leaves the halo alone, and all of Winograd and all
@@ -107,7 +128,9 @@ void check(Random& random, const Problem& problem) {
                                between(random, 0, 2)};
   Tensor residual(problem.images, s.filters, out_height, out_width, {0, between(random, 0, 1), 0, 0});
   residual.fill(random);
-  const std::vector<float> weights = gaussian(random, weight_count(problem)), bias = gaussian(random, s.filters);
+  std::vector<float> weights = gaussian(random, weight_count(problem));
+  const std::vector<float> bias = gaussian(random, s.filters);
+  if (problem.values > 0) take_few_values(random, problem, weights);
   const float* bias_data = between(random, 0, 4) == 0 ? nullptr : bias.data();
   Epilogue epilogue = problem.epilogue;
   if (problem.residual) {
@@ -246,6 +269,59 @@ ACF_TEST(linear_layers_equal_the_reference) {
       check(random, problem);
     }
   }
+}
+
+ACF_TEST(weights_of_few_values_equal_the_reference) {
+  Random random(11);
+  for (const int values : {1, 2, 3, 4}) {
+    for (const std::int64_t filters : {1, 15, 16, 17, 130, 301}) {
+      for (const std::int64_t size : {1, 2, 4, 9}) {
+        Problem problem;
+        problem.values = values;
+        problem.shape.channels = size == 1 ? 333 : 61;  // more than a chunk
+        problem.shape.filters = filters;
+        problem.shape.height = problem.shape.width = size;
+        problem.shape.kernel_h = problem.shape.kernel_w = size == 1 ? 1 : 3;
+        if (size > 1) problem.shape.padding = {1, 1, 1, 1};
+        problem.images = between(random, 1, 2);
+        problem.columns = random_columns(random, problem.shape, filters % 2 == 0 ? 1.0 : 0.4);
+        problem.epilogue.activation = size % 2 == 0 ? Activation::relu : Activation::silu;
+        problem.residual = filters % 3 == 0;
+        check(random, problem);
+      }
+    }
+  }
+}
+
+ACF_TEST(codes_are_counted_and_chosen_for_large_layers) {
+  Shape shape;
+  shape.channels = 1024;
+  shape.filters = 512;
+  std::vector<float> weights(1024 * 512);
+  for (std::size_t i = 0; i < weights.size(); ++i) weights[i] = i % 1024 == 0 ? 1.0f : -0.5f;
+  EXPECT_EQ(code_bits(512, 1024, weights.data()), 1);
+  weights[5] = -weights[5];
+  EXPECT_EQ(code_bits(512, 1024, weights.data()), 2);
+  weights[6] = 0.0f;
+  EXPECT_EQ(code_bits(512, 1024, weights.data()), 2);
+  weights[7] = -0.0f;
+  EXPECT_EQ(code_bits(512, 1024, weights.data()), 0);
+  for (const Isa isa : supported_isas()) {
+    if (isa == Isa::generic) continue;
+    const Plan coded = plan(shape, {1, 1, 1024}, 1, 1024, isa, 1);
+    EXPECT_EQ(coded.code_bits, 1);
+    EXPECT_EQ(plan(shape, {1, 1, 1024}, 1, 1024, isa).code_bits, 0);
+    EXPECT_EQ(plan(shape, {1, 1, 1024}, 4096, 1024, isa, 1).code_bits, 0);
+    AlignedBytes packed(packed_size(coded));
+    EXPECT_EQ(packed_size(coded) < 200'000, true);
+    std::vector<std::int64_t> every(1024);
+    std::iota(every.begin(), every.end(), 0);
+    EXPECT_THROWS(pack(coded, every.data(), weights.data(), nullptr, packed.data()), std::invalid_argument,
+                  "filter 0 has more values than codes of 1 bits stand for");
+  }
+  Shape small = shape;
+  small.channels = 64;
+  EXPECT_EQ(plan(small, {1, 1, 64}, 1, 64, supported_isas().back(), 1).code_bits, 0);
 }
 
 ACF_TEST(depthwise_layers_equal_the_reference) {
