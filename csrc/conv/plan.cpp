@@ -360,7 +360,8 @@ Plan plan(const Shape& shape, const Pitch& in, std::int64_t images, std::int64_t
 
 double arrival_cycles(const Plan& plan) {
   if (is_winograd(plan.method)) return winograd_arrival_cycles(plan);
-  const auto weights = static_cast<double>(plan.columns * (plan.shape.filters / plan.shape.groups));
+  const std::int64_t each = plan.shape.filters / plan.shape.groups;
+  const auto weights = static_cast<double>(plan.columns * each);
   return plan.code_bits == 0 ? streaming_cycles(weights)
                              : streaming_cycles(weights * plan.code_bits / 32) + decode_cycles(plan);
 }
@@ -420,6 +421,13 @@ const std::int64_t* end_of_piece(const std::int64_t* first, const std::int64_t* 
   return end;
 }
 
+// Values are told apart by these: 0 and -0 are two, and a NaN is one.
+std::uint32_t bits_of(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
 // The values of every filter, and the code of every weight.
 class Codes {
  public:
@@ -442,7 +450,7 @@ class Codes {
   // -1 if there is none.
   int of(std::int64_t filter, float weight) const {
     for (int code = 0; code < counts_[static_cast<std::size_t>(filter)]; ++code) {
-      if (std::memcmp(&value(filter, code), &weight, sizeof(weight)) == 0) return code;
+      if (bits_of(value(filter, code)) == bits_of(weight)) return code;
     }
     return -1;
   }
@@ -463,8 +471,7 @@ int code_bits(std::int64_t filters, std::int64_t columns, const float* weights) 
   for (std::int64_t f = 0; f < filters; ++f) {
     values.clear();
     for (std::int64_t c = 0; c < columns; ++c) {
-      std::uint32_t weight;
-      std::memcpy(&weight, weights + f * columns + c, sizeof(weight));
+      const std::uint32_t weight = bits_of(weights[f * columns + c]);
       if (std::find(values.begin(), values.end(), weight) != values.end()) continue;
       if (values.size() == std::size_t{1} << kMaxCodeBits) return 0;
       values.push_back(weight);
