@@ -102,6 +102,23 @@ SETTINGS = {
         whole_for_torch_pruning=r"conv1$|.*\.conv2$",
         **_RESNET20,
     ),
+    "ResNet-20 by shrinking": Setting(
+        target="conv=4,macs=3",
+        recipe=_SHARED
+        | {
+            "method": "shrink",
+            "optimizer": "sgd",
+            "weight_decay": 2e-4,
+            "distillation": 0.7,
+            "shrink_epochs": 24,
+            "shrink_lr": 0.05,
+            "final_epochs": 160,
+            "final_lr": 0.1,
+        },
+        # Shortcuts pad channels by numbers in the code, which torch-pruning does not follow.
+        whole_for_torch_pruning=r"conv1$|.*\.conv2$",
+        **_RESNET20,
+    ),
     "ResNet-20, 8-bit weights and activations": Setting(
         target="params=1", recipe=_QUANTIZED | {"activation_bits": 8}, pruned=False, **_RESNET20
     ),
